@@ -1,0 +1,181 @@
+"""The ways in which a served model is called, each compared with the reference.
+
+A case is a row of `CASES`: what to ask the reference, and how to get the same logits out of the
+artifact. The reference answers first and is unloaded; the artifact then gets the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from adaptrix_export.check.compare import Logits, distance, rounded
+from adaptrix_export.check.job import Tolerance
+from adaptrix_export.check.prompts import Prompts
+from adaptrix_export.check.subject import Ids, Subject
+
+
+class Asked(Protocol):
+    """What a case needs of the reference; `reference.Reference` is one."""
+
+    def prefill(self, ids: list[int]) -> Logits: ...
+    def greedy(self, ids: list[int], steps: int) -> tuple[list[int], Logits]: ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The reference's logits (positions, vocabulary), and the tokens it picked, if it did."""
+
+    logits: Logits
+    tokens: tuple[int, ...] = ()
+
+
+Ask = Callable[[Asked, Prompts], Answer]
+Play = Callable[[Subject, Prompts, Answer], Logits]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a name for the report, the question and how the artifact is made to answer it."""
+
+    name: str
+    ask: Ask
+    play: Play
+    onnx_only: bool = False
+    full_only: bool = False
+
+
+def ask_prefill(reference: Asked, prompts: Prompts) -> Answer:
+    return Answer(reference.prefill(list(prompts.prefill)))
+
+
+def ask_greedy(reference: Asked, prompts: Prompts) -> Answer:
+    tokens, logits = reference.greedy(list(prompts.decode), prompts.steps)
+    return Answer(logits, tuple(tokens))
+
+
+def ask_rows(reference: Asked, prompts: Prompts) -> Answer:
+    """Each row of the ragged batch alone and unpadded; causal, so one pass covers decoding too."""
+    return Answer(np.concatenate([reference.prefill(list(row)) for row in prompts.rows]))
+
+
+def play_prefill(subject: Subject, prompts: Prompts, answer: Answer) -> Logits:
+    return _feed(subject, [prompts.prefill])
+
+
+def play_chunked(subject: Subject, prompts: Prompts, answer: Answer) -> Logits:
+    cut = max(1, len(prompts.prefill) * 3 // 5)  # uneven, so that no length fits by accident
+    return _feed(subject, [prompts.prefill[:cut], prompts.prefill[cut:]])
+
+
+def play_greedy(subject: Subject, prompts: Prompts, answer: Answer) -> Logits:
+    """Fed the reference's own tokens: where every argmax agrees, free-running decoding does too."""
+    chunks = [prompts.decode, *((token,) for token in answer.tokens[:-1])]
+    return _feed(subject, chunks)[len(prompts.decode) - 1 :]
+
+
+def play_left_padded(subject: Subject, prompts: Prompts, answer: Answer) -> Logits:
+    return _padded(subject, prompts, left=True)
+
+
+def play_right_padded(subject: Subject, prompts: Prompts, answer: Answer) -> Logits:
+    return _padded(subject, prompts, left=False)
+
+
+CASES: tuple[Case, ...] = (
+    Case("prefill", ask_prefill, play_prefill),
+    Case("chunked prefill", ask_prefill, play_chunked, onnx_only=True, full_only=True),
+    Case("greedy decode", ask_greedy, play_greedy),
+    Case("left-padded batch", ask_rows, play_left_padded, onnx_only=True, full_only=True),
+    Case("right-padded batch", ask_rows, play_right_padded, onnx_only=True, full_only=True),
+)
+
+
+def select(target: str, level: str) -> tuple[Case, ...]:
+    """The cases for a target and a level, in report order."""
+    return tuple(
+        case
+        for case in CASES
+        if not (case.onnx_only and target != "onnx") and not (case.full_only and level != "full")
+    )
+
+
+def ask_all(cases: Iterable[Case], reference: Asked, prompts: Prompts) -> dict[Ask, Answer]:
+    """Every question once, however many cases share it."""
+    answers: dict[Ask, Answer] = {}
+    for case in cases:
+        if case.ask not in answers:
+            answers[case.ask] = case.ask(reference, prompts)
+    return answers
+
+
+def compare(
+    case: Case, subject: Subject, prompts: Prompts, answer: Answer, tolerance: Tolerance
+) -> dict[str, Any]:
+    """The report's entry for one case."""
+    logits = case.play(subject, prompts, answer)
+    found = distance(answer.logits, logits)
+    return {
+        "name": case.name,
+        "positions": len(answer.logits),
+        "finite": found.finite,
+        "max_abs": rounded(found.max_abs),
+        "mean_kl": rounded(found.mean_kl),
+        "top1": rounded(found.top1, 5),
+        "tolerance": {
+            "max_abs": tolerance.max_abs,
+            "mean_kl": tolerance.mean_kl,
+            "top1": tolerance.top1,
+        },
+        "passed": found.within(tolerance),
+    }
+
+
+def _feed(subject: Subject, chunks: Iterable[tuple[int, ...]]) -> Logits:
+    """One unpadded row, chunk after chunk through the cache. Returns (tokens, vocabulary)."""
+    logits: list[Logits] = []
+    cache, past = None, 0
+    for chunk in chunks:
+        if not chunk:
+            continue
+        ids = np.array([chunk], dtype=np.int64)
+        positions = np.arange(past, past + len(chunk), dtype=np.int64)[None]
+        past += len(chunk)
+        out, cache = subject.step(ids, np.ones((1, past), np.int64), positions, cache)
+        logits.append(out[0])
+    return np.concatenate(logits)
+
+
+def _padded(subject: Subject, prompts: Prompts, *, left: bool) -> Logits:
+    """The ragged batch padded to one length, then one token a row and step through the cache.
+
+    Pads are token 0, masked; positions count real tokens, as transformers feeds them. After right
+    padding the mask keeps its zeros in the middle. Returns the rows' real tokens in order,
+    (tokens of all rows, vocabulary).
+    """
+    lengths = [len(row) - prompts.cached for row in prompts.rows]
+    width = max(lengths)
+    starts = [width - n if left else 0 for n in lengths]
+    ids, mask = np.zeros((2, len(lengths), width), dtype=np.int64)
+    for r, (row, start, n) in enumerate(zip(prompts.rows, starts, lengths, strict=True)):
+        ids[r, start : start + n] = row[:n]
+        mask[r, start : start + n] = 1
+    out, cache = subject.step(ids, mask, _positions(mask), None)
+    logits = [
+        [out[r, start : start + n]]
+        for r, (start, n) in enumerate(zip(starts, lengths, strict=True))
+    ]
+    for step in range(prompts.cached):
+        fed = [[row[n + step]] for row, n in zip(prompts.rows, lengths, strict=True)]
+        mask = np.concatenate([mask, np.ones((len(lengths), 1), np.int64)], axis=1)
+        out, cache = subject.step(np.array(fed, np.int64), mask, _positions(mask)[:, -1:], cache)
+        for r, part in enumerate(logits):
+            part.append(out[r])
+    return np.concatenate([piece for part in logits for piece in part])
+
+
+def _positions(mask: Ids) -> Ids:
+    return np.asarray(np.maximum(mask.cumsum(axis=1) - 1, 0))

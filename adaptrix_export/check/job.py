@@ -1,0 +1,96 @@
+"""What a parity run is asked to prove, and how far an artifact may stray from its oracle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from adaptrix_export.errors import ParityError
+from adaptrix_export.lower.weights import Expression
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artifact, the original files that it was made from, and how hard to look.
+
+    `weights` maps an initializer (onnx) or tensor (safetensors) name to the expression over
+    transformers' parameter names that made it (`lower/weights.py`). `precision` "base" means that
+    each tensor keeps the dtype that its base stores. `text` replaces the built-in prompt;
+    `threads` of None leaves the number to the runtimes.
+    """
+
+    target: str  # "onnx" or "safetensors"
+    artifact: Path
+    base_folder: Path
+    precision: str  # "fp32", "fp16", "bf16" or "base"
+    weights: Mapping[str, Expression]
+    gguf_file: str | None = None
+    adapters: tuple[tuple[str, Path], ...] = field(default=())
+    task: str = "text-generation"
+    level: str = "full"  # "full" or "fast"
+    decode_steps: int = 32
+    text: str | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, found, known in (
+            ("target", self.target, ("onnx", "safetensors")),
+            ("task", self.task, ("text-generation",)),
+            ("level", self.level, ("full", "fast")),
+            ("precision", self.precision, (*TOLERANCES, "base")),
+        ):
+            if found not in known:
+                raise ParityError(f"parity job {name}", repr(found), f"one of {', '.join(known)}")
+        if self.decode_steps < 1:
+            raise ParityError("parity job decode_steps", str(self.decode_steps), "at least 1")
+
+    def to_json(self) -> str:
+        """The job as one JSON document; `from_json` is its inverse. Paths become absolute."""
+        document = asdict(self)
+        document["artifact"] = str(self.artifact.resolve())
+        document["base_folder"] = str(self.base_folder.resolve())
+        document["adapters"] = [[name, str(path.resolve())] for name, path in self.adapters]
+        return json.dumps(document, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        document = json.loads(text)
+        document["artifact"] = Path(document["artifact"])
+        document["base_folder"] = Path(document["base_folder"])
+        document["adapters"] = tuple((name, Path(path)) for name, path in document["adapters"])
+        return cls(**document)
+
+    @property
+    def steps(self) -> int:
+        """Greedy tokens to decode: a fast run takes 8, enough to pass through the cache."""
+        return min(self.decode_steps, 8) if self.level == "fast" else self.decode_steps
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far logits may be from the oracle's and still be called the same model.
+
+    `max_abs` bounds every single logit; `mean_kl` is in nats per token, oracle against artifact;
+    `top1` is the least share of positions at which both pick the same token.
+    """
+
+    max_abs: float
+    mean_kl: float
+    top1: float
+
+
+# Logits reveal a wrong graph; a wrong weight is caught much more finely by the replay, which knows
+# no tolerance but one rounding. A wrong graph, such as one that forgets padding, is off by 0.1 to 3.
+TOLERANCES: Mapping[str, Tolerance] = {
+    # Measured 2e-6 on random models and below 2e-4 on 30 real layers: only the order of fp32 sums
+    # differs. 1e-3 leaves a factor of five for deeper models. A KL of 1e-6 is logits off by about
+    # 1e-3 throughout. Greedy decoding must not part, so every argmax counts.
+    "fp32": Tolerance(max_abs=1e-3, mean_kl=1e-6, top1=1.0),
+    # One rounding to 11 bits moves a weight by 2e-4 of itself, 2^13 times the fp32 rounding; over
+    # tens of layers logits of size 10 to 30 move by some hundredths. Near ties may then flip.
+    "fp16": Tolerance(max_abs=0.15, mean_kl=2e-4, top1=0.97),
+    # 8 bits of mantissa: 8 times fp16 in max_abs, and KL grows with the square, 64 times.
+    "bf16": Tolerance(max_abs=1.2, mean_kl=1.3e-2, top1=0.85),
+}

@@ -1,0 +1,121 @@
+"""The weight that a live PEFT model effectively has, taken from the layers that it runs.
+
+One row a layer kind in `EFFECTS`. Nothing is parsed from adapter files and no formula of the
+lowering is used: factors and scalings are the live layer's own attributes. A layer kind without a
+row is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from adaptrix_export.errors import ParityError
+
+Effect = Callable[[Any, str], Any]
+
+
+def live_parameter(model: Any, name: str) -> tuple[Any, bool]:
+    """The parameter (or buffer) `name` of the plain model, and whether an adapter acts on it.
+
+    `model` is the transformers model inside the PEFT model, its modules replaced by PEFT's.
+    Returns an fp64 tensor in the layout that the plain model stores. Raises `ParityError` for an
+    unknown name or layer kind.
+    """
+    module, path = model, name.split(".")
+    for position, part in enumerate(path[:-1]):
+        child = getattr(module, part, None)
+        if child is None:
+            raise ParityError(name, f"the reference has no module {part!r}")
+        if _is_tuner_layer(child):
+            return _effect(child, name, ".".join(path[position + 1 :]))
+        if _is_wrapper(child):
+            return _saved(child, name, ".".join(path[position + 1 :]))
+        module = child
+    return _own(module, path[-1], name).double(), False
+
+
+def _own(module: Any, attribute: str, name: str) -> Any:
+    value = getattr(module, attribute, None)
+    if value is None or not hasattr(value, "double"):
+        raise ParityError(name, "the reference has no parameter of that name")
+    return value.detach()
+
+
+def _is_tuner_layer(module: Any) -> bool:
+    return any(c.__name__ == "BaseTunerLayer" for c in type(module).__mro__)
+
+
+def _is_wrapper(module: Any) -> bool:
+    return any(c.__name__ == "AuxiliaryTrainingWrapper" for c in type(module).__mro__)
+
+
+def _saved(wrapper: Any, name: str, rest: str) -> tuple[Any, bool]:
+    """Inside `modules_to_save`: the active adapter's copy, or the original where none is active."""
+    if type(wrapper).__name__ != "ModulesToSaveWrapper":
+        raise ParityError(name, f"the oracle has no row for {type(wrapper).__name__}")
+    active = wrapper.active_adapters
+    module = wrapper.modules_to_save[active[0]] if active else wrapper.original_module
+    value, changed = live_parameter(module, rest)
+    return value, changed or bool(active)
+
+
+def _effect(layer: Any, name: str, parameter: str) -> tuple[Any, bool]:
+    kind = kind_of(layer)
+    effect = EFFECTS.get(kind)
+    if effect is None:
+        raise ParityError(name, f"the oracle has no row for PEFT layer kind {kind!r}")
+    base = _own(layer.get_base_layer(), parameter, name).double()
+    added = effect(layer, parameter)
+    return (base, False) if added is None else (base + added, True)
+
+
+def kind_of(layer: Any) -> str:
+    """`tuner.Class(BaseLayer)`, with `+Variant` for each LoRA variant (DoRA, ...) in use."""
+    tuner = type(layer).__module__.split(".")[2]  # peft.tuners.<tuner>.layer
+    base = type(layer.get_base_layer()).__name__
+    variants = {type(v).__name__ for v in getattr(layer, "lora_variant", {}).values()}
+    return f"{tuner}.{type(layer).__name__}({base})" + "".join(f"+{v}" for v in sorted(variants))
+
+
+def _lora_linear(layer: Any, parameter: str) -> Any:
+    """sum over active adapters of scaling * B @ A, shape (out, in); for a bias scaling * b_B."""
+    total = None
+    for adapter in layer.active_adapters:
+        if adapter not in layer.lora_A:
+            continue
+        up = layer.lora_B[adapter]
+        if parameter == "weight":
+            term = up.weight.detach().double() @ layer.lora_A[adapter].weight.detach().double()
+        elif up.bias is not None:
+            term = up.bias.detach().double()
+        else:
+            continue
+        term = layer.scaling[adapter] * term
+        total = term if total is None else total + term
+    return total
+
+
+def _lora_conv1d(layer: Any, parameter: str) -> Any:
+    """The same, laid out (in, out) as GPT-2's Conv1D stores its weight."""
+    added = _lora_linear(layer, parameter)
+    return added.T if parameter == "weight" and added is not None else added
+
+
+def _lora_embedding(layer: Any, parameter: str) -> Any:
+    """scaling * (B @ A)^T, shape (tokens, width): the factors act on one-hot columns."""
+    total = None
+    for adapter in layer.active_adapters:
+        if adapter not in layer.lora_embedding_A:
+            continue
+        a = layer.lora_embedding_A[adapter].detach().double()
+        term = layer.scaling[adapter] * (layer.lora_embedding_B[adapter].detach().double() @ a).T
+        total = term if total is None else total + term
+    return total
+
+
+EFFECTS: dict[str, Effect] = {
+    "lora.Linear(Linear)": _lora_linear,
+    "lora.Linear(Conv1D)": _lora_conv1d,
+    "lora.Embedding(Embedding)": _lora_embedding,
+}

@@ -1,0 +1,191 @@
+"""The oracle: stock transformers and PEFT on the original files, in float32, eager, on the CPU.
+
+Only the child process imports this module; it needs torch, transformers and peft.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import peft
+import torch
+import transformers
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from adaptrix_export.check.compare import Logits
+from adaptrix_export.check.job import Job
+from adaptrix_export.check.live import live_parameter
+from adaptrix_export.errors import ParityError
+
+
+class Reference:
+    """Base and adapters as their own libraries load and run them, every adapter active at once.
+
+    PEFT drops adapter keys that it cannot place, with a warning at most, and the model then *is*
+    the base. So after loading, every tensor of every adapter file must be found in the live
+    model, equal in value, or construction raises `ParityError`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._plain: Any = model  # the transformers model, its modules replaced by PEFT's
+        if isinstance(model, peft.PeftModel):
+            self._plain = model.get_base_model()
+
+    @classmethod
+    def open(cls, job: Job) -> Reference:
+        """Loads the files that `job` names."""
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+        torch.manual_seed(0)  # nothing should be drawn; if something is, let it be the same thing
+        model = load_model(job.base_folder, job.gguf_file)
+        if job.adapters:
+            model = _with_adapters(model, job.adapters)
+        return cls(model.eval())
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows: rows of its input embedding."""
+        return int(self._plain.get_input_embeddings().weight.shape[0])
+
+    @property
+    def positions(self) -> int | None:
+        """Longest sequence, or None where the config names no limit."""
+        found = getattr(self._plain.config.get_text_config(), "max_position_embeddings", None)
+        return int(found) if found else None
+
+    def prefill(self, ids: list[int]) -> Logits:
+        """One forward pass over one unpadded row. Returns float32 logits (len(ids), vocabulary)."""
+        with torch.inference_mode():
+            logits = self._model(input_ids=torch.tensor([ids]), use_cache=False).logits
+        return cast(Logits, logits[0].float().numpy())
+
+    def greedy(self, ids: list[int], steps: int) -> tuple[list[int], Logits]:
+        """`steps` tokens after `ids`, each the argmax, through the cache; end tokens do not stop it.
+
+        Returns the tokens and the logits (steps, vocabulary) that each was picked from.
+        """
+        tokens: list[int] = []
+        picked_from: list[Logits] = []
+        cache, fed = None, list(ids)
+        with torch.inference_mode():
+            for _ in range(steps):
+                out = self._model(
+                    input_ids=torch.tensor([fed]), past_key_values=cache, use_cache=True
+                )
+                cache, logits = out.past_key_values, out.logits[0, -1].float().numpy()
+                fed = [int(logits.argmax())]
+                tokens += fed
+                picked_from.append(logits)
+        return tokens, np.stack(picked_from)
+
+    def live_weight(self, name: str) -> NDArray[np.float64]:
+        """What the model effectively has for the plain model's parameter `name`, in fp64."""
+        return self.live(name)[0]
+
+    def live(self, name: str) -> tuple[NDArray[np.float64], bool]:
+        """`live_weight(name)`, and whether any adapter acts on it."""
+        value, changed = live_parameter(self._plain, name)
+        return value.numpy(), changed
+
+    def close(self) -> None:
+        """Gives the memory back, so that the artifact can be loaded in its place."""
+        self._model = self._plain = None
+        gc.collect()
+
+
+def load_model(folder: Path, gguf_file: str | None = None) -> Any:
+    """A causal LM in float32 with eager attention, from local files only.
+
+    transformers fills a tensor that is missing from the files with random values and a warning;
+    here that is a `ParityError`.
+    """
+    options: dict[str, Any] = {}
+    if gguf_file:
+        options["gguf_file"] = gguf_file
+        options["quantization_config"] = transformers.GgufConfig(
+            dequantize=True, gguf_file=gguf_file
+        )
+    auto: Any = transformers.AutoModelForCausalLM
+    model, info = auto.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        output_loading_info=True,
+        **options,
+    )
+    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if info.get(problem):
+            first = min(str(key) for key in info[problem])
+            raise ParityError(
+                folder.name, f"transformers loaded it with {problem}: {first}", "every tensor found"
+            )
+    return model.eval()
+
+
+def _with_adapters(model: Any, adapters: tuple[tuple[str, Path], ...]) -> Any:
+    """Loads each adapter through PEFT, proves that it arrived, and activates all of them."""
+    # Names of our own: a user's may hold a dot, or be part of a key ("lora"), which PEFT confuses.
+    # The first one is PEFT's own default, under which it also accepts keys that spell the name.
+    names = ["default", *(f"adapter{i}" for i in range(2, len(adapters) + 1))]
+    wrapped: Any = None
+    for name, (_, folder) in zip(names, adapters, strict=True):
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        config.base_model_name_or_path = ""  # else PEFT asks the hub about the model of that name
+        if wrapped is None:
+            wrapped = peft.PeftModel.from_pretrained(model, str(folder), name, config=config)
+        else:
+            wrapped.load_adapter(str(folder), name, peft_config=config)
+    wrapped.base_model.set_adapter(names, inference_mode=True)
+    for name, (title, folder) in zip(names, adapters, strict=True):
+        _check_arrival(wrapped, name, title, folder)
+    return wrapped
+
+
+def _check_arrival(model: Any, name: str, title: str, folder: Path) -> None:
+    """Every tensor of the adapter's file is in the live model, and nothing random is beside it."""
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ParityError(f"adapter {title}", "no adapter_model.safetensors", "one to compare with")
+    shipped = load_file(file)
+    live = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    state = model.state_dict()
+    for key in sorted(shipped):
+        found = live.get(key, state.get(key))
+        if found is None or not _same(found, shipped[key]):
+            how = "it has no such tensor" if found is None else "its values differ"
+            raise ParityError(
+                f"adapter {title}",
+                f"the reference did not load tensor {key!r} ({how})",
+                "PEFT to use every tensor of the adapter",
+                "rename the key to the form base_model.model.<module>.lora_A.weight",
+            )
+    _refuse_invented(title, live, set(shipped))
+
+
+def _same(live: torch.Tensor, shipped: torch.Tensor) -> bool:
+    # PEFT widens 16-bit adapters to float32, so the cast below is exact except from fp64
+    return live.shape == shipped.shape and torch.equal(live, shipped.to(live.dtype))
+
+
+def _refuse_invented(title: str, live: dict[str, torch.Tensor], shipped: set[str]) -> None:
+    """A LoRA pair that the file lacks must be inert: one factor zero, as PEFT initialises it.
+
+    With `init_lora_weights: false` in its config, PEFT fills such a pair with random values.
+    """
+    invented: dict[str, list[torch.Tensor]] = {}
+    for key in sorted(set(live) - shipped):
+        if ".lora_" in key:
+            invented.setdefault(key.split(".lora_")[0], []).append(live[key])
+    for module, factors in invented.items():
+        if all(bool(factor.count_nonzero()) for factor in factors):
+            raise ParityError(
+                f"adapter {title}",
+                f"PEFT invented values for {module}, which the adapter does not ship",
+                "both LoRA factors of every targeted module in the file",
+            )

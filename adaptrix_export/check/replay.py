@@ -1,0 +1,189 @@
+"""Weight by weight: an artifact's tensors against the live model's, one rounding allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptrix_export.check.compare import rounded
+from adaptrix_export.check.floats import Float64, FloatFormat, format_of
+from adaptrix_export.check.stored import StoredTensors
+from adaptrix_export.errors import ParityError
+from adaptrix_export.lower.weights import Expression, evaluate, names
+
+Live = Callable[[str], tuple[NDArray[np.float64], bool]]
+
+# fp64 values a relative 1e-6 past the half ulp are ties that rounded the other way.
+SLACK = 1e-6
+# Lowering and oracle may sum the same fp64 products in another order. Relative to the largest
+# value of the tensor that is some 2^-52; it matters only where a sum cancels to next to nothing.
+ORDER_NOISE = 2.0**-48
+BLOCK = 1 << 18  # values at a time: 2 MB of fp64, which stays in cache
+LISTED = 10
+
+
+@dataclass
+class Outcome:
+    """What the replay has seen so far."""
+
+    tensors: int = 0
+    elements: int = 0
+    changed: int = 0
+    worst: tuple[float, str] = (0.0, "")
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_dict(self, unmapped: list[str]) -> dict[str, Any]:
+        return {
+            "tensors": self.tensors,
+            "elements": self.elements,
+            "changed": self.changed,
+            "worst": {"tensor": self.worst[1], "ulps": rounded(self.worst[0])},
+            "failed": len(self.failures),
+            "failures": self.failures[:LISTED],
+            "unmapped": unmapped,
+            "passed": not self.failures,
+        }
+
+
+def replay(
+    stored: StoredTensors,
+    weights: dict[str, Expression],
+    live: Live,
+    advance: Callable[[int], None] = lambda amount: None,
+) -> tuple[dict[str, Any], set[str]]:
+    """Each tensor of `weights`, read back, against its expression over live fp64 weights.
+
+    A changed tensor must lie within half an ulp of its own format around the fp64 value; an
+    untouched one must equal the base, rounded to nearest even where the format is narrower.
+    Holds one tensor at a time. Returns the report's `replay` part and the formats met.
+    """
+    outcome, formats = Outcome(), set[str]()
+    read = _LastRead(live)
+    for name in _by_first_read(weights):
+        kind = _replay_one(outcome, stored, name, weights[name], read)
+        formats |= {kind} if kind else set()
+        advance(1)
+    unmapped = [
+        name
+        for name in stored.names()
+        if name not in weights and format_of(stored.read(name).dtype) and stored.read(name).size > 1
+    ]
+    return outcome.as_dict(unmapped), formats
+
+
+class _LastRead:
+    """Reads live weights, remembering the last: fused tensors are cut into several in a row."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._name: str | None = None
+        self._value: NDArray[np.float64] | None = None
+        self.touched: dict[str, bool] = {}
+
+    def __call__(self, name: str) -> NDArray[np.float64]:
+        if self._value is None or self._name != name:
+            self._value = None  # freed before the next is made: one tensor in memory
+            self._value, self.touched[name] = self._live(name)
+            self._name = name
+        return self._value
+
+
+def _by_first_read(weights: dict[str, Expression]) -> list[str]:
+    return sorted(weights, key=lambda name: (next(names(weights[name])), name))
+
+
+def _replay_one(
+    outcome: Outcome, stored: StoredTensors, name: str, expression: Expression, read: _LastRead
+) -> str | None:
+    outcome.tensors += 1
+    if name not in stored:
+        _fail(outcome, name, expression, "missing from the artifact")
+        return None
+    artifact = stored.read(name)
+    kind = format_of(artifact.dtype)
+    if kind is None:
+        _fail(outcome, name, expression, f"dtype {artifact.dtype} cannot be replayed")
+        return None
+    expected = evaluate(expression, read)
+    if expected.shape != artifact.shape:
+        _fail(outcome, name, expression, f"shape {artifact.shape}, expected {expected.shape}")
+        return kind.name
+    touched = any(read.touched[source] for source in names(expression))
+    outcome.elements += artifact.size
+    outcome.changed += touched
+    exact = not touched and "affine" not in _kinds(expression)
+    ulps, wrong = _measure(artifact, expected, kind, exact)
+    if ulps > outcome.worst[0]:
+        outcome.worst = (ulps, name)
+    if wrong:
+        what = "differ from the base" if exact else "are further off than one rounding"
+        _fail(outcome, name, expression, f"{wrong} of {artifact.size} values {what}", ulps)
+    return kind.name
+
+
+def _kinds(expression: Expression) -> list[str]:
+    kind, *rest = expression
+    if kind == "tensor":
+        return [kind]
+    parts = rest[1] if kind == "concat" else [rest[-1]]
+    return [kind, *(k for part in parts for k in _kinds(part))]
+
+
+def _fail(
+    outcome: Outcome, name: str, expression: Expression, why: str, ulps: float | None = None
+) -> None:
+    sites = sorted({source.rpartition(".")[0] for source in names(expression)})
+    outcome.failures.append(
+        {
+            "tensor": name,
+            "sites": sites,
+            "why": why,
+            "ulps": None if ulps is None else rounded(ulps),
+        }
+    )
+
+
+def _measure(
+    artifact: NDArray[Any], expected: NDArray[Any], kind: FloatFormat, exact: bool
+) -> tuple[float, int]:
+    """The largest error in ulps and the number of values that are wrong, NaN and Inf included."""
+    # two reductions, where abs() would copy the whole tensor
+    noise = ORDER_NOISE * float(max(expected.max(initial=0.0), -expected.min(initial=0.0)))
+    worst, wrong = 0.0, 0
+    for found, wanted in _blocks(artifact, expected):
+        error = found.astype(np.float64)
+        error -= wanted
+        np.abs(error, out=error)
+        half = kind.half_ulp(wanted)
+        if exact:
+            # to fp32 first is exact here: an untouched base has at most fp32's precision
+            bad = found != wanted.astype(np.float32).astype(kind.dtype)
+        else:
+            bad = ~(error <= half * (1 + SLACK) + noise)  # negated, so that NaN is bad
+        wrong += int(np.count_nonzero(bad))
+        error /= half
+        worst = max(worst, float(np.nan_to_num(error, nan=np.inf).max(initial=0.0)) / 2)
+    return worst, wrong
+
+
+def _blocks(artifact: NDArray[Any], expected: NDArray[Any]) -> Iterator[tuple[Any, Float64]]:
+    """Matching flat pieces of both. `expected` may be a view in any layout."""
+    if artifact.ndim == 0:
+        yield artifact.reshape(1), np.ascontiguousarray(expected.reshape(1))
+        return
+    rows = max(1, BLOCK // max(1, int(np.prod(artifact.shape[1:], dtype=np.int64))))
+    for start in range(0, artifact.shape[0], rows):
+        piece = np.ascontiguousarray(expected[start : start + rows])
+        yield artifact[start : start + rows].reshape(-1), piece.reshape(-1)
+
+
+def coarsest(formats: set[str]) -> str:
+    """The format that decides which logit tolerance holds, of those that an artifact stores."""
+    for name in ("bf16", "fp16", "fp32"):
+        if name in formats:
+            return name
+    raise ParityError("artifact", "no float tensor to replay", "at least one weight")

@@ -1,0 +1,81 @@
+"""A parity report for people, and for the artifact's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def table(report: Mapping[str, Any]) -> Table:
+    """One row a case and one for the replay; green where it passed, red where it did not."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    title = f"parity ({report['level']}, {report['precision']}) against {report['oracle']}"
+    shown = Table(title=title)
+    for heading in ("check", "positions", "max abs", "mean KL", "top-1", "result"):
+        shown.add_column(heading, justify="left" if heading in ("check", "result") else "right")
+    for case in report["cases"]:
+        limit = case["tolerance"]
+        shown.add_row(
+            case["name"],
+            str(case["positions"]),
+            f"{_number(case['max_abs'])} / {limit['max_abs']:.0e}",
+            f"{_number(case['mean_kl'])} / {limit['mean_kl']:.0e}",
+            "n/a" if case["top1"] is None else f"{100 * case['top1']:.2f}%",
+            _verdict(case["passed"]),
+        )
+    replay = report["replay"]
+    shown.add_row(
+        "weight replay",
+        f"{replay['tensors']} tensors",
+        f"{_number(replay['worst']['ulps'])} ulp",
+        f"{replay['changed']} changed",
+        f"{replay['failed']} failed",
+        _verdict(replay["passed"]),
+    )
+    for failure in replay["failures"]:
+        shown.add_row(
+            f"  {escape(failure['tensor'])}", "", "", "", "", f"[red]{escape(failure['why'])}[/red]"
+        )
+    return shown
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """One line: the verdict, and either the largest errors or what failed."""
+    replay = report["replay"]
+    if report["passed"]:
+        worst = max((case["max_abs"] for case in report["cases"]), default=0.0)
+        return (
+            f"parity passed: {len(report['cases'])} cases within {worst:.1e}, "
+            f"{replay['tensors']} tensors within {_number(replay['worst']['ulps'])} ulp"
+        )
+    failed = [
+        f"{case['name']} (max abs {_number(case['max_abs'])})"
+        for case in report["cases"]
+        if not case["passed"]
+    ]
+    if not replay["passed"]:
+        first = replay["failures"][0]
+        sites = ", ".join(first["sites"])
+        failed.append(f"weight replay of {replay['failed']} tensors, first at {sites}")
+    return "parity failed: " + "; ".join(failed)
+
+
+def save(report: Mapping[str, Any], path: Path) -> None:
+    """Writes the report as JSON: same report, same bytes."""
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.1e}"
+
+
+def _verdict(passed: bool) -> str:
+    return "[green]passed[/green]" if passed else "[red]failed[/red]"

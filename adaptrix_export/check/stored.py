@@ -1,0 +1,145 @@
+"""Reads an artifact's tensors back from its bytes, by none of the code that wrote them."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptrix_export.errors import ParityError
+
+Stored = NDArray[Any]
+
+_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` of `folder`; a name that leads out of it, or to a link, is refused."""
+    parts = PurePosixPath(name)
+    path = folder / name
+    if parts.is_absolute() or ".." in parts.parts or "\0" in name:
+        raise ParityError(
+            "artifact", f"it names the data file {name!r}", "a path inside its folder"
+        )
+    if not path.is_file() or path.is_symlink():
+        raise ParityError("artifact", f"its data file {name!r} is missing or a link")
+    if folder.resolve() not in path.resolve().parents:
+        raise ParityError("artifact", f"{name!r} resolves outside", "a path inside its folder")
+    return path
+
+
+class StoredTensors:
+    """Tensors of an artifact by name: `names()`, and `read(name)`, memory-mapped and read-only."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> Iterator[str]:
+        return iter(sorted(self._tensors))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def read(self, name: str) -> Stored:
+        return np.asarray(self._tensors[name]())
+
+
+def open_stored(target: str, folder: Path) -> StoredTensors:
+    """`StoredTensors` of an artifact of that target."""
+    return {"onnx": _open_onnx, "safetensors": _open_safetensors}[target](folder)
+
+
+def _open_onnx(folder: Path) -> StoredTensors:
+    import onnx_ir as ir
+
+    model = ir.load(inside(folder, "model.onnx"))
+    tensors: dict[str, Any] = {}
+    for name, value in model.graph.initializers.items():
+        constant = value.const_value
+        if constant is None:
+            raise ParityError("model.onnx", f"initializer {name!r} has no values")
+        if isinstance(constant, ir.ExternalTensor):
+            _check_extent(inside(folder, str(constant.location)), constant, name)
+        tensors[name] = constant.numpy
+    return StoredTensors(tensors)
+
+
+def _check_extent(path: Path, tensor: Any, name: str) -> None:
+    end = (tensor.offset or 0) + tensor.nbytes
+    if tensor.length not in (None, tensor.nbytes) or end > path.stat().st_size:
+        raise ParityError(
+            "model.onnx",
+            f"initializer {name!r} ends at byte {end} of {path.name}",
+            f"{tensor.nbytes} bytes within {path.stat().st_size}",
+        )
+
+
+def _open_safetensors(folder: Path) -> StoredTensors:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return StoredTensors(_shard(inside(folder, "model.safetensors")))
+    placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    tensors: dict[str, Any] = {}
+    for file in sorted(set(placed.values())):
+        held = _shard(inside(folder, file))
+        listed = {name for name, where in placed.items() if where == file}
+        if listed != set(held):
+            odd = min(listed ^ set(held))
+            raise ParityError(file, f"tensor {odd!r} is in the file or the index, not in both")
+        tensors.update(held)
+    return StoredTensors(tensors)
+
+
+def _shard(path: Path) -> dict[str, Any]:
+    """Readers of one file's tensors. Format: 8-byte length, JSON header, then the bytes."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise ParityError(path.name, f"{size} bytes", "a whole safetensors file")
+        header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+    header.pop("__metadata__", None)
+    return {name: _reader(path, name, entry, 8 + length, size) for name, entry in header.items()}
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # the format lets a name occur twice and readers differ on which one counts
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ParityError("safetensors header", "a name that occurs twice")
+    return found
+
+
+def _reader(path: Path, name: str, entry: Mapping[str, Any], data: int, size: int) -> Any:
+    if entry["dtype"] not in _DTYPES:
+        raise ParityError(path.name, f"tensor {name!r} has dtype {entry['dtype']}")
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    count = int(np.prod(shape, dtype=np.int64))
+    if begin < 0 or end - begin != count * dtype.itemsize or data + end > size:
+        raise ParityError(path.name, f"tensor {name!r} has bytes {begin} to {end} for {shape}")
+
+    def read() -> Stored:
+        if count == 0:
+            return np.empty(shape, dtype)
+        return np.memmap(path, dtype, mode="r", offset=data + begin, shape=shape)
+
+    return read

@@ -1,0 +1,92 @@
+"""From any exception to what the user sees: one line or one JSON document, and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from adaptrix_export.errors import AdaptrixError, MachineError
+
+INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
+
+# errno -> what ran out, and what to do about it.
+_MACHINE = {
+    errno.ENOSPC: ("the disk is full", "free some space or choose another --out"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space or choose another --out"),
+    errno.ENOMEM: ("out of memory", "close other programs or use a larger machine"),
+    errno.EIO: ("the disk failed to read or write", "check the disk"),
+}
+
+
+def report(error: Exception, as_json: bool, verbose: bool) -> int:
+    """Print the failure and give its exit code. Nothing was published."""
+    known = _known(error)
+    if verbose and known is not error:
+        traceback.print_exception(error, file=sys.stderr)
+    failure = known or _internal(error)
+    if as_json:
+        document: dict[str, Any] = {**failure.as_dict(), "message": str(failure)}
+        document["exit_code"] = failure.exit_code
+        if hasattr(failure, "report"):
+            document["report"] = failure.report
+        print_json(document)
+    else:
+        if hasattr(failure, "report"):
+            print_table(failure.report)
+        click.echo(f"error: {_one_line(failure)}", err=True)
+    return failure.exit_code
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(_finite(document), indent=2))
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """The parity report as a table on stdout."""
+    from adaptrix_export.check.report import table
+    from adaptrix_export.terminal import show
+
+    show(table(report))
+
+
+def _known(error: Exception) -> AdaptrixError | None:
+    """The failure as one of ours, if it is one of ours or the machine's."""
+    if isinstance(error, AdaptrixError):
+        return error
+    # torch raises a RuntimeError where its allocator fails
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        found, remedy = _MACHINE[errno.ENOMEM]
+        return MachineError("this machine", found, remedy=remedy)
+    if isinstance(error, OSError) and error.errno in _MACHINE:
+        found, remedy = _MACHINE[error.errno]
+        return MachineError(str(error.filename or "this machine"), found, remedy=remedy)
+    return None
+
+
+def _internal(error: Exception) -> MachineError:
+    """A fault of this program: it has the exit code of a crash."""
+    found = f"{type(error).__name__}: {error}"
+    return MachineError("internal error", found, remedy="run again with -v and report what it says")
+
+
+def _one_line(error: AdaptrixError) -> str:
+    """The message without control characters: names in it come from files of others."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become the strings "nan", "inf" and "-inf"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,154 @@
+"""A GGUF file as a base: tensors dequantized to float32 under the names of transformers.
+
+llama.cpp renames the tensors and, for LLaMA, reorders the rows of q and k for its own rotary
+embedding (convert_hf_to_gguf.py, `permute`); both are undone here, row by row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adaptrix_export.errors import SourceError, UnsupportedError
+from adaptrix_export.load.gguf_header import GgufTensor, read_gguf, stored_bytes
+from adaptrix_export.plan import Array
+
+if TYPE_CHECKING:
+    from adaptrix_export.load.source import Source
+    from adaptrix_export.plan import Base
+
+# GGUF architecture -> whether q and k rows are reordered. One row each; the others are refused.
+ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
+
+_TOP = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class DequantizedTensor:
+    """A GGUF tensor that reads as float32; `heads` > 0 undoes the row order of that many heads."""
+
+    name: str
+    path: Path
+    stored: GgufTensor
+    heads: int = 0
+    dtype: str = "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    def read(self) -> Array:
+        return self.rows(0, self.shape[0])
+
+    def rows(self, start: int, stop: int) -> Array:
+        if not self.heads:
+            return self._stored_rows(start, stop)
+        wanted = _row_order(self.shape[0], self.heads)[start:stop]
+        if not len(wanted):
+            return self._stored_rows(0, 0)
+        first = int(wanted.min())
+        return self._stored_rows(first, int(wanted.max()) + 1)[wanted - first]
+
+    def _stored_rows(self, start: int, stop: int) -> Array:
+        from gguf.constants import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        row = stored_bytes(self.path.name, self.stored) // self.shape[0]
+        raw = np.fromfile(
+            self.path, np.uint8, (stop - start) * row, offset=self.stored.offset + start * row
+        )
+        if raw.size != (stop - start) * row:
+            raise SourceError(
+                f"{self.path.name}: {self.name}", f"{raw.size} bytes", f"{(stop - start) * row}"
+            )
+        kind = GGMLQuantizationType(self.stored.ggml_type)
+        values = dequantize(raw.reshape(stop - start, row), kind).astype(np.float32, copy=False)
+        result: Array = values.reshape(stop - start, *self.shape[1:])
+        return result
+
+
+def _row_order(rows: int, heads: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Stored row that holds model row i: each head's two rotary halves are interleaved there."""
+    order: np.ndarray[Any, np.dtype[np.int64]] = np.arange(rows, dtype=np.int64)
+    return order.reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)
+
+
+def open_gguf(source: Source, file_name: str) -> Base:
+    """Read the header of a GGUF base. Raises UnsupportedError for what is refused by name."""
+    from adaptrix_export.load.base_model import make_base
+
+    path = source.folder / file_name
+    header = read_gguf(path)
+    kind = header.metadata.get("general.architecture")
+    if kind not in ARCHITECTURES:
+        raise UnsupportedError(
+            source.spec, f"GGUF architecture {kind!r}", " ".join(ARCHITECTURES),
+            "use the model's safetensors checkpoint",
+        )  # fmt: skip
+    if header.metadata.get("split.count", 1) != 1:
+        raise UnsupportedError(
+            source.spec, "one part of a split GGUF file", "a single file", "join the parts first"
+        )
+    config = _config(source, file_name)
+    tensors = {}
+    for stored in header.tensors:
+        name, part = _model_name(source.spec, stored.name)
+        heads = 0
+        if ARCHITECTURES[kind] and part in ("attn_q", "attn_k"):
+            key = "num_attention_heads" if part == "attn_q" else "num_key_value_heads"
+            heads = config.get(key) or config["num_attention_heads"]
+        tensors[name] = DequantizedTensor(name, path, stored, heads)
+    return make_base(source, (path,), config, tensors)
+
+
+def _model_name(spec: str, stored: str) -> tuple[str, str]:
+    """`blk.7.attn_q.weight` -> (`model.layers.7.self_attn.q_proj.weight`, `attn_q`)."""
+    match stored.split("."):
+        case ["blk", layer, part, ("weight" | "bias") as kind] if part in _BLOCK:
+            return f"model.layers.{layer}.{_BLOCK[part]}.{kind}", part
+        case [part, ("weight" | "bias") as kind] if part in _TOP:
+            return f"{_TOP[part]}.{kind}", part
+    raise UnsupportedError(
+        f"{spec}: {stored}", "a tensor without a counterpart in transformers", "a known name",
+        "use the model's safetensors checkpoint",
+    )  # fmt: skip
+
+
+def _config(source: Source, file_name: str) -> dict[str, Any]:
+    """The config that transformers makes of the file's metadata: the oracle sees the same one."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        read = AutoConfig.from_pretrained(source.folder, gguf_file=file_name)
+    except (ValueError, KeyError, OSError) as error:
+        raise SourceError(
+            source.spec, f"metadata that transformers cannot read ({error})", "a model's GGUF file"
+        ) from error
+    config: dict[str, Any] = {
+        **read.to_diff_dict(),
+        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[read.model_type]],
+        "tie_word_embeddings": read.tie_word_embeddings,
+        "dtype": "float32",  # what the dequantized weights are
+    }
+    return {key: value for key, value in config.items() if not key.endswith("name_or_path")}

@@ -1,0 +1,141 @@
+"""The header of a GGUF file, read with bounds.
+
+A 43-byte file that claims an array of 2^63 items hangs readers that believe it, so every count is
+held against the bytes that are left. Format: https://github.com/ggml-org/ggml, docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from adaptrix_export.errors import SourceError
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+MAX_DIMS = 4
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """`shape` in PyTorch's order (slowest axis first); `offset` counts from byte 0 of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    metadata: Mapping[str, Any]
+    tensors: tuple[GgufTensor, ...]
+
+
+class _Reader:
+    def __init__(self, data: mmap.mmap, place: str) -> None:
+        self.data, self.at, self.place = data, 0, place
+
+    def fail(self, found: str, expected: str) -> SourceError:
+        return SourceError(self.place, found, expected, "fetch the file again")
+
+    def take(self, form: str) -> Any:
+        size = struct.calcsize("<" + form)
+        if size > len(self.data) - self.at:
+            raise self.fail(f"{len(self.data)} bytes", "a whole GGUF header")
+        (value,) = struct.unpack_from("<" + form, self.data, self.at)
+        self.at += size
+        return value
+
+    def count(self, smallest: int) -> int:
+        """A count of items that take at least `smallest` bytes each."""
+        n: int = self.take("Q")
+        if n * smallest > len(self.data) - self.at:
+            raise self.fail(f"a count of {n} at byte {self.at - 8}", "one that fits the file")
+        return n
+
+    def string(self) -> str:
+        n = self.count(1)
+        raw = self.data[self.at : self.at + n]
+        self.at += n
+        return raw.decode("utf-8", errors="replace")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY and depth < 2:
+            item = self.take("I")
+            size = struct.calcsize(_SCALARS[item]) if item in _SCALARS else 8
+            return [self.value(item, depth + 1) for _ in range(self.count(size))]
+        if kind in _SCALARS:
+            return self.take(_SCALARS[kind])
+        raise self.fail(f"value type {kind} at byte {self.at}", "a type of GGUF version 3")
+
+
+def read_gguf(path: Path) -> GgufHeader:
+    """Metadata and tensor directory. Raises SourceError for anything that does not add up."""
+    if path.stat().st_size < 24:
+        raise SourceError(path.name, f"{path.stat().st_size} bytes", "a GGUF file")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        reader = _Reader(data, path.name)
+        if data[:4] != b"GGUF":
+            raise reader.fail(f"magic {data[:4]!r}", "b'GGUF'")
+        reader.at = 4
+        version = reader.take("I")
+        if version not in (2, 3):
+            raise reader.fail(f"GGUF version {version}", "2 or 3")
+        tensor_count, pair_count = reader.count(24), reader.count(12)
+        metadata = {}
+        for _ in range(pair_count):
+            key = reader.string()
+            metadata[key] = reader.value(reader.take("I"))
+        entries = [_entry(reader) for _ in range(tensor_count)]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise reader.fail(f"alignment {alignment}", "a positive number")
+        start = -(-reader.at // alignment) * alignment
+        tensors = tuple(_placed(reader, e, start, len(data)) for e in entries)
+    if len({t.name for t in tensors}) != len(tensors):
+        raise SourceError(path.name, "a tensor name that stands twice", "each name once")
+    return GgufHeader(metadata, tensors)
+
+
+def _entry(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
+    name, dims = reader.string(), reader.take("I")
+    if dims > MAX_DIMS:
+        raise reader.fail(f"{name}: {dims} dimensions", f"at most {MAX_DIMS}")
+    shape = tuple(reversed([reader.take("Q") for _ in range(dims)]))
+    return name, shape, reader.take("I"), reader.take("Q")
+
+
+def _placed(
+    reader: _Reader, entry: tuple[str, tuple[int, ...], int, int], start: int, size: int
+) -> GgufTensor:
+    name, shape, kind, offset = entry
+    tensor = GgufTensor(name, shape, kind, start + offset)
+    if tensor.offset + stored_bytes(reader.place, tensor) > size:
+        raise reader.fail(f"{name} ends past the file's {size} bytes", "the whole tensor")
+    return tensor
+
+
+def stored_bytes(place: str, tensor: GgufTensor) -> int:
+    """Bytes that the tensor takes in the file."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.ggml_type)]
+    except (ValueError, KeyError):
+        raise SourceError(
+            f"{place}: {tensor.name}", f"ggml type {tensor.ggml_type}", "a known one"
+        ) from None
+    values = prod(tensor.shape)
+    if tensor.shape and tensor.shape[-1] % block:
+        raise SourceError(
+            f"{place}: {tensor.name}", f"rows of {tensor.shape[-1]}", f"a multiple of {block}"
+        )
+    return int(values // block * size)

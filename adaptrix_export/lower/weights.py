@@ -1,0 +1,62 @@
+"""How a graph's initializer is made from the base's tensors: data, not code.
+
+A front end may transpose a weight, cut a fused one apart, or stack several. Each initializer is
+therefore bound to an expression over tensor names, kept as nested lists so that the manifest can
+carry it and a check can evaluate it again:
+
+    ["tensor", name]                    ["transpose", [1, 0], e]      ["reshape", [shape], e]
+    ["slice", axis, start, stop, e]     ["concat", axis, [e, ...]]    ["affine", scale, shift, e]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from adaptrix_export.plan import Array
+
+Expression = list[Any]
+
+
+def tensor(name: str) -> Expression:
+    return ["tensor", name]
+
+
+def names(expression: Expression) -> Iterator[str]:
+    """Every tensor name that the expression reads, in order, repeats included."""
+    kind, *rest = expression
+    if kind == "tensor":
+        yield rest[0]
+    elif kind == "concat":
+        for part in rest[1]:
+            yield from names(part)
+    else:
+        yield from names(rest[-1])
+
+
+def evaluate(expression: Expression, read: Callable[[str], Array]) -> Array:
+    """The initializer's values, with `read` giving the values of a tensor by name.
+
+    Works in the dtype that `read` returns. The result may be a view; it is contiguous only if
+    the caller makes it so.
+    """
+    kind, *rest = expression
+    if kind == "tensor":
+        return read(rest[0])
+    if kind == "concat":
+        axis, parts = rest
+        return np.concatenate([evaluate(part, read) for part in parts], axis=axis)
+    value = evaluate(rest[-1], read)
+    if kind == "transpose":
+        return value.transpose(rest[0])
+    if kind == "reshape":
+        return value.reshape(rest[0])
+    if kind == "slice":
+        axis, start, stop = rest[:3]
+        return value[(slice(None),) * axis + (slice(start, stop),)]
+    if kind == "affine":
+        scale, shift = rest[:2]
+        return value * value.dtype.type(scale) + value.dtype.type(shift)
+    raise ValueError(f"unknown weight expression {kind!r}")

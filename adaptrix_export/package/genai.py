@@ -1,0 +1,144 @@
+"""genai_config.json, so that onnxruntime-genai loads the artifact folder as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adaptrix_export.errors import MachineError
+
+GRAPH = "model.onnx"
+
+# Types that onnxruntime-genai 0.18 runs with its plain decoder loop under transformers' own name.
+# All others, its `gpt2` included (which wants keys and values in one tensor), run as `decoder`.
+KNOWN_TYPES = frozenset(
+    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 phimoe granite olmo smollm3 "
+    "nemotron internlm2 ernie4_5".split()
+)
+GENERIC_TYPE = "decoder"
+
+# A number by the names that model families give it, first found wins.
+CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "n_ctx",
+)
+HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "n_embed")
+# For families without a limit (ALiBi): genai insists on a number and allocates nothing from it.
+UNLIMITED_CONTEXT = 32768
+
+_PAST, _PRESENT = "past_key_values.", "present."
+
+
+def genai_config(
+    graph: Path, config: Mapping[str, Any], generation: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The configuration of the decoder in `graph`, or None if the graph has no KV cache.
+
+    `config` is the model's config.json, `generation` its generation_config.json. Input and output
+    names come from the graph itself.
+    """
+    inputs, outputs, cache_shape = _interface(graph)
+    if cache_shape is None:
+        return None
+    text = text_config(config)
+    context = _first(text, CONTEXT_KEYS) or UNLIMITED_CONTEXT
+    names = {name: name for name in inputs if not name.startswith(_PAST)}
+    _, kv_heads, _, head_size = cache_shape
+    decoder = {
+        "filename": graph.name,
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "head_size": head_size,
+        "hidden_size": _first(text, WIDTH_KEYS),
+        "num_attention_heads": _first(text, HEAD_KEYS),
+        "num_hidden_layers": sum(n.startswith(_PAST) and n.endswith(".key") for n in inputs),
+        "num_key_value_heads": kv_heads,
+        "inputs": {
+            **names,
+            "past_key_names": f"{_PAST}%d.key",
+            "past_value_names": f"{_PAST}%d.value",
+        },
+        "outputs": {
+            **{name: name for name in outputs if not name.startswith(_PRESENT)},
+            "present_key_names": f"{_PRESENT}%d.key",
+            "present_value_names": f"{_PRESENT}%d.value",
+        },
+    }
+    kind = str(text.get("model_type", ""))
+    return {
+        "model": {
+            "type": kind if kind in KNOWN_TYPES else GENERIC_TYPE,
+            **token_ids(config, generation),
+            "vocab_size": text["vocab_size"],
+            "context_length": context,
+            "decoder": decoder,
+        },
+        "search": _greedy(context),
+    }
+
+
+def _greedy(context: int) -> dict[str, Any]:
+    return {
+        "do_sample": False,
+        "early_stopping": True,
+        "max_length": context,
+        "min_length": 0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        # A shared buffer is allocated for max_length at once, 0.4 GB for SmolLM2's 8192 tokens,
+        # and is right only where every attention node takes its length from the mask.
+        "past_present_share_buffer": False,
+        "repetition_penalty": 1.0,
+        "temperature": 1.0,
+        "top_k": 1,
+        "top_p": 1.0,
+    }
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that describes the language model."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, Mapping) else config
+
+
+def token_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
+    """bos, eos (a list) and pad, where either file names them; generation_config.json wins."""
+    text = text_config(config)
+
+    def of(key: str) -> Any:
+        found = (source.get(key) for source in (generation, config, text))
+        return next((value for value in found if value is not None), None)
+
+    eos = of("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    pad = of("pad_token_id")
+    known = {
+        "bos_token_id": of("bos_token_id"),
+        "eos_token_id": ids,
+        # genai pads with it even in a batch of one; transformers falls back on eos likewise.
+        "pad_token_id": pad if pad is not None else next(iter(ids), 0),
+    }
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def _first(config: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    return next((config[key] for key in keys if config.get(key) is not None), None)
+
+
+def _interface(graph: Path) -> tuple[list[str], list[str], tuple[Any, ...] | None]:
+    """Input names, output names and the shape of the first key cache, weights left on disk."""
+    import onnx_ir
+
+    try:
+        model = onnx_ir.load(graph)
+    except Exception as error:  # protobuf's and onnx_ir's errors share no narrower base
+        raise MachineError(str(graph), f"cannot be read back ({error})") from error
+    inputs = {value.name or "": value.shape for value in model.graph.inputs}
+    outputs = [value.name or "" for value in model.graph.outputs]
+    shape = inputs.get(f"{_PAST}0.key")
+    return list(inputs), outputs, tuple(shape) if shape is not None else None

@@ -1,0 +1,346 @@
+"""What to build, as data: a YAML file, flags, or a call, all to the same frozen `Recipe`.
+
+A file gives every key by its name below. A flag of `build` or `--set key=value` (dotted:
+`--set parity.level=fast`) wins over the file. Paths that are relative, in a file too, are taken from
+the current working directory, as those on a command line are.
+
+Every failure is a `RecipeError`: place, found, expected, remedy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from adaptrix_export.errors import RecipeError
+from adaptrix_export.recipe_errors import misuse, one_of, refusal, shown
+from adaptrix_export.recipe_yaml import parse
+
+MAX_BYTES = 1_000_000  # of a recipe file; a long one is a few hundred
+SOURCES = "a folder, a .gguf file, hf:org/name@revision or package:NAME/FILE"
+
+
+class _Word(str, Enum):
+    """One of a few words; prints as the word, on every Python."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Target(_Word):
+    ONNX = "onnx"
+    SAFETENSORS = "safetensors"
+
+
+class Frontend(_Word):
+    AUTO = "auto"
+    NATIVE = "native"
+
+
+class Task(_Word):
+    AUTO = "auto"
+    TEXT_GENERATION = "text-generation"
+
+
+class Provider(_Word):
+    CPU = "cpu"
+
+
+class Precision(_Word):
+    AUTO = "auto"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+class ParityLevel(_Word):
+    FULL = "full"
+    FAST = "fast"
+    OFF = "off"
+
+
+# What each target can be written in today; the other words are known, and refused.
+PRECISIONS: dict[Target, tuple[Precision, ...]] = {
+    Target.ONNX: (Precision.AUTO, Precision.FP32),
+    Target.SAFETENSORS: (Precision.AUTO,),
+}
+
+
+def _one_line(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise refusal(repr(text), "a name on one line")
+    return text
+
+
+def _path(path: object) -> object:
+    """Before pydantic makes a Path of it, which turns nothing into the current folder."""
+    _one_line("" if path is None else str(path))
+    return path
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+LinePath = Annotated[Path, BeforeValidator(_path)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AdapterSpec(_Section):
+    """One adapter. A plain string stands for `{source: that string}`."""
+
+    source: Line = Field(description=f"The adapter: {SOURCES}.")
+    name: str = Field(
+        default="",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="What to call it; by default the last part of its source.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            data = {"source": data}
+        if not isinstance(data, (dict, cls)):
+            raise refusal(shown(data), "a source, or {source: ..., name: ...}")
+        if isinstance(data, dict) and "name" not in data and isinstance(data.get("source"), str):
+            data = {**data, "name": default_name(data["source"])}
+        return data
+
+
+class Parity(_Section):
+    """The proof that the artifact computes what PyTorch and PEFT compute."""
+
+    level: ParityLevel = Field(
+        default=ParityLevel.FULL,
+        description="full: every case; fast: fewer and shorter cases; off: none, and the artifact "
+        "is marked unverified.",
+    )
+    text: LinePath | None = Field(
+        default=None, description="A UTF-8 text file to compare on, instead of the built-in text."
+    )
+    decode_steps: int = Field(
+        default=32,
+        ge=1,
+        le=4096,
+        strict=True,
+        description="Tokens that are decoded greedily with the cache and compared one by one.",
+    )
+
+
+class Recipe(_Section):
+    """One build: a base, its adapters, and what to make of them."""
+
+    base: Line = Field(description=f"The base model: {SOURCES}.")
+    adapters: tuple[AdapterSpec, ...] = Field(
+        min_length=1,
+        description="The adapters to merge, in order; `adapter: X` is short for a list of one.",
+    )
+    target: Target = Field(
+        description="onnx: one graph for ONNX Runtime; safetensors: a merged checkpoint."
+    )
+    out: LinePath = Field(description="The folder to publish; it must not exist yet.")
+    frontend: Frontend = Field(
+        default=Frontend.AUTO, description="What draws the base's graph, for onnx targets."
+    )
+    task: Task = Field(
+        default=Task.AUTO, description="What the model is for; auto reads it from its config."
+    )
+    provider: Provider = Field(
+        default=Provider.CPU, description="The execution provider that the graph is made for."
+    )
+    precision: Precision = Field(
+        default=Precision.AUTO,
+        description="Number format of the weights; auto is fp32 for onnx and the base's own for "
+        "safetensors.",
+    )
+    parity: Parity = Field(
+        default=Parity(), description="How the artifact is proved before it is published."
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check(cls, data: Any, handler: Callable[[Any], Recipe], info: ValidationInfo) -> Recipe:
+        """Turns pydantic's errors into ours, for every way of making a Recipe."""
+        context = info.context or {}
+        place = context.get("place", "recipe")
+        if not isinstance(data, (Mapping, cls)):
+            raise RecipeError(place, shown(data), "keys and values", "see `adaptrix-export schema`")
+        flags = context.get("flags", {})
+        try:
+            recipe = handler(_long_form(data) if isinstance(data, Mapping) else data)
+            recipe._fits_together()
+        except ValidationError as error:
+            raise misuse(cls, error.errors(), place, flags) from error
+        except PydanticCustomError as error:
+            detail = {"type": error.type, "loc": (), "msg": error.message(), "ctx": error.context}
+            raise misuse(cls, [detail], place, flags) from error
+        return recipe
+
+    def _fits_together(self) -> None:
+        """What no single field can tell."""
+        possible = PRECISIONS[self.target]
+        if self.precision not in possible:
+            raise refusal(
+                f"{self.precision} with target {self.target}",
+                one_of(possible),
+                "other precisions are not written yet",
+                key="precision",
+            )
+        names = [adapter.name for adapter in self.adapters]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise refusal(
+                f"two adapters named {twice!r}",
+                "a name for each",
+                "write them as {source: ..., name: ...}",
+                key="adapters",
+            )
+
+
+def default_name(source: str) -> str:
+    """`hf:org/name@revision` -> name; `folder/pydoc/` -> pydoc; `package:p/a.gguf` -> a."""
+    path = source.partition("@")[0] if source.startswith("hf:") else source
+    last = re.split(r"[/\\:]", path.rstrip("/\\"))[-1].removesuffix(".gguf")
+    if last in ("", ".", ".."):
+        last = Path(path).resolve().name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._") or "adapter"
+
+
+def load_recipe(
+    path: Path, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Read a recipe file; `flags` and `overrides` win over it (see `make_recipe`)."""
+    return make_recipe(read_document(path), str(path), flags, overrides)
+
+
+def make_recipe(
+    document: Mapping[str, Any],
+    place: str = "recipe",
+    flags: Mapping[str, Any] | None = None,
+    overrides: Iterable[str] = (),
+) -> Recipe:
+    """A Recipe from a document, then `flags` (dotted key -> value), then `key=value` overrides.
+
+    `place` names the document in errors. Raises RecipeError.
+    """
+    changed = deepcopy(dict(document))
+    origins: dict[str, str] = {}
+    for key, value in (flags or {}).items():
+        _assign(changed, key, value)
+        origins[key] = f"--{key.partition('.')[0].removesuffix('s')}"
+    settings = list(overrides)
+    changed = with_overrides(changed, settings)
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        origins[key] = f"--set {key}"
+    return Recipe.model_validate(changed, context={"place": place, "flags": origins})
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe file, not checked any further."""
+    place = str(path)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise RecipeError(place, "no such file", "a recipe", "check the spelling") from error
+    except OSError as error:
+        raise RecipeError(place, str(error.strerror or error), "a readable file") from error
+    if len(raw) > MAX_BYTES:
+        raise RecipeError(place, f"more than {MAX_BYTES} bytes", "a recipe", "is this the file?")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(place, f"byte {error.start} is not UTF-8", "UTF-8 text") from error
+    document = parse(text, place)
+    if not isinstance(document, dict):
+        remedy = "write lines such as `base: FOLDER`"
+        raise RecipeError(place, shown(document), "keys and values", remedy)
+    return document
+
+
+def with_overrides(document: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """The document with each `key=value` applied; the key is dotted, the value is YAML."""
+    changed = deepcopy(dict(document))
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise RecipeError(f"--set {text}", "no key and value", "key=value")
+        _assign(changed, key, parse(value, f"--set {key}"))
+    return changed
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a recipe file, short forms included."""
+    schema = Recipe.model_json_schema()
+    adapter = {"$ref": "#/$defs/AdapterSpec"}
+    either = {"anyOf": [{"type": "string", "minLength": 1}, adapter]}
+    properties = schema["properties"]
+    properties["adapters"]["items"] = either
+    properties["adapter"] = {**either, "description": "Short for `adapters` with one in it."}
+    schema["required"].remove("adapters")
+    schema["oneOf"] = [{"required": ["adapters"]}, {"required": ["adapter"]}]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a value by its dotted key, in place; a number goes into a list."""
+    *parents, last = dotted.split(".")
+    if (parents or [last])[0] in ("adapter", "adapters"):
+        _list_adapters(document, keep=bool(parents))
+    here: Any = document
+    for part in parents:
+        if isinstance(here, list):
+            here = _element(here, part, dotted)
+        else:
+            here = here.setdefault(part, {})
+        if not isinstance(here, (dict, list)):
+            raise RecipeError(f"--set {dotted}", f"{part} = {shown(here)}", "a key with keys below it")
+    if isinstance(here, list):
+        _element(here, last, dotted)
+        here[int(last)] = value
+    else:
+        here[last] = value
+
+
+def _list_adapters(document: dict[str, Any], keep: bool) -> None:
+    """Give adapters in their long form, or none at all, before a flag sets them."""
+    adapters = _long_form(document).get("adapters")
+    document.pop("adapter", None)
+    document.pop("adapters", None)
+    if keep and isinstance(adapters, list):
+        document["adapters"] = [{"source": a} if isinstance(a, str) else a for a in adapters]
+
+
+def _element(items: list[Any], part: str, dotted: str) -> Any:
+    if not part.isdecimal() or int(part) >= len(items):
+        raise RecipeError(f"--set {dotted}", part, f"a number from 0 to {len(items) - 1}")
+    return items[int(part)]
+
+
+def _long_form(document: Mapping[str, Any]) -> dict[str, Any]:
+    """`adapter: X` as `adapters: [X]`, unless both are given: then `adapter` is an unknown key."""
+    long = dict(document)
+    if "adapter" in long and "adapters" not in long:
+        long["adapters"] = [long.pop("adapter")]
+    return long
