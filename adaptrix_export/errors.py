@@ -17,6 +17,8 @@ Each message is one line: place, what was found, what was expected, and what to 
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class AdaptrixError(Exception):
     """Root. `place: found, expected ...; remedy`, with the parts kept for `--json`."""
@@ -72,7 +74,9 @@ class ProofError(AdaptrixError):
 
 
 class ParityError(ProofError):
-    pass
+    """`report` is the whole parity report, when there is one."""
+
+    report: dict[str, Any] | None = None
 
 
 class VerificationError(ProofError):

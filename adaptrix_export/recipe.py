@@ -1,8 +1,8 @@
 """What to build, as data: a YAML file, flags, or a call, all to the same frozen `Recipe`.
 
 A file gives every key by its name below. A flag of `build` or `--set key=value` (dotted:
-`--set parity.level=fast`) wins over the file. Paths that are relative, in a file too, are taken from
-the current working directory, as those on a command line are.
+`--set parity.level=fast`) wins over the file. Relative paths, those in a file too, are taken from
+the current working directory.
 
 Every failure is a `RecipeError`: place, found, expected, remedy.
 """
@@ -315,7 +315,9 @@ def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:
         else:
             here = here.setdefault(part, {})
         if not isinstance(here, (dict, list)):
-            raise RecipeError(f"--set {dotted}", f"{part} = {shown(here)}", "a key with keys below it")
+            raise RecipeError(
+                f"--set {dotted}", f"{part} = {shown(here)}", "a key with keys below it"
+            )
     if isinstance(here, list):
         _element(here, last, dotted)
         here[int(last)] = value

@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a recipe, in this program's words: place, found, expected, remedy."""
+"""What pydantic found wrong with a recipe, as place, found, expected and remedy."""
 
 from __future__ import annotations
 

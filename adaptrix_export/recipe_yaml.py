@@ -1,8 +1,8 @@
 """YAML as a recipe uses it: plain data, every key once, words stay words.
 
-Stricter than `yaml.safe_load`: a key given twice, an anchor, a tag and deep nesting are errors. Only
-`true` and `false` are booleans, as YAML 1.2 has it, so that `level: off` is the word off; a date is
-a word, too.
+Stricter than `yaml.safe_load`: a key given twice, an alias, a tag and deep nesting are errors.
+Only `true` and `false` are booleans, as YAML 1.2 has it, so that `level: off` is the word off; a
+date is a word, too.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def parse(text: str, place: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{place}:{mark.line + 1}" if mark and "\n" in text else place
-        raise RecipeError(where, error.problem or error.context or "damaged", "plain YAML") from error
+        problem = error.problem or error.context or "damaged"
+        raise RecipeError(where, problem, "plain YAML") from error
     except yaml.YAMLError as error:
         raise RecipeError(place, str(error), "plain YAML") from error
     except ValueError as error:  # `!!int x`, or more digits than Python converts

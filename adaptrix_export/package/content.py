@@ -1,0 +1,149 @@
+"""The files beside the weights: configs, tokenizer, chat template, genai_config.json."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from adaptrix_export.lower.artifact import Artifact
+from adaptrix_export.package.genai import GRAPH, genai_config, token_ids
+from adaptrix_export.package.model_config import portable_config
+from adaptrix_export.plan import Base, Plan
+
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+GENAI = "genai_config.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+# Whatever a tokenizer of transformers is made of, by any of its names; copied byte for byte.
+TOKENIZER_FILES = (
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "*.tiktoken",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece*.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+COPIED = (*TOKENIZER_FILES, GENERATION)
+
+# Precision as recipes name it -> dtype as config.json does. An integer artifact computes in fp32.
+DTYPES = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "int8": "float32",
+    "int4": "float32",
+}
+
+# Keys of a fresh tokenizer_config.json that say how it was loaded, not what it is.
+_LOADING_KEYS = ("backend", "is_local", "local_files_only", "name_or_path")
+_CONFIG_PATH_KEYS = ("_name_or_path", "name_or_path")
+
+
+def write_package(artifact: Artifact, plan: Plan) -> None:
+    """Write everything a runtime needs beside the weights in `artifact.folder`.
+
+    safetensors: config.json as in the base, byte for byte unless the merge changed keys of it.
+    onnx: a config.json that transformers 4 and 5 read alike, and genai_config.json where the
+    graph is a decoder. Tokenizer files are the base's own; a GGUF base has them made from its
+    metadata.
+    """
+    stage, base = artifact.folder, plan.base
+    is_graph = artifact.target.startswith("onnx")
+    if base.gguf_file is not None:
+        _tokenizer_from_gguf(base, stage)
+    else:
+        _copy(base.folder, stage)
+        if is_graph:
+            _complete_tokenizer(base, stage)
+    if is_graph or base.gguf_file is not None:
+        _write_generation(stage, base.config)
+    _write_config(artifact, base, is_graph)
+    if is_graph and (stage / GRAPH).exists():
+        genai = genai_config(stage / GRAPH, _read(stage / CONFIG), _read(stage / GENERATION))
+        if genai is not None:
+            _write(stage / GENAI, genai)
+
+
+def _copy(folder: Path, stage: Path) -> None:
+    for pattern in COPIED:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file():
+                # Through links: the hub cache is a folder of links into a store of blobs.
+                shutil.copyfile(path, stage / path.name)
+
+
+def _write_config(artifact: Artifact, base: Base, is_graph: bool) -> None:
+    path = artifact.folder / CONFIG
+    if is_graph or base.gguf_file is not None:
+        dtype = DTYPES.get(artifact.precision)
+        config = portable_config(base.config, dtype) | dict(artifact.config_changes)
+        if base.gguf_file is not None:
+            config = {k: v for k, v in config.items() if k not in _CONFIG_PATH_KEYS}
+        _write(path, config)
+    elif artifact.config_changes:
+        _write(path, _read(base.folder / CONFIG) | dict(artifact.config_changes))
+    else:
+        shutil.copyfile(base.folder / CONFIG, path)
+
+
+def _write_generation(stage: Path, config: Mapping[str, Any]) -> None:
+    """A generation_config.json for a base without one: where to start, stop and pad."""
+    path = stage / GENERATION
+    if not path.exists():
+        ids = token_ids(config, {})
+        eos = ids["eos_token_id"]
+        # transformers takes a lone id or a list; an empty list would stop nothing and is left out.
+        _write(path, {k: v for k, v in ids.items() if k != "eos_token_id" or eos})
+
+
+def _tokenizer_from_gguf(base: Base, stage: Path) -> None:
+    """Tokenizer files from GGUF metadata, the same bytes wherever the file lies.
+
+    `AutoTokenizer` would make the same tokenizer after parsing the file a second time, slowly.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base.folder, gguf_file=base.gguf_file)
+    tokenizer.save_pretrained(stage)
+    path = stage / TOKENIZER_CONFIG
+    config = {k: v for k, v in _read(path).items() if k not in _LOADING_KEYS}
+    # transformers 4 does not know the name that 5 writes, TokenizersBackend.
+    _write(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _complete_tokenizer(base: Base, stage: Path) -> None:
+    """Add tokenizer.json, which ONNX runtimes read, where a base has only its older forms."""
+    older = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if (stage / TOKENIZER).exists() or not any((stage / name).exists() for name in older):
+        return
+    from transformers import AutoTokenizer
+
+    with TemporaryDirectory(dir=stage) as scratch:
+        AutoTokenizer.from_pretrained(base.folder).save_pretrained(scratch)
+        converted = Path(scratch, TOKENIZER)
+        if converted.exists():
+            shutil.copyfile(converted, stage / TOKENIZER)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")

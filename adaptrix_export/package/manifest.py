@@ -1,0 +1,213 @@
+"""manifest.json: what went in, what came out, and what was proved, by hash.
+
+Two builds of the same recipe with the same versions give the same manifest, so it holds no clock
+and no path of the machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from adaptrix_export.errors import MachineError, SourceError
+from adaptrix_export.lower.artifact import Artifact
+from adaptrix_export.package.hashes import (
+    FileHash,
+    InputFile,
+    files_under,
+    hash_file,
+    hash_folder,
+)
+from adaptrix_export.plan import Plan
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+TOOL = "adaptrix-export"
+
+# Whose versions decide the bytes. The two builds of ONNX Runtime exclude each other.
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "mobius-onnx",
+    "safetensors",
+    "numpy",
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One way in which a folder is not what its manifest says."""
+
+    file: str
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.found}, expected {self.expected}"
+
+
+def build_manifest(
+    artifact: Artifact,
+    plan: Plan,
+    *,
+    recipe: Mapping[str, Any],
+    inputs: Iterable[InputFile],
+    provider: str | None,
+    parity: str,
+    report_sha256: str | None,
+) -> dict[str, Any]:
+    """The manifest of all that lies in `artifact.folder` now, each file read back and hashed.
+
+    `parity` is "proved" or "unverified"; `report_sha256` is the hash of report.json, if any.
+    Raises MachineError if a file no longer holds what lowering wrote.
+    """
+    return {
+        "format": FORMAT,
+        "tool": {"name": TOOL, "version": _version(TOOL) or "unknown"},
+        "target": artifact.target,
+        "frontend": artifact.frontend,
+        "provider": provider,
+        "precision": artifact.precision,
+        # Where the artifact goes does not change it.
+        "recipe": without_machine_paths({k: v for k, v in recipe.items() if k != "out"}),
+        "inputs": [
+            {"spec": without_machine_paths(i.spec), "file": i.file, **i.hash.as_dict()}
+            for i in inputs
+        ],
+        "outputs": {name: h.as_dict() for name, h in _read_back(artifact).items()},
+        "versions": {name: v for name in LIBRARIES if (v := _version(name)) is not None},
+        "history": list(plan.history),
+        "sites": [site.path for site in plan.sites()],
+        "untied": list(artifact.untied),
+        "weights": {name: list(e) for name, e in artifact.weights.items()},
+        "parity": {"verdict": parity, "report_sha256": report_sha256},
+    }
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write manifest.json, keys sorted."""
+    text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a published artifact. Raises SourceError if there is none that we know."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise SourceError(
+            str(folder),
+            f"no {MANIFEST}",
+            "an artifact folder",
+            "name a folder that `adaptrix-export build` made",
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SourceError(str(path), f"not JSON ({error})", "a manifest", "build again") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise SourceError(
+            str(path),
+            f"manifest format {found!r}",
+            f"format {FORMAT}",
+            "use the adaptrix-export that built it, or build again",
+        )
+    return dict(manifest)
+
+
+def check_hashes(folder: Path) -> list[Problem]:
+    """Every file that is missing, changed or not listed; an empty list means all is as built.
+
+    Raises SourceError for a folder without a readable manifest, or with one whose names lead out
+    of the folder.
+    """
+    listed = dict(_listed(folder, read_manifest(folder)))
+    present = {name: path for name, path in files_under(folder) if name != MANIFEST}
+    problems = []
+    for name in sorted(listed.keys() | present.keys()):
+        if name not in present:
+            problems.append(Problem(name, "missing", "a file"))
+        elif name not in listed:
+            problems.append(Problem(name, "present", "no such file by the manifest"))
+        else:
+            problems += _compare(name, listed[name], hash_file(present[name]))
+    return problems
+
+
+def _compare(name: str, expected: FileHash, found: FileHash) -> list[Problem]:
+    if found.bytes != expected.bytes:
+        return [Problem(name, f"{found.bytes} bytes", f"{expected.bytes} bytes")]
+    if found.sha256 != expected.sha256:
+        return [Problem(name, f"sha256 {found.sha256}", expected.sha256)]
+    return []
+
+
+def _listed(folder: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[str, FileHash]]:
+    outputs = manifest.get("outputs")
+    if not isinstance(outputs, dict):
+        raise SourceError(str(folder / MANIFEST), "no outputs", "file name -> hash", "build again")
+    for name, entry in outputs.items():
+        fields = entry if isinstance(entry, dict) else {}
+        size, digest = fields.get("bytes"), fields.get("sha256")
+        if not _stays_inside(name) or not isinstance(size, int) or not isinstance(digest, str):
+            raise SourceError(
+                str(folder / MANIFEST),
+                f"outputs names {name!r}: {entry!r}",
+                "a relative file name with bytes and sha256",
+                "do not trust this folder; build again",
+            )
+        yield name, FileHash(size, digest)
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a manifest's file name is relative and leads nowhere else, on any system."""
+    if not name or "\\" in name or "\0" in name or PureWindowsPath(name).drive:
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name
+
+
+def _read_back(artifact: Artifact) -> dict[str, FileHash]:
+    """Hashes of the staged files; those that lowering hashed while writing must agree."""
+    found = hash_folder(artifact.folder, skip=frozenset({MANIFEST}))
+    for name, written in artifact.hashes.items():
+        if name not in found or found[name].sha256 != written:
+            raise MachineError(
+                name,
+                f"reads back as {found[name].sha256 if name in found else 'missing'}",
+                f"{written} as written",
+                "check the disk and build again",
+            )
+    return found
+
+
+def without_machine_paths(value: Any) -> Any:
+    """`value` with every absolute path in it cut to `path:<last part>`."""
+    if isinstance(value, Mapping):
+        return {str(k): without_machine_paths(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_machine_paths(v) for v in value]
+    if isinstance(value, Path):
+        value = str(value)
+    if not isinstance(value, str):
+        return value
+    windows = PureWindowsPath(value)
+    if value.startswith(("/", "~")) or windows.is_absolute():
+        return f"path:{windows.name}"  # splits at both kinds of slash
+    return value
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

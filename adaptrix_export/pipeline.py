@@ -1,0 +1,146 @@
+"""The compiler on one screen: recipe in, proved artifact out.
+
+    recipe -> open base -> open adapters -> verify -> passes, each followed by verify
+           -> lower -> package -> parity -> publish
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adaptrix_export.check.job import Job
+from adaptrix_export.check.parity import prove
+from adaptrix_export.check.report import save, summary
+from adaptrix_export.errors import ParityError
+from adaptrix_export.load import open_adapter, open_base
+from adaptrix_export.lower import LOWERINGS
+from adaptrix_export.lower.artifact import Artifact
+from adaptrix_export.package import (
+    InputHashes,
+    build_manifest,
+    hash_file,
+    publish,
+    staging,
+    write_manifest,
+    write_package,
+)
+from adaptrix_export.passes.compose import Compose
+from adaptrix_export.plan import Pass, Plan
+from adaptrix_export.progress import Progress, Silent
+from adaptrix_export.recipe import ParityLevel, Recipe
+from adaptrix_export.verify import verify
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a build made: where, how it was proved (None: not at all), and what to know of it."""
+
+    out: Path
+    report: dict[str, Any] | None
+    manifest: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
+    """Build, prove and publish one artifact; nothing is published if anything fails.
+
+    Raises InputError for what cannot be built, ParityError (with `.report`) for what was built
+    and is not right, MachineError for a machine that gave up.
+    """
+    progress = progress or Silent()
+    original = open_plan(recipe)
+    plan = verify(original)
+    for step in passes(recipe):
+        plan = verify(step(plan))
+    lowering = LOWERINGS[recipe.target.value]
+    with staging(recipe.out, lowering.estimate(plan)) as stage:
+        inputs = InputHashes(original)
+        artifact = lowering.lower(plan, stage, progress)
+        write_package(artifact, plan)
+        report = check(recipe, original, artifact, progress)
+        manifest = build_manifest(
+            artifact,
+            plan,
+            recipe=recipe.model_dump(mode="json"),
+            inputs=inputs.result(),
+            provider=recipe.provider.value if artifact.frontend else None,
+            parity="proved" if report else "unverified",
+            report_sha256=hash_file(stage / REPORT).sha256 if report else None,
+        )
+        write_manifest(stage, manifest)
+        with progress.stage("publish"):
+            publish(stage, recipe.out)
+    return Outcome(recipe.out, report, manifest, notes(plan, artifact))
+
+
+def open_plan(recipe: Recipe) -> Plan:
+    """The plan before any pass: base and adapters as they are on disk, headers only."""
+    base = open_base(recipe.base)
+    adapters = tuple(open_adapter(a.source, base, a.name) for a in recipe.adapters)
+    return Plan(base, adapters)
+
+
+def passes(recipe: Recipe) -> tuple[Pass, ...]:
+    """What happens to the plan, in order."""
+    return (Compose(),)
+
+
+def check(
+    recipe: Recipe, original: Plan, artifact: Artifact, progress: Progress
+) -> dict[str, Any] | None:
+    """Prove the staged artifact and put report.json into it; None with parity off.
+
+    A failed proof is saved as `<out>.rejected.json` and raised.
+    """
+    if recipe.parity.level is ParityLevel.OFF:
+        return None
+    report = prove(parity_job(recipe, original, artifact), progress)
+    if not report["passed"]:
+        rejected = recipe.out.with_name(recipe.out.name + ".rejected.json")
+        save(report, rejected)
+        error = ParityError(
+            str(recipe.out), summary(report), "parity", f"nothing was published; see {rejected}"
+        )
+        error.report = report
+        raise error
+    save(report, artifact.folder / REPORT)
+    return report
+
+
+def parity_job(recipe: Recipe, original: Plan, artifact: Artifact) -> Job:
+    """What the check needs to know: the artifact, and the original files it came from."""
+    text = recipe.parity.text
+    return Job(
+        target=artifact.target,
+        artifact=artifact.folder,
+        base_folder=original.base.folder,
+        precision=artifact.precision,
+        weights=artifact.weights,
+        gguf_file=original.base.gguf_file,
+        adapters=tuple((a.name, a.folder) for a in original.adapters),
+        level=recipe.parity.level.value,
+        decode_steps=recipe.parity.decode_steps,
+        text=read_text(text) if text else None,
+    )
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file of the user's, or RecipeError."""
+    from adaptrix_export.errors import RecipeError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError("parity.text", f"{path} ({error})", "a UTF-8 text file") from error
+
+
+def notes(plan: Plan, artifact: Artifact) -> tuple[str, ...]:
+    """What a user should know beyond 'done'."""
+    return tuple(
+        f"{name} shared its weights with {plan.base.tied[name]} and has its own now"
+        for name in artifact.untied
+    )

@@ -1,0 +1,71 @@
+"""Tiny real models and adapters: seeded, made by transformers and PEFT, never with a zero B."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+
+VOCAB = 300
+_SHAPE = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=VOCAB,
+    max_position_embeddings=256,
+)
+
+
+def config_of(kind: str, **changed: Any) -> Any:
+    """A small config of one model type."""
+    if kind == "gpt2":
+        sizes = dict(n_embd=64, n_layer=4, n_head=4, vocab_size=VOCAB, n_positions=256)
+        return GPT2Config(**{**sizes, "bos_token_id": 0, "eos_token_id": 0, **changed})
+    if kind == "qwen3":
+        return Qwen3Config(**{**_SHAPE, "head_dim": 32, **changed})
+    return LlamaConfig(**{**_SHAPE, "tie_word_embeddings": True, **changed})
+
+
+def save_base(
+    kind: str,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    shard: str = "5GB",
+    seed: int = 0,
+    **changed: Any,
+) -> Path:
+    """A random model of `kind`, saved as transformers saves it."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config_of(kind, **changed))
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def save_adapter(base: Path, folder: Path, seed: int = 1, **options: Any) -> Path:
+    """A LoRA on `base` with non-zero factors, saved as PEFT saves it."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = {"r": 4, "lora_alpha": 7, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    peft = get_peft_model(model, LoraConfig(**{**settings, **options}))
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+        elif "modules_to_save" in name:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    peft.save_pretrained(folder)
+    return folder
+
+
+def live(base: Path, *adapters: Path) -> torch.nn.Module:
+    """Stock PyTorch + PEFT on the saved files, all adapters active, float32."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    peft = PeftModel.from_pretrained(model, adapters[0], adapter_name="a0")
+    for i, folder in enumerate(adapters[1:], 1):
+        peft.load_adapter(folder, adapter_name=f"a{i}")
+    peft.base_model.set_adapter([f"a{i}" for i in range(len(adapters))])
+    return peft.eval()
