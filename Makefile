@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 # One stamp for each Python version, so that `PYTHON=python3.12 make demo` makes a new .venv.
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 PINS := .ci/constraints.txt
-PIP := $(BIN)/python -m pip install --quiet -c $(PINS)
+# Byte code is left to the first import: most of what is installed is never imported.
+PIP := $(BIN)/python -m pip install --quiet --no-compile -c $(PINS)
 # No test or demo fetches a model, and two workers share the cores evenly.
 QUIET_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -132,7 +132,10 @@ def build(recipe: Path | None, settings: tuple[str, ...], as_json: bool, **optio
             }
         )
         return
-    _show_proof(outcome.report)
+    if outcome.report is None:
+        click.echo("UNVERIFIED: parity was off; the manifest says so, too")
+    else:
+        failures.print_table(outcome.report)
     for note in outcome.notes:
         click.echo(f"note: {note}")
     click.echo(f"published {outcome.out}")
@@ -151,16 +154,14 @@ def build(recipe: Path | None, settings: tuple[str, ...], as_json: bool, **optio
 @shared_options
 def inspect(base: str, adapters: tuple[str, ...], as_json: bool) -> None:
     """Show what a BASE and its ADAPTERs are, from their headers; no weight is read."""
-    from adaptrix_export.describe import describe, rendered
-    from adaptrix_export.load import open_adapter, open_base
+    from adaptrix_export import describe
     from adaptrix_export.terminal import show
 
-    opened = open_base(base)
-    facts = describe(opened, [open_adapter(adapter, opened) for adapter in adapters])
+    facts = describe.inspect(base, adapters)
     if as_json:
         failures.print_json(facts)
     else:
-        show(rendered(facts))
+        show(describe.rendered(facts))
 
 
 @main.command(
@@ -168,19 +169,24 @@ def inspect(base: str, adapters: tuple[str, ...], as_json: bool) -> None:
     epilog=_examples("verify build/smollm2-pydoc", "verify build/smollm2-pydoc --json"),
 )
 @click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--base", metavar="SOURCE", help="Where the base is now, if it was moved.")
+@click.option("--adapter", "adapters", multiple=True, metavar="SOURCE", help="The same; repeat it.")
 @shared_options
-def verify(artifact: Path, as_json: bool) -> None:
+def verify(artifact: Path, base: str | None, adapters: tuple[str, ...], as_json: bool) -> None:
     """Check a published ARTIFACT: its hashes, and parity when base and adapters are at hand."""
-    from adaptrix_export.pipeline import verify_artifact
+    from adaptrix_export.published import verify_artifact
     from adaptrix_export.terminal import progress
 
     with progress() as telling:
-        report = verify_artifact(artifact, telling)
+        found = verify_artifact(artifact, telling, base, adapters)
     if as_json:
-        failures.print_json(report)
+        failures.print_json(found)
         return
-    _show_proof(report.get("parity"))
-    click.echo(f"verified {artifact}")
+    if found["parity"] is not None:
+        failures.print_table(found["parity"])
+    if found["note"]:
+        click.echo(f"note: {found['note']}")
+    click.echo(f"verified {artifact}, {found['files']} files")
 
 
 @main.command(
@@ -199,16 +205,17 @@ def run(artifact: Path, prompt: str, max_new_tokens: int, chat: bool, as_json: b
     """Generate text from a published ARTIFACT, greedily, on ONNX Runtime."""
     from adaptrix_export.runtime.session import Session
 
-    pieces = []
-    for piece in Session(artifact).stream(prompt, max_new_tokens, chat):
-        pieces.append(piece)
-        if not as_json:
+    session = Session(artifact)
+    if not as_json:
+        for piece in session.stream(prompt, max_new_tokens, chat):
             click.echo(piece, nl=False)  # click flushes
-    if as_json:
-        text = "".join(pieces)
-        failures.print_json({"prompt": prompt, "text": text, "tokens": len(pieces)})
-    else:
         click.echo()
+        return
+    words = session.tokenizer
+    asked = words.encode_chat(prompt) if chat else words.encode(prompt)
+    tokens = session.generate_ids(asked, max_new_tokens)
+    text = "".join(words.stream(asked, tokens))
+    failures.print_json({"prompt": prompt, "text": text, "tokens": tokens})
 
 
 @main.command(epilog=_examples("schema > recipe.schema.json"))
@@ -217,10 +224,3 @@ def schema() -> None:
     from adaptrix_export.recipe import recipe_schema
 
     failures.print_json(recipe_schema())
-
-
-def _show_proof(report: dict[str, Any] | None) -> None:
-    if report is None:
-        click.echo("UNVERIFIED: parity was not checked")
-    else:
-        failures.print_table(report)

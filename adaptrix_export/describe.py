@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from adaptrix_export.plan import Adapter, Base, Tensor
+from adaptrix_export.plan import Adapter, Base, Plan, Tensor
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,6 +18,21 @@ BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16,
     "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
 }  # fmt: skip
+
+
+def inspect(base: str, adapters: Sequence[str]) -> dict[str, Any]:
+    """Open a base and adapters by their specs and describe them.
+
+    Raises what opening raises, and AdapterError for an adapter that does not fit the base.
+    """
+    from adaptrix_export.load import open_adapter, open_base
+    from adaptrix_export.verify import verify
+
+    opened = open_base(base)
+    found = [open_adapter(adapter, opened) for adapter in adapters]
+    for adapter in found:
+        verify(Plan(opened, (adapter,)))  # one by one: they are not to be merged together
+    return describe(opened, found)
 
 
 def describe(base: Base, adapters: Sequence[Adapter]) -> dict[str, Any]:

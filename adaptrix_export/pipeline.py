@@ -1,7 +1,7 @@
 """The compiler on one screen: recipe in, proved artifact out.
 
-    recipe -> open base -> open adapters -> verify -> passes, each followed by verify
-           -> lower -> package -> parity -> publish
+recipe -> open base -> open adapters -> verify -> passes, each followed by verify
+       -> lower -> package -> parity -> publish
 """
 
 from __future__ import annotations

@@ -308,6 +308,8 @@ def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     if (parents or [last])[0] in ("adapter", "adapters"):
         _list_adapters(document, keep=bool(parents))
+    if parents and parents[0] == "adapter":
+        parents = ["adapters", "0", *parents[1:]]
     here: Any = document
     for part in parents:
         if isinstance(here, list):
@@ -330,7 +332,7 @@ def _list_adapters(document: dict[str, Any], keep: bool) -> None:
     adapters = _long_form(document).get("adapters")
     document.pop("adapter", None)
     document.pop("adapters", None)
-    if keep and isinstance(adapters, list):
+    if keep and isinstance(adapters, (list, tuple)):
         document["adapters"] = [{"source": a} if isinstance(a, str) else a for a in adapters]
 
 

@@ -29,7 +29,8 @@ class Lines:
         self._stream = stream
 
     def _say(self, **line: object) -> None:
-        print(json.dumps(line), file=self._stream, flush=True)
+        self._stream.write(json.dumps(line) + "\n")
+        self._stream.flush()
 
     @contextmanager
     def stage(
@@ -64,7 +65,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         answers = ask_all(cases, reference, asked)
     with progress.stage("replaying weights", len(job.weights), "tensors") as advance:
         stored = open_stored(job.target, job.artifact)
-        replayed, formats = replay(stored, dict(job.weights), reference.live, advance)
+        replayed, formats = replay(
+            stored, dict(job.weights), reference.live, job.precision, advance
+        )
     reference.close()
     del stored
     precision = coarsest(formats) if job.precision == "base" else job.precision

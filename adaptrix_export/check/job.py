@@ -81,8 +81,8 @@ class Tolerance:
     top1: float
 
 
-# Logits reveal a wrong graph; a wrong weight is caught much more finely by the replay, which knows
-# no tolerance but one rounding. A wrong graph, such as one that forgets padding, is off by 0.1 to 3.
+# Logits reveal a wrong graph, which is off by 0.1 to 7 where it forgets padding, say. A wrong
+# weight is caught much more finely by the replay, which knows no tolerance but one rounding.
 TOLERANCES: Mapping[str, Tolerance] = {
     # Measured 2e-6 on random models and below 2e-4 on 30 real layers: only the order of fp32 sums
     # differs. 1e-3 leaves a factor of five for deeper models. A KL of 1e-6 is logits off by about

@@ -49,7 +49,7 @@ def prove(job: Job, progress: Progress, timeout_s: float = TIMEOUT_S) -> dict[st
 
 
 def _run(folder: Path, stderr: IO[bytes], progress: Progress, timeout_s: float) -> tuple[int, bool]:
-    """Runs the child in its own empty folder. Returns its exit code, and whether it was too late."""
+    """Runs the child in its own empty folder: its exit code, and whether it was too late."""
     late = threading.Event()
     child = subprocess.Popen(
         [sys.executable, "-m", CHILD, "job.json", "report.json"],

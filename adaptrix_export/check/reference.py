@@ -65,7 +65,7 @@ class Reference:
         return cast(Logits, logits[0].float().numpy())
 
     def greedy(self, ids: list[int], steps: int) -> tuple[list[int], Logits]:
-        """`steps` tokens after `ids`, each the argmax, through the cache; end tokens do not stop it.
+        """`steps` tokens after `ids`, each the argmax, through the cache; no end token stops it.
 
         Returns the tokens and the logits (steps, vocabulary) that each was picked from.
         """

@@ -10,18 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptrix_export.check.compare import rounded
-from adaptrix_export.check.floats import Float64, FloatFormat, format_of
+from adaptrix_export.check.floats import FORMATS, Float64, FloatFormat, format_of
 from adaptrix_export.check.stored import StoredTensors
 from adaptrix_export.errors import ParityError
 from adaptrix_export.lower.weights import Expression, evaluate, names
 
 Live = Callable[[str], tuple[NDArray[np.float64], bool]]
 
-# fp64 values a relative 1e-6 past the half ulp are ties that rounded the other way.
-SLACK = 1e-6
-# Lowering and oracle may sum the same fp64 products in another order. Relative to the largest
-# value of the tensor that is some 2^-52; it matters only where a sum cancels to next to nothing.
-ORDER_NOISE = 2.0**-48
+# Lowering and oracle may sum the same fp64 products in another order, so that a value next to a tie
+# rounds the other way. 2^-44 of a value (a millionth of its fp32 half ulp) is room for sums of
+# hundreds of terms; where they cancel to next to nothing, 2^-48 of the tensor's largest value is.
+NOISE_OF_VALUE = 2.0**-44
+NOISE_OF_LARGEST = 2.0**-48
 BLOCK = 1 << 18  # values at a time: 2 MB of fp64, which stays in cache
 LISTED = 10
 
@@ -53,18 +53,21 @@ def replay(
     stored: StoredTensors,
     weights: dict[str, Expression],
     live: Live,
+    precision: str = "base",
     advance: Callable[[int], None] = lambda amount: None,
 ) -> tuple[dict[str, Any], set[str]]:
     """Each tensor of `weights`, read back, against its expression over live fp64 weights.
 
     A changed tensor must lie within half an ulp of its own format around the fp64 value; an
-    untouched one must equal the base, rounded to nearest even where the format is narrower.
-    Holds one tensor at a time. Returns the report's `replay` part and the formats met.
+    untouched one must equal the base, rounded to nearest even where the format is narrower. No
+    tensor may be stored coarser than `precision` says ("base" says nothing: the live model has
+    been widened to fp32). Holds one tensor at a time. Returns the report's `replay`
+    part and the formats met.
     """
     outcome, formats = Outcome(), set[str]()
     read = _LastRead(live)
     for name in _by_first_read(weights):
-        kind = _replay_one(outcome, stored, name, weights[name], read)
+        kind = _replay_one(outcome, stored, name, weights[name], read, FORMATS.get(precision))
         formats |= {kind} if kind else set()
         advance(1)
     unmapped = [
@@ -97,7 +100,12 @@ def _by_first_read(weights: dict[str, Expression]) -> list[str]:
 
 
 def _replay_one(
-    outcome: Outcome, stored: StoredTensors, name: str, expression: Expression, read: _LastRead
+    outcome: Outcome,
+    stored: StoredTensors,
+    name: str,
+    expression: Expression,
+    read: _LastRead,
+    promised: FloatFormat | None,
 ) -> str | None:
     outcome.tensors += 1
     if name not in stored:
@@ -105,8 +113,9 @@ def _replay_one(
         return None
     artifact = stored.read(name)
     kind = format_of(artifact.dtype)
-    if kind is None:
-        _fail(outcome, name, expression, f"dtype {artifact.dtype} cannot be replayed")
+    if kind is None or (promised is not None and kind.bits < promised.bits):
+        wanted = promised.name if promised else "a float of 16 or 32 bits"
+        _fail(outcome, name, expression, f"stored as {artifact.dtype}, expected {wanted}")
         return None
     expected = evaluate(expression, read)
     if expected.shape != artifact.shape:
@@ -152,7 +161,8 @@ def _measure(
 ) -> tuple[float, int]:
     """The largest error in ulps and the number of values that are wrong, NaN and Inf included."""
     # two reductions, where abs() would copy the whole tensor
-    noise = ORDER_NOISE * float(max(expected.max(initial=0.0), -expected.min(initial=0.0)))
+    noise = NOISE_OF_LARGEST * float(max(expected.max(initial=0.0), -expected.min(initial=0.0)))
+    room = 1 + NOISE_OF_VALUE * 2.0**kind.bits
     worst, wrong = 0.0, 0
     for found, wanted in _blocks(artifact, expected):
         error = found.astype(np.float64)
@@ -163,10 +173,12 @@ def _measure(
             # to fp32 first is exact here: an untouched base has at most fp32's precision
             bad = found != wanted.astype(np.float32).astype(kind.dtype)
         else:
-            bad = ~(error <= half * (1 + SLACK) + noise)  # negated, so that NaN is bad
+            bad = ~(error <= half * room + noise)  # negated, so that NaN is bad
         wrong += int(np.count_nonzero(bad))
         error /= half
-        worst = max(worst, float(np.nan_to_num(error, nan=np.inf).max(initial=0.0)) / 2)
+        worst = max(
+            worst, float(np.nan_to_num(error, nan=np.inf, posinf=np.inf).max(initial=0.0)) / 2
+        )
     return worst, wrong
 
 

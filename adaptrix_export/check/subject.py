@@ -1,4 +1,4 @@
-"""The artifact under test, in the runtime that will serve it: one step through a cache at a time."""
+"""The artifact under test, in the runtime that will serve it, one step of its cache at a time."""
 
 from __future__ import annotations
 

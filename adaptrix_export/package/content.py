@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+if TYPE_CHECKING:
+    from adaptrix_export.lower.artifact import Artifact
+    from adaptrix_export.plan import Base, Plan
+
 import json
 import shutil
 from collections.abc import Mapping
@@ -9,10 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from adaptrix_export.lower.artifact import Artifact
 from adaptrix_export.package.genai import GRAPH, genai_config, token_ids
 from adaptrix_export.package.model_config import portable_config
-from adaptrix_export.plan import Base, Plan
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -103,11 +105,13 @@ def _write_config(artifact: Artifact, base: Base, is_graph: bool) -> None:
 def _write_generation(stage: Path, config: Mapping[str, Any]) -> None:
     """A generation_config.json for a base without one: where to start, stop and pad."""
     path = stage / GENERATION
-    if not path.exists():
-        ids = token_ids(config, {})
-        eos = ids["eos_token_id"]
-        # transformers takes a lone id or a list; an empty list would stop nothing and is left out.
-        _write(path, {k: v for k, v in ids.items() if k != "eos_token_id" or eos})
+    if path.exists():
+        return
+    ids = token_ids(config, {})
+    eos = ids.pop("eos_token_id")
+    if eos:
+        ids["eos_token_id"] = eos if len(eos) > 1 else eos[0]  # as transformers writes it
+    _write(path, ids)
 
 
 def _tokenizer_from_gguf(base: Base, stage: Path) -> None:

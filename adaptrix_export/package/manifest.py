@@ -6,6 +6,10 @@ and no path of the machine.
 
 from __future__ import annotations
 
+if TYPE_CHECKING:
+    from adaptrix_export.lower.artifact import Artifact
+    from adaptrix_export.plan import Plan
+
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,8 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from adaptrix_export import __version__
 from adaptrix_export.errors import MachineError, SourceError
-from adaptrix_export.lower.artifact import Artifact
 from adaptrix_export.package.hashes import (
     FileHash,
     InputFile,
@@ -22,7 +26,6 @@ from adaptrix_export.package.hashes import (
     hash_file,
     hash_folder,
 )
-from adaptrix_export.plan import Plan
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -72,7 +75,7 @@ def build_manifest(
     """
     return {
         "format": FORMAT,
-        "tool": {"name": TOOL, "version": _version(TOOL) or "unknown"},
+        "tool": {"name": TOOL, "version": __version__},
         "target": artifact.target,
         "frontend": artifact.frontend,
         "provider": provider,

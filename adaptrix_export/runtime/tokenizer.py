@@ -11,8 +11,6 @@ from typing import Any, NoReturn
 from adaptrix_export.errors import SourceError
 
 REPLACEMENT = "\ufffd"  # what an unfinished multi-byte character decodes to
-# Prompt tokens decoded with the first new one, so that its leading space is kept.
-CONTEXT_TOKENS = 6
 # A character has at most 4 byte tokens; more than this are not a character but bad bytes.
 MAX_PENDING = 16
 
@@ -66,12 +64,13 @@ class TextTokenizer:
     def stream(self, prompt: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
         """Text of `ids` piece by piece, as it would stand behind `prompt`.
 
-        A piece is held back while it ends in an unfinished character. The decoder sees a few
-        tokens before each piece, because what a token says can depend on whether it comes first.
+        A piece is held back while it ends in an unfinished character. Each is decoded together
+        with the one before, because what a token says can depend on whether it comes first
+        (SentencePiece drops a leading space) and on the bytes beside it. The cut never falls
+        inside a piece: half a character would turn the bytes that follow into nonsense.
         """
-        window = list(prompt[-CONTEXT_TOKENS:])
-        said = len(self.decode(window))
-        pending = 0
+        window = list(prompt)
+        said, pending = len(self.decode(window)), 0
         for token in ids:
             window.append(token)
             pending += 1
@@ -80,9 +79,9 @@ class TextTokenizer:
                 continue
             if len(text) > said:
                 yield text[said:]
-            # The tokens of the piece become the context of the next.
-            window = window[-max(pending, CONTEXT_TOKENS) :]
-            said, pending = len(self.decode(window)), 0
+                window = window[-pending:]
+                said = len(self.decode(window))
+            pending = 0
         rest = self.decode(window)
         if len(rest) > said:
             yield rest[said:]

@@ -141,9 +141,7 @@ def test_negative_controls(
     corrupt: Callable[[Bench, Path], Bench],
     target: str,
 ) -> None:
-    report = run(
-        corrupt(bench("llama"), base("llama")).job(target, level="fast"), Silent()
-    )
+    report = run(corrupt(bench("llama"), base("llama")).job(target, level="fast"), Silent())
     assert not report["passed"]
     assert "replay" in failed(report)
     if corrupt is not rslora_scale:
@@ -258,7 +256,9 @@ def test_an_error_of_the_child_is_raised_here(
     whole = bench("llama")
     folder = relabel(whole.adapters[0][1], tmp_path / "odd", lambda key: f"x.{key}")
     job = replace(whole, adapters=(("odd", folder),)).job("safetensors", level="fast")
-    with pytest.raises(ParityError, match="adapter odd: the reference did not load tensor") as caught:
+    with pytest.raises(
+        ParityError, match="adapter odd: the reference did not load tensor"
+    ) as caught:
         prove(job, Silent())
     assert "PEFT to use every tensor" in caught.value.expected
 

@@ -1,0 +1,94 @@
+"""Check an artifact that was published before: its bytes, then its parity, again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from adaptrix_export.check.job import Job
+from adaptrix_export.check.parity import prove
+from adaptrix_export.check.report import summary
+from adaptrix_export.errors import ParityError, SourceError, VerificationError
+from adaptrix_export.load import open_adapter, open_base
+from adaptrix_export.package import InputHashes, check_hashes, read_manifest
+from adaptrix_export.plan import Plan
+from adaptrix_export.progress import Progress, Silent
+
+
+def verify_artifact(
+    folder: Path,
+    progress: Progress | None = None,
+    base: str | None = None,
+    adapters: Sequence[str] = (),
+) -> dict[str, Any]:
+    """`{"files": n, "parity": report or None, "note": why there is no report}`.
+
+    `base` and `adapters` say where the originals are now; by default they are looked for where
+    the recipe in the manifest says. Parity is left out only if nothing was named and they are
+    not there. Raises VerificationError for bytes that changed, ParityError for a failed proof.
+    """
+    progress = progress or Silent()
+    manifest = read_manifest(folder)
+    with progress.stage("hashes"):
+        problems = check_hashes(folder)
+    if problems:
+        first, more = problems[0], len(problems) - 1
+        raise VerificationError(
+            f"{folder}: {first.file}", first.found, first.expected,
+            f"{more} more such files; build it again" if more else "build it again",
+        )  # fmt: skip
+    result: dict[str, Any] = {"files": len(manifest["outputs"]), "parity": None, "note": None}
+    try:
+        plan = _originals(manifest, base, adapters)
+    except SourceError as error:
+        if base or adapters:
+            raise
+        return {**result, "note": f"parity was not checked again: {error}"}
+    _check_inputs(manifest, plan, progress)
+    report = prove(_job(folder, manifest, plan), progress)
+    if not report["passed"]:
+        failure = ParityError(str(folder), summary(report), "parity", "build it again")
+        failure.report = report
+        raise failure
+    return {**result, "parity": report}
+
+
+def _originals(manifest: dict[str, Any], base: str | None, adapters: Sequence[str]) -> Plan:
+    recipe = manifest["recipe"]
+    opened = open_base(base or recipe["base"])
+    named = [(a["name"], a["source"]) for a in recipe["adapters"]]
+    if adapters:
+        if len(adapters) != len(named):
+            raise SourceError(
+                "--adapter", f"{len(adapters)} of them", f"{len(named)}, as in the manifest"
+            )
+        named = [(name, spec) for (name, _), spec in zip(named, adapters, strict=True)]
+    return Plan(opened, tuple(open_adapter(spec, opened, name) for name, spec in named))
+
+
+def _check_inputs(manifest: dict[str, Any], plan: Plan, progress: Progress) -> None:
+    """The originals at hand must be those that the artifact was made from."""
+    with progress.stage("originals"):
+        found = [(i.file, i.hash.sha256) for i in InputHashes(plan).result()]
+    expected = [(i["file"], i["sha256"]) for i in manifest["inputs"]]
+    if found != expected:
+        wrong = next((f for f, e in zip(found, expected, strict=False) if f != e), ("files", ""))
+        raise VerificationError(
+            wrong[0], "another file than the artifact was built from", "the original",
+            "name the originals with --base and --adapter",
+        )  # fmt: skip
+
+
+def _job(folder: Path, manifest: dict[str, Any], plan: Plan) -> Job:
+    parity = manifest["recipe"]["parity"]
+    return Job(
+        target=manifest["target"],
+        artifact=folder,
+        base_folder=plan.base.folder,
+        precision=manifest["precision"],
+        weights=manifest["weights"],
+        gguf_file=plan.base.gguf_file,
+        adapters=tuple((a.name, a.folder) for a in plan.adapters),
+        decode_steps=parity["decode_steps"],
+    )
