@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-if TYPE_CHECKING:
-    from adaptrix_export.lower.artifact import Artifact
-    from adaptrix_export.plan import Base, Plan
-
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaptrix_export.package.genai import GRAPH, genai_config, token_ids
 from adaptrix_export.package.model_config import portable_config
+
+if TYPE_CHECKING:
+    from adaptrix_export.lower.artifact import Artifact
+    from adaptrix_export.plan import Base, Plan
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"

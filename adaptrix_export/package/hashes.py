@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-if TYPE_CHECKING:
-    from adaptrix_export.plan import Plan
-
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adaptrix_export.errors import SourceError
+
+if TYPE_CHECKING:
+    from adaptrix_export.plan import Plan
 
 _BLOCK = 4 * 2**20  # large enough that reading and hashing run free of the interpreter lock
 

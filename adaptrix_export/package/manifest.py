@@ -6,16 +6,12 @@ and no path of the machine.
 
 from __future__ import annotations
 
-if TYPE_CHECKING:
-    from adaptrix_export.lower.artifact import Artifact
-    from adaptrix_export.plan import Plan
-
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaptrix_export import __version__
 from adaptrix_export.errors import MachineError, SourceError
@@ -26,6 +22,10 @@ from adaptrix_export.package.hashes import (
     hash_file,
     hash_folder,
 )
+
+if TYPE_CHECKING:
+    from adaptrix_export.lower.artifact import Artifact
+    from adaptrix_export.plan import Plan
 
 MANIFEST = "manifest.json"
 FORMAT = 1
