@@ -24,6 +24,7 @@ NOISE_OF_VALUE = 2.0**-44
 NOISE_OF_LARGEST = 2.0**-48
 BLOCK = 1 << 18  # values at a time: 2 MB of fp64, which stays in cache
 LISTED = 10
+ULP_DIGITS = 7  # a value rounded twice is off by 0.50001 ulp
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Outcome:
             "tensors": self.tensors,
             "elements": self.elements,
             "changed": self.changed,
-            "worst": {"tensor": self.worst[1], "ulps": rounded(self.worst[0])},
+            "worst": {"tensor": self.worst[1], "ulps": rounded(self.worst[0], ULP_DIGITS)},
             "failed": len(self.failures),
             "failures": self.failures[:LISTED],
             "unmapped": unmapped,
@@ -151,7 +152,7 @@ def _fail(
             "tensor": name,
             "sites": sites,
             "why": why,
-            "ulps": None if ulps is None else rounded(ulps),
+            "ulps": None if ulps is None else rounded(ulps, ULP_DIGITS),
         }
     )
 

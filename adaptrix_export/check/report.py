@@ -25,8 +25,8 @@ def table(report: Mapping[str, Any]) -> Table:
         shown.add_row(
             case["name"],
             str(case["positions"]),
-            f"{_number(case['max_abs'])} / {limit['max_abs']:.0e}",
-            f"{_number(case['mean_kl'])} / {limit['mean_kl']:.0e}",
+            f"{_number(case['max_abs'])} / {limit['max_abs']:g}",
+            f"{_number(case['mean_kl'])} / {limit['mean_kl']:g}",
             "n/a" if case["top1"] is None else f"{100 * case['top1']:.2f}%",
             _verdict(case["passed"]),
         )
@@ -39,10 +39,11 @@ def table(report: Mapping[str, Any]) -> Table:
         f"{replay['failed']} failed",
         _verdict(replay["passed"]),
     )
-    for failure in replay["failures"]:
-        shown.add_row(
-            f"  {escape(failure['tensor'])}", "", "", "", "", f"[red]{escape(failure['why'])}[/red]"
+    if replay["failures"]:
+        shown.caption = "\n".join(
+            escape(f"{failure['tensor']}: {failure['why']}") for failure in replay["failures"]
         )
+        shown.caption_style, shown.caption_justify = "red", "left"
     return shown
 
 
