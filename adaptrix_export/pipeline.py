@@ -15,6 +15,7 @@ from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import save, summary
 from adaptrix_export.errors import ParityError
 from adaptrix_export.load import open_adapter, open_base
+from adaptrix_export.load.replication import repeat_layers
 from adaptrix_export.lower import LOWERINGS
 from adaptrix_export.lower.artifact import Artifact
 from adaptrix_export.package import (
@@ -81,7 +82,7 @@ def open_plan(recipe: Recipe) -> Plan:
     """The plan before any pass: base and adapters as they are on disk, headers only."""
     base = open_base(recipe.base)
     adapters = tuple(open_adapter(a.source, base, a.name) for a in recipe.adapters)
-    return Plan(base, adapters)
+    return repeat_layers(Plan(base, adapters))
 
 
 def passes(recipe: Recipe) -> tuple[Pass, ...]:

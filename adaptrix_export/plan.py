@@ -6,8 +6,9 @@ turns one into bytes. Shapes are written as PyTorch has them: a Linear weight is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -76,25 +77,78 @@ class LowRank:
         return self.a.shape[0]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return (self.b.shape[0], self.a.shape[1])
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.a, self.b)
+
+
+@dataclass(frozen=True)
+class Dora:
+    """DoRA, https://arxiv.org/abs/2402.09353: m / |W + scale b a| * (W + scale b a) - W.
+
+    `magnitude` m is (out,); the norm is taken over the inputs of each output, of the base W alone
+    with this one adapter added.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    magnitude: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.a, self.b, self.magnitude)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """`scale * vector`, added to a bias: what `lora_bias` trains."""
+
+    vector: Tensor
+    scale: float
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.vector,)
+
+
+Term = LowRank | Dora | Scaled
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What an adapter adds to the weight at one site: the sum of its terms, shape (out, in)."""
+    """What an adapter adds to one parameter of a site: the sum of its terms."""
 
     site: Site
-    terms: tuple[LowRank, ...]
+    terms: tuple[Term, ...]
+    parameter: str = "weight"
+
+    @property
+    def name(self) -> str:
+        return f"{self.site.path}.{self.parameter}"
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A parameter that an adapter ships whole (`modules_to_save`, saved embeddings)."""
+    """A parameter, or some rows of one, that an adapter ships whole.
+
+    `shared` values go into the base's own parameter, so tied tensors follow (saved biases,
+    resized embeddings, trained token rows); the others are a copy of the adapter's own
+    (`modules_to_save`). `rows` of None means all of them.
+    """
 
     site: Site
     parameter: str  # "weight" or "bias"
     tensor: Tensor
+    shared: bool = False
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.site.path}.{self.parameter}"
 
 
 @dataclass(frozen=True)
@@ -112,10 +166,8 @@ class Adapter:
     @property
     def parameters(self) -> int:
         """Number of trained values that the adapter ships."""
-        total = 0
-        for delta in self.deltas:
-            total += sum(_size(t.a.shape) + _size(t.b.shape) for t in delta.terms)
-        return total + sum(_size(r.tensor.shape) for r in self.replacements)
+        tensors = [t for d in self.deltas for term in d.terms for t in term.tensors]
+        return sum(prod(t.shape) for t in (*tensors, *(r.tensor for r in self.replacements)))
 
 
 @dataclass(frozen=True)
@@ -135,28 +187,29 @@ class Base:
     tensors: Mapping[str, Tensor]
     architecture: Architecture
     tied: Mapping[str, str]
+    # The tensors are no longer one for one those of the files (repeated layers).
+    rebuilt: bool = False
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Change:
-    """All that happens to one tensor: first replaced, then added to.
+    """All that happens to one tensor: `source` taken, some rows of it set, terms added.
 
-    `base` is None only for a tensor that the base does not have. `transposed` says that the
-    base stores (in, out), as GPT-2's Conv1D does, so the delta is transposed before it is added.
+    `source` is the base's tensor or the one that replaces it. `transposed` says that it is stored
+    (in, out), as GPT-2's Conv1D and every embedding are, so that a term is transposed, too.
     """
 
     name: str
-    base: Tensor | None
-    terms: tuple[LowRank, ...]
-    replacement: Tensor | None
-    transposed: bool
     site: Site
+    source: Tensor
+    transposed: bool
+    terms: tuple[Term, ...] = ()
+    rows: tuple[Replacement, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        source = self.replacement if self.replacement is not None else self.base
-        assert source is not None, self.name
-        return source.shape
+        return self.source.shape
 
 
 @dataclass(frozen=True)
@@ -180,54 +233,61 @@ class Plan:
     def changes(self) -> dict[str, Change]:
         """Tensor name -> what happens to it. Two adapters on one site add up.
 
-        A changed tensor that was tied to another is no longer: the change of `lm_head.weight`
-        then starts from the tensor it shared, and that one stays as it is.
+        A tensor that was tied and is changed by itself is tied no longer (see `untied`): it
+        starts from the values that it shared. Shared replacements come first: they change what
+        is shared.
         """
-        changes: dict[str, Change] = {}
+        replacements = [r for a in self.adapters for r in a.replacements]
+        shared: dict[str, Change] = {}
+        for saved in (r for r in replacements if r.shared):
+            home = self.base.tied.get(saved.name, saved.name)
+            shared[home] = _replaced(shared.get(home) or self._start(home, saved.site, {}), saved)
+        own: dict[str, Change] = {}
+        for saved in (r for r in replacements if not r.shared):
+            start = own.get(saved.name) or self._start(saved.name, saved.site, shared)
+            own[saved.name] = _replaced(start, saved)
+        for delta in (d for a in self.adapters for d in a.deltas):
+            change = own.get(delta.name) or self._start(delta.name, delta.site, shared)
+            own[delta.name] = replace(change, terms=change.terms + delta.terms)
+        for name in self.untied():  # keeps what it shared, also where that was changed for all
+            if name not in own and self.base.tied[name] in shared:
+                site = self.base.architecture.site_of(name.rpartition(".")[0])
+                own[name] = self._start(name, site, shared)
+        return {**shared, **own}
 
-        def at(name: str, site: Site) -> Change:
-            stored = self.base.tensors.get(name)
-            if stored is None or name in self.base.tied:
-                stored = self.base.tensors.get(self.base.tied.get(name, name))
-            return changes.get(name) or Change(
-                name, stored, (), None, self.base.architecture.is_transposed(site), site
-            )
-
-        for adapter in self.adapters:
-            for saved in adapter.replacements:
-                name = f"{saved.site.path}.{saved.parameter}"
-                changes[name] = replace(at(name, saved.site), replacement=saved.tensor)
-            for delta in adapter.deltas:
-                name = f"{delta.site.path}.weight"
-                change = at(name, delta.site)
-                changes[name] = replace(change, terms=change.terms + delta.terms)
-        return changes
+    def _start(self, name: str, site: Site, shared: Mapping[str, Change]) -> Change:
+        """The starting point of a change: the base's tensor, or what became of what it shares."""
+        home = self.base.tied.get(name, name)
+        transposed = self.base.architecture.is_transposed(site)
+        if home in shared:
+            return replace(shared[home], name=name, site=site, transposed=transposed)
+        return Change(name, site, self.base.tensors[home], transposed)
 
     def untied(self) -> tuple[str, ...]:
         """Tensor names that the base shares and that this plan gives values of their own.
 
-        Changing either end unties: a new `lm_head` must not reach the embedding, nor the other
-        way round, because PEFT's live model keeps them apart.
+        Changing either end by itself unties: a new `lm_head` must not reach the embedding, nor
+        the other way round, because PEFT's live model keeps them apart.
         """
-        changed = self.changes()
-        return tuple(
-            name for name, source in self.base.tied.items() if name in changed or source in changed
-        )
+        own = {d.name for a in self.adapters for d in a.deltas}
+        own |= {r.name for a in self.adapters for r in a.replacements if not r.shared}
+        return tuple(n for n, source in self.base.tied.items() if n in own or source in own)
+
+    def config_changes(self) -> dict[str, Any]:
+        """Keys of config.json that the merged model needs otherwise than the base."""
+        changed = dict(self.base.config_changes)
+        if self.untied():
+            changed["tie_word_embeddings"] = False
+        embedding = self.changes().get(f"{self.base.architecture.family.embedding}.weight")
+        if embedding and embedding.shape[0] != self.base.architecture.vocab_size:
+            changed["vocab_size"] = embedding.shape[0]
+        return changed
+
+
+def _replaced(change: Change, saved: Replacement) -> Change:
+    if saved.rows is None:
+        return replace(change, source=saved.tensor)
+    return replace(change, rows=(*change.rows, saved))
 
 
 Pass = Callable[[Plan], Plan]
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
-
-
-def iter_terms(plan: Plan) -> Iterator[tuple[Adapter, Site, LowRank]]:
-    """Every low-rank term with its adapter and site, in adapter order."""
-    for adapter in plan.adapters:
-        for delta in adapter.deltas:
-            for term in delta.terms:
-                yield adapter, delta.site, term

@@ -11,6 +11,7 @@ from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import summary
 from adaptrix_export.errors import ParityError, SourceError, VerificationError
 from adaptrix_export.load import open_adapter, open_base
+from adaptrix_export.load.replication import repeat_layers
 from adaptrix_export.package import InputHashes, check_hashes, read_manifest
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress, Silent
@@ -64,7 +65,7 @@ def _originals(manifest: dict[str, Any], base: str | None, adapters: Sequence[st
                 "--adapter", f"{len(adapters)} of them", f"{len(named)}, as in the manifest"
             )
         named = [(name, spec) for (name, _), spec in zip(named, adapters, strict=True)]
-    return Plan(opened, tuple(open_adapter(spec, opened, name) for name, spec in named))
+    return repeat_layers(Plan(opened, tuple(open_adapter(spec, opened, name) for name, spec in named)))
 
 
 def _check_inputs(manifest: dict[str, Any], plan: Plan, progress: Progress) -> None:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from adaptrix_export.errors import AdapterError, UnsupportedError
 from adaptrix_export.load.tensors import FLOATS
-from adaptrix_export.plan import Adapter, Base, Delta, Plan, Replacement
+from adaptrix_export.plan import (
+    Adapter,
+    Base,
+    Delta,
+    Dora,
+    Plan,
+    Replacement,
+    Scaled,
+    Term,
+)
 
 
 def verify(plan: Plan) -> Plan:
@@ -24,6 +35,7 @@ def verify(plan: Plan) -> Plan:
         for saved in adapter.replacements:
             _check_replacement(plan.base, adapter, saved)
     _check_conflicts(plan)
+    _check_vocabulary(plan)
     return plan
 
 
@@ -43,35 +55,90 @@ def _stored(base: Base, adapter: Adapter, path: str, parameter: str) -> tuple[in
 
 def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> None:
     path = delta.site.path
-    shape = _stored(base, adapter, path, "weight")
-    if len(shape) != 2:
-        raise UnsupportedError(f"{adapter.name}: {path}", f"a weight of shape {shape}", "a matrix")
-    outputs, inputs = reversed(shape) if base.architecture.is_transposed(delta.site) else shape
+    shape = _stored(base, adapter, path, delta.parameter)
+    dims = 2 if delta.parameter == "weight" else 1
+    if len(shape) != dims:
+        raise UnsupportedError(
+            f"{adapter.name}: {delta.name}", f"shape {list(shape)}", f"{dims} dimensions"
+        )
+    outputs, inputs = shape[0], shape[-1]
+    if base.architecture.is_transposed(delta.site) and delta.parameter == "weight":
+        outputs, inputs = inputs, outputs
+    vocabulary = _resized(base, adapter, delta.site.path)
     for term in delta.terms:
-        for factor, columns, expected in (
-            ("lora_A", term.a.shape[1], inputs),
-            ("lora_B", term.b.shape[0], outputs),
-        ):
-            if columns != expected:
-                axis = "columns" if factor == "lora_A" else "rows"
+        for what, found, expected in _sizes(term, outputs, inputs):
+            if found != expected and found != vocabulary:
                 raise AdapterError(
-                    f"{adapter.name}: {path}", f"{factor} with {columns} {axis}",
+                    f"{adapter.name}: {path}", f"{what.format(found)}",
                     f"{expected} as in the base", "was this adapter trained on another model?",
                 )  # fmt: skip
-        for tensor in (term.a, term.b):
+        for tensor in term.tensors:
             if tensor.dtype not in FLOATS:
                 raise UnsupportedError(
                     f"{adapter.name}: {tensor.name}", f"dtype {tensor.dtype}", " ".join(FLOATS)
                 )
 
 
+def _sizes(term: Term, outputs: int, inputs: int) -> list[tuple[str, int, int]]:
+    """(description, found, expected) of every axis of a term that the base decides."""
+    if isinstance(term, Scaled):
+        return [("lora_B.bias with {} values", term.vector.shape[0], outputs)]
+    sizes = [
+        ("lora_A with {} columns", term.a.shape[1], inputs),
+        ("lora_B with {} rows", term.b.shape[0], outputs),
+    ]
+    if isinstance(term, Dora):
+        sizes.append(("a magnitude of {} values", prod(term.magnitude.shape), outputs))
+    return sizes
+
+
+def _resized(base: Base, adapter: Adapter, path: str) -> int | None:
+    """Rows of the vocabulary that the adapter itself ships for this module, if it resized it."""
+    name = f"{path}.weight"
+    home = base.tied.get(name, name)
+    for saved in adapter.replacements:
+        if saved.rows is None and saved.name in (name, home):
+            return saved.tensor.shape[0]
+    return None
+
+
 def _check_replacement(base: Base, adapter: Adapter, saved: Replacement) -> None:
     path = saved.site.path
-    shape = _stored(base, adapter, path, saved.parameter)
-    if saved.tensor.shape != shape:
+    shape, found = _stored(base, adapter, path, saved.parameter), saved.tensor.shape
+    if saved.rows is not None:
+        if any(not 0 <= row < shape[0] for row in saved.rows) or len(saved.rows) != found[0]:
+            raise AdapterError(
+                f"{adapter.name}: {saved.name}", f"rows {list(saved.rows)[:5]}",
+                f"{found[0]} rows below {shape[0]}", "is the base's vocabulary another one?",
+            )  # fmt: skip
+        found = (shape[0], *found[1:])
+    vocabulary = saved.name in _vocabulary(base) and found[1:] == shape[1:]
+    if found != shape and not vocabulary:
         raise AdapterError(
-            f"{adapter.name}: {path}.{saved.parameter}", f"shape {list(saved.tensor.shape)}",
-            f"{list(shape)} as in the base", "a resized vocabulary cannot be built yet",
+            f"{adapter.name}: {saved.name}", f"shape {list(found)}",
+            f"{list(shape)} as in the base", "was this adapter trained on another model?",
+        )  # fmt: skip
+
+
+def _vocabulary(base: Base) -> tuple[str, ...]:
+    """Tensors with a row a token: the two that a resized vocabulary may change together."""
+    family = base.architecture.family
+    return (f"{family.embedding}.weight", f"{family.head}.weight")
+
+
+def _check_vocabulary(plan: Plan) -> None:
+    """Embedding and head must agree on the number of tokens."""
+    changes = plan.changes()
+    sizes = {}
+    for name in _vocabulary(plan.base):
+        stored = plan.base.tensors.get(plan.base.tied.get(name, name))
+        changed = changes.get(name) or (changes.get(plan.base.tied.get(name, name)))
+        if changed or stored:
+            sizes[name] = (changed or stored).shape[0]  # type: ignore[union-attr]
+    if len(set(sizes.values())) > 1:
+        raise AdapterError(
+            plan.adapters[0].name, ", ".join(f"{n}: {s} tokens" for n, s in sizes.items()),
+            "one vocabulary", "save the adapter with both (save_embedding_layers=True)",
         )  # fmt: skip
 
 
@@ -80,7 +147,7 @@ def _check_conflicts(plan: Plan) -> None:
     owner: dict[str, str] = {}
     for adapter in plan.adapters:
         for saved in adapter.replacements:
-            name = f"{saved.site.path}.{saved.parameter}"
+            name = saved.name
             if owner.setdefault(name, adapter.name) != adapter.name:
                 raise AdapterError(
                     name, f"replaced by {owner[name]} and by {adapter.name}", "one of them",

@@ -85,8 +85,13 @@ class Architecture:
         return Site(stack, layer, module)
 
     def is_transposed(self, site: Site) -> bool:
-        """Whether the base stores this site's weight as (in, out)."""
-        return self.family.conv1d and site.layer is not None
+        """Whether the base stores this site's weight as (in, out): Conv1D, and embeddings."""
+        return site.path in self._embeddings or (self.family.conv1d and site.layer is not None)
+
+    @property
+    def _embeddings(self) -> tuple[str, ...]:
+        positions = {"transformer.wte": "transformer.wpe"}.get(self.family.embedding)
+        return (self.family.embedding, *([positions] if positions else []))
 
     def middle_layers(self, stack: int = 0) -> tuple[int, ...]:
         """n/4, n/2, 3n/4 of one stack: where the original system injects."""

@@ -15,7 +15,16 @@ import regex
 from adaptrix_export.errors import AdapterError, SourceError, UnsupportedError
 from adaptrix_export.load.source import resolve
 from adaptrix_export.load.tensors import StoredTensor, read_json, read_safetensors
-from adaptrix_export.plan import Adapter, Base, Delta, LowRank, Replacement
+from adaptrix_export.plan import (
+    Adapter,
+    Base,
+    Delta,
+    Dora,
+    LowRank,
+    Replacement,
+    Scaled,
+    Site,
+)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -23,15 +32,38 @@ PREFIX = "base_model.model."
 PATTERN_SECONDS = 1.0  # a rank_pattern key is a regex from a stranger
 
 # Fields of LoraConfig that the merge obeys, or that only matter while training.
-_OBEYED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"}
+_OBEYED = {
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "use_dora", "lora_bias", "trainable_token_indices", "layer_replication",
+}  # fmt: skip
 _HARMLESS = {
     "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type",
     "inference_mode", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out",
     "layers_to_transform", "layers_pattern", "runtime_config", "eva_config", "peft_version",
     "megatron_core", "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
+_BIASES = ("none", "all", "lora_only")
 # Initialisations that leave the base's weights alone; the others take a part out of the base.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+# How a key ends, and what it holds; the longest that fits is meant. Without the endings, the rest
+# of the key is the path of the module.
+_PARTS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_B.bias": "b_bias",
+    "lora_embedding_A": "a",
+    "lora_embedding_B": "b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "token_adapter.trainable_tokens_delta": "token_rows",
+    "base_layer.weight": "base.weight",
+    "base_layer.bias": "base.bias",
+    "weight": "weight",
+    "bias": "bias",
+}
+_FACTORS = ("a", "b", "b_bias", "magnitude")
+Parts = dict[str, StoredTensor]
 
 
 def open_adapter(spec: str, base: Base, name: str | None = None) -> Adapter:
@@ -50,18 +82,18 @@ def open_adapter(spec: str, base: Base, name: str | None = None) -> Adapter:
         found = "only adapter_model.bin, a pickle" if pickled else "no weights"
         raise SourceError(place, found, WEIGHTS, "save it with safe_serialization=True")
     stored = read_safetensors(folder / WEIGHTS).tensors
-    factors, saved = _sort_tensors(place, config, stored)
+    parts = _sort_tensors(place, stored)
+    sites = {path: base.architecture.site_of(path) for path in sorted(parts)}
+    deltas = [d for path, site in sites.items() for d in _deltas(place, config, site, parts[path])]
+    whole = [r for path, site in sites.items() for r in _whole(place, config, site, parts[path])]
     return Adapter(
         name=place,
         spec=spec,
         folder=folder,
         files=(folder / CONFIG, folder / WEIGHTS),
         config=config,
-        deltas=_deltas(place, config, factors, base),
-        replacements=tuple(
-            Replacement(base.architecture.site_of(path), parameter, tensor)
-            for (path, parameter), tensor in sorted(saved.items())
-        ),
+        deltas=tuple(sorted(deltas, key=lambda d: (d.site.order, d.parameter))),
+        replacements=tuple(whole),
     )
 
 
@@ -75,7 +107,7 @@ def _check_config(place: str, config: Mapping[str, Any]) -> None:
     for key, value in sorted(config.items()):
         if key in _OBEYED or key in _HARMLESS or value in (None, False, {}, []):
             continue
-        if key == "bias" and value == "none":
+        if key == "bias" and value in _BIASES:
             continue
         if key == "init_lora_weights":
             if value in _PLAIN_INITS:
@@ -86,34 +118,63 @@ def _check_config(place: str, config: Mapping[str, Any]) -> None:
         )  # fmt: skip
 
 
-_Key = tuple[str, str]
-
-
-def _sort_tensors(
-    place: str, config: Mapping[str, Any], stored: tuple[StoredTensor, ...]
-) -> tuple[dict[str, dict[str, StoredTensor]], dict[_Key, StoredTensor]]:
-    """Split the file into factors (module -> A, B) and whole parameters ((module, name) -> tensor)."""
-    factors: dict[str, dict[str, StoredTensor]] = {}
-    saved: dict[_Key, StoredTensor] = {}
-    whole = tuple(config.get("modules_to_save") or ())
+def _sort_tensors(place: str, stored: tuple[StoredTensor, ...]) -> dict[str, Parts]:
+    """Module path -> what the file holds for it."""
+    sorted_: dict[str, Parts] = {}
     for tensor in stored:
         if not tensor.name.startswith(PREFIX):
             raise _unknown(place, tensor.name, f"a key that starts with {PREFIX!r}")
-        path = tensor.name.removeprefix(PREFIX)
-        module, _, last = path.rpartition(".")
-        owner, _, factor = module.rpartition(".")
-        if last == "weight" and factor in ("lora_A", "lora_B"):
-            factors.setdefault(owner, {})[factor] = tensor
-        elif last in ("weight", "bias") and _is_saved(module, whole):
-            saved[module, last] = tensor
+        words = tensor.name.removeprefix(PREFIX).split(".")
+        for cut in range(1, len(words)):
+            part = _PARTS.get(".".join(words[cut:]))
+            if part is not None:
+                break
         else:
             raise _unknown(place, tensor.name, "lora_A.weight, lora_B.weight or modules_to_save")
-    return factors, saved
+        sorted_.setdefault(".".join(words[:cut]), {})[part] = tensor
+    return sorted_
+
+
+def _whole(place: str, config: Mapping[str, Any], site: Site, parts: Parts) -> list[Replacement]:
+    """What the file ships whole for one module, each with the config field that says so."""
+    found = []
+    for kind in ("weight", "bias"):
+        if tensor := parts.get(f"base.{kind}"):
+            found.append(Replacement(site, kind, tensor, shared=True))
+        if not (tensor := parts.get(kind)):
+            continue
+        own = _is_saved(site.path, tuple(config.get("modules_to_save") or ()))
+        if not own and not (kind == "bias" and config.get("bias", "none") != "none"):
+            if not _is_vocabulary(tensor, site):
+                raise _unknown(place, tensor.name, "a module in modules_to_save")
+        found.append(Replacement(site, kind, tensor, shared=not own))
+    if tensor := parts.get("token_rows"):
+        rows = _token_rows(place, config, site)
+        found.append(Replacement(site, "weight", tensor, shared=True, rows=rows))
+    return found
+
+
+def _is_vocabulary(tensor: StoredTensor, site: Site) -> bool:
+    """PEFT saves embedding and head whole when it resized or targets them."""
+    return site.layer is None and len(tensor.shape) == 2 and tensor.name.endswith(".weight")
+
+
+def _token_rows(place: str, config: Mapping[str, Any], site: Site) -> tuple[int, ...]:
+    """The rows that `trainable_token_indices` names for this module."""
+    indices = config.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        names = [n for n in indices if site.path == n or site.path.endswith("." + n)]
+        indices = indices[names[0]] if len(names) == 1 else None
+    if not isinstance(indices, list) or not all(type(i) is int for i in indices):
+        raise AdapterError(
+            f"{place}: {site.path}", f"trainable_token_indices = {indices!r}", "a list of rows"
+        )
+    return tuple(indices)
 
 
 def _is_saved(module: str, whole: tuple[str, ...]) -> bool:
-    """PEFT's rule: the module's path ends with an entry of modules_to_save, at a dot."""
-    return any(module == entry or module.endswith("." + entry) for entry in whole)
+    """PEFT's rule, in which `norm` also means `input_layernorm`."""
+    return module.endswith(whole)
 
 
 def _unknown(place: str, key: str, expected: str) -> AdapterError:
@@ -123,31 +184,53 @@ def _unknown(place: str, key: str, expected: str) -> AdapterError:
     )  # fmt: skip
 
 
-def _deltas(
-    place: str,
-    config: Mapping[str, Any],
-    factors: Mapping[str, Mapping[str, StoredTensor]],
-    base: Base,
-) -> tuple[Delta, ...]:
+def _deltas(place: str, config: Mapping[str, Any], site: Site, parts: Parts) -> list[Delta]:
+    """What the factors in the file add to one module's weight and bias."""
+    if not any(part in parts for part in _FACTORS):
+        return []
+    path = site.path
+    if "a" not in parts or "b" not in parts:
+        missing = "lora_B" if "a" in parts else "lora_A"
+        raise AdapterError(f"{place}: {path}", f"no {missing}", "both factors", "save it again")
+    a, b = parts["a"], parts["b"]
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        raise UnsupportedError(
+            f"{place}: {path}", f"factors of shape {a.shape} and {b.shape}", "matrices",
+            "convolutions cannot be built yet",
+        )  # fmt: skip
+    rank, scale = _rank_and_scale(place, path, config)
+    if a.shape[0] != rank or b.shape[1] != rank:
+        raise AdapterError(
+            f"{place}: {path}", f"rank {a.shape[0]} in lora_A and {b.shape[1]} in lora_B",
+            f"{rank} by {CONFIG}", "the config belongs to other weights",
+        )  # fmt: skip
+    _check_flag(place, path, config, "use_dora", "magnitude" in parts)
+    _check_flag(place, path, config, "lora_bias", "b_bias" in parts)
     deltas = []
-    for path, pair in factors.items():
-        if set(pair) != {"lora_A", "lora_B"}:
-            missing = "lora_B" if "lora_A" in pair else "lora_A"
-            raise AdapterError(f"{place}: {path}", f"no {missing}", "both factors", "save it again")
-        a, b = pair["lora_A"], pair["lora_B"]
-        if len(a.shape) != 2 or len(b.shape) != 2:
+    if "magnitude" in parts:
+        deltas.append(Delta(site, (Dora(a, b, scale, parts["magnitude"]),)))
+    else:
+        deltas.append(Delta(site, (LowRank(a, b, scale),)))
+    if "b_bias" in parts:
+        if "magnitude" in parts:
             raise UnsupportedError(
-                f"{place}: {path}", f"factors of shape {a.shape} and {b.shape}", "matrices",
-                "convolutions cannot be built yet",
+                f"{place}: {path}", "lora_bias with use_dora", "one of them",
+                "DoRA scales the bias of lora_B by a norm; train without lora_bias",
             )  # fmt: skip
-        rank, scale = _rank_and_scale(place, path, config)
-        if a.shape[0] != rank or b.shape[1] != rank:
-            raise AdapterError(
-                f"{place}: {path}", f"rank {a.shape[0]} in lora_A and {b.shape[1]} in lora_B",
-                f"{rank} by {CONFIG}", "the config belongs to other weights",
-            )  # fmt: skip
-        deltas.append(Delta(base.architecture.site_of(path), (LowRank(a, b, scale),)))
-    return tuple(sorted(deltas, key=lambda d: d.site.order))
+        deltas.append(Delta(site, (Scaled(parts["b_bias"], scale),), "bias"))
+    return deltas
+
+
+def _check_flag(
+    place: str, path: str, config: Mapping[str, Any], field: str, shipped: bool
+) -> None:
+    """A tensor and the config field that gives it a meaning come together or not at all."""
+    if shipped != bool(config.get(field)):
+        found = "a tensor for it" if shipped else "no tensor for it"
+        raise AdapterError(
+            f"{place}: {path}", f"{field} = {config.get(field)!r} and {found}", "both or neither",
+            "the config belongs to other weights",
+        )  # fmt: skip
 
 
 def _rank_and_scale(place: str, path: str, config: Mapping[str, Any]) -> tuple[int, float]:

@@ -7,12 +7,13 @@ the block, whatever the size of the embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from adaptrix_export.load.tensors import DTYPES
-from adaptrix_export.plan import Array, Change, Tensor
+from adaptrix_export.plan import Array, Change, Dora, LowRank, Scaled, Tensor
 
 BLOCK = 1 << 19  # values in a block: 4 MB in float64, about what a core's cache holds
 
@@ -43,27 +44,83 @@ def rows_per_block(shape: tuple[int, ...]) -> int:
     return max(1, BLOCK // row)
 
 
+Rows = Callable[[int, int, Array], Array]  # (start, stop, base rows) -> what to add to them
+
+
 def merged_blocks(change: Change, dtype: str) -> Iterator[Array]:
     """Blocks of rows of the merged tensor in `dtype`, in order."""
-    source = change.replacement if change.replacement is not None else change.base
-    assert source is not None, change.name
-    factors = [_factors(change, term.a, term.b, term.scale) for term in change.terms]
+    source = change.source
+    added = [_ADDED[type(term)](change, term) for term in change.terms]
     rows = source.shape[0] if source.shape else 1
     step = rows_per_block(source.shape)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        exact = source.rows(start, stop).astype(np.float64)
-        for left, right in factors:
-            exact += left[start:stop] @ right
+        base = base_rows(change, start, stop)
+        exact = base.copy() if added else base
+        for term in added:
+            exact += term(start, stop, base)
         yield to_dtype(exact, dtype)
 
 
-def _factors(change: Change, a: Tensor, b: Tensor, scale: float) -> tuple[Array, Array]:
-    """(left, right) in float64 with left @ right = the delta as the base stores it."""
-    down, up = a.read().astype(np.float64), b.read().astype(np.float64)
+def base_rows(change: Change, start: int, stop: int) -> Array:
+    """Rows of what the terms are added to, in float64: the source, with some rows set."""
+    exact = change.source.rows(start, stop).astype(np.float64)
+    for saved in change.rows:
+        assert saved.rows is not None
+        for place, row in enumerate(saved.rows):
+            if start <= row < stop:
+                exact[row - start] = saved.tensor.rows(place, place + 1)[0].astype(np.float64)
+    return exact
+
+
+def _low_rank(change: Change, term: LowRank) -> Rows:
+    """scale * b @ a, transposed where the base is."""
+    left, right = _factors(change, term)
+    right *= term.scale
+    return lambda start, stop, base: left[start:stop] @ right
+
+
+def _dora(change: Change, term: Dora) -> Rows:
+    """(m / |W + scale b a|) * (W + scale b a) - W; the norm runs over the inputs of an output."""
+    left, right = _factors(change, term)
+    right *= term.scale
+    magnitude = term.magnitude.read().astype(np.float64).reshape(-1)
+    if not change.transposed:
+
+        def by_row(start: int, stop: int, base: Array) -> Array:
+            adapted = base + left[start:stop] @ right
+            norm = np.linalg.norm(adapted, axis=1)
+            return (magnitude[start:stop] / norm)[:, None] * adapted - base
+
+        return by_row
+    # Stored (in, out): an output is a column, so its norm needs every row first.
+    squares = np.zeros_like(magnitude)
+    step = rows_per_block(change.shape)
+    for first in range(0, change.shape[0], step):
+        last = min(change.shape[0], first + step)
+        squares += ((base_rows(change, first, last) + left[first:last] @ right) ** 2).sum(axis=0)
+    factor = magnitude / np.sqrt(squares)
+    return lambda start, stop, base: factor * (base + left[start:stop] @ right) - base
+
+
+def _scaled(change: Change, term: Scaled) -> Rows:
+    vector = term.scale * term.vector.read().astype(np.float64)
+    return lambda start, stop, base: vector[start:stop]
+
+
+_ADDED: dict[type, Callable[[Change, Any], Rows]] = {
+    LowRank: _low_rank,
+    Dora: _dora,
+    Scaled: _scaled,
+}
+
+
+def _factors(change: Change, term: LowRank | Dora) -> tuple[Array, Array]:
+    """(left, right) in float64 with left @ right = b @ a as the base stores it."""
+    down, up = term.a.read().astype(np.float64), term.b.read().astype(np.float64)
     if change.transposed:
-        return np.ascontiguousarray(down.T), np.ascontiguousarray(scale * up.T)
-    return up, scale * down
+        return np.ascontiguousarray(down.T), np.ascontiguousarray(up.T)
+    return up, down
 
 
 def merged(change: Change, dtype: str) -> Array:

@@ -43,7 +43,7 @@ def lower_merged_onnx(plan: Plan, stage: Path, progress: Progress, provider: str
         hashes=hashes,
         weights=weights,
         untied=plan.untied(),
-        config_changes={"tie_word_embeddings": False} if plan.untied() else {},
+        config_changes=plan.config_changes(),
         frontend=graph.frontend,
     )
 

@@ -37,6 +37,10 @@ class Entry:
         return self.change.shape if self.change else self.source.shape
 
     @property
+    def resized(self) -> bool:
+        return self.shape != self.source.shape
+
+    @property
     def nbytes(self) -> int:
         return prod(self.shape) * itemsize(self.source.dtype)
 
@@ -69,7 +73,7 @@ def lower_merged_safetensors(plan: Plan, stage: Path, progress: Progress) -> Art
         hashes=hashes,
         weights={e.stored_name: tensor(e.name) for f in files for e in f.entries},
         untied=plan.untied(),
-        config_changes={"tie_word_embeddings": False} if plan.untied() else {},
+        config_changes=plan.config_changes(),
     )
 
 
@@ -77,7 +81,7 @@ def plan_files(plan: Plan) -> list[OutputFile]:
     """Which tensor goes where. GGUF bases make one new file; others keep their shards."""
     changes = plan.changes()
     added = _added(plan, changes)
-    if plan.base.gguf_file is not None:
+    if plan.base.gguf_file is not None or plan.base.rebuilt:
         entries = [Entry(n, n, t, changes.get(n)) for n, t in plan.base.tensors.items()]
         return [OutputFile(SINGLE, (*entries, *added), None)]
     by_path: dict[Path, list[Entry]] = {path: [] for path in plan.base.files}
@@ -90,7 +94,8 @@ def plan_files(plan: Plan) -> list[OutputFile]:
     for path, entries in by_path.items():
         original = read_safetensors(path)
         extra = [e for e in added if e.source in original.tensors]
-        files.append(OutputFile(path.name, (*entries, *extra), None if extra else original))
+        same = not extra and not any(e.resized for e in entries)
+        files.append(OutputFile(path.name, (*entries, *extra), original if same else None))
     return files
 
 

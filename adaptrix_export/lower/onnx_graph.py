@@ -73,7 +73,8 @@ def _native_module(plan: Plan, module_class: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig
 
     config = {k: v for k, v in plan.base.config.items() if k not in ("dtype", "torch_dtype")}
-    config["tie_word_embeddings"] = bool(plan.base.tied) and not plan.untied()
+    config["tie_word_embeddings"] = bool(plan.base.tied)
+    config.update(plan.config_changes())
     hf_config = AutoConfig.for_model(**config)
     resolved = _config_from_hf(hf_config, module_class=module_class)
     resolved = dataclasses.replace(resolved, dtype=ir.DataType.FLOAT)
