@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from adaptrix_export.plan import Adapter, Base, Plan, Tensor
+from adaptrix_export.plan import Adapter, Base, Plan, Scaled, Tensor
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -91,7 +91,7 @@ def _modules(base: Base) -> list[dict[str, Any]]:
 def _adapter(adapter: Adapter) -> dict[str, Any]:
     config = adapter.config
     terms = [term for delta in adapter.deltas for term in delta.terms]
-    tensors = [tensor for term in terms for tensor in (term.a, term.b)]
+    tensors = [tensor for term in terms for tensor in term.tensors]
     tensors += [saved.tensor for saved in adapter.replacements]
     sites = [delta.site for delta in adapter.deltas]
     touched = {site for site in sites if site.layer is not None}
@@ -103,7 +103,7 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         "name": adapter.name,
         "source": adapter.spec,
         "kind": str(config.get("peft_type", "LORA")),
-        "ranks": sorted({term.rank for term in terms}),
+        "ranks": sorted({term.rank for term in terms if not isinstance(term, Scaled)}),
         "alpha": config.get("lora_alpha"),
         "alpha_pattern": dict(config.get("alpha_pattern") or {}),
         "rslora": bool(config.get("use_rslora")),

@@ -1,4 +1,4 @@
-"""What long work tells whoever started it. The library is silent unless it is given a `Progress`."""
+"""What long work tells whoever started it; the library is silent unless given a `Progress`."""
 
 from __future__ import annotations
 

@@ -65,7 +65,9 @@ def _originals(manifest: dict[str, Any], base: str | None, adapters: Sequence[st
                 "--adapter", f"{len(adapters)} of them", f"{len(named)}, as in the manifest"
             )
         named = [(name, spec) for (name, _), spec in zip(named, adapters, strict=True)]
-    return repeat_layers(Plan(opened, tuple(open_adapter(spec, opened, name) for name, spec in named)))
+    return repeat_layers(
+        Plan(opened, tuple(open_adapter(spec, opened, name) for name, spec in named))
+    )
 
 
 def _check_inputs(manifest: dict[str, Any], plan: Plan, progress: Progress) -> None:

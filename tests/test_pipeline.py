@@ -6,8 +6,10 @@ import json
 from dataclasses import replace
 from math import sqrt
 
-import adaptrix_export.lower.merge as merge
 import pytest
+from click.testing import CliRunner
+
+import adaptrix_export.lower.merge as merge
 from adaptrix_export import pipeline
 from adaptrix_export.cli import main
 from adaptrix_export.errors import (
@@ -20,8 +22,6 @@ from adaptrix_export.errors import (
 from adaptrix_export.pipeline import build
 from adaptrix_export.published import verify_artifact
 from adaptrix_export.recipe import Recipe
-from click.testing import CliRunner
-
 from tests.tiny import save_adapter, save_base
 
 
@@ -95,8 +95,10 @@ def test_negative_controls_publish_nothing(tmp_path, llama, monkeypatch, target,
     base, adapter = llama
     result = CliRunner().invoke(
         main,
-        ["build", "--base", str(base), "--adapter", str(adapter), "--target", target]
-        + ["--out", str(tmp_path / "out"), "--parity", "fast"],
+        [
+            *("build", "--base", str(base), "--adapter", str(adapter), "--target", target),
+            *("--out", str(tmp_path / "out"), "--parity", "fast"),
+        ],
     )
     assert result.exit_code == 1, result.output
     assert listing(tmp_path) == ["out.rejected.json"]

@@ -43,7 +43,10 @@ def open_base(spec: str) -> Base:
 
 
 def make_base(
-    source: Source, files: tuple[Path, ...], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    source: Source,
+    files: tuple[Path, ...],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
 ) -> Base:
     """Put a Base together once its tensors have the names that transformers gives them."""
     architecture = detect(config, tensors, source.spec)
@@ -132,5 +135,3 @@ def _tied(
     if embedding in tensors and (flag or head not in tensors):
         return {head: embedding}
     return {}
-
-

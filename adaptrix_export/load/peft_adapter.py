@@ -109,9 +109,8 @@ def _check_config(place: str, config: Mapping[str, Any]) -> None:
             continue
         if key == "bias" and value in _BIASES:
             continue
-        if key == "init_lora_weights":
-            if value in _PLAIN_INITS:
-                continue
+        if key == "init_lora_weights" and value in _PLAIN_INITS:
+            continue
         raise UnsupportedError(
             f"{place}: {CONFIG}", f"{key} = {value!r}", "plain LoRA",
             "this kind of adapter cannot be built yet",
@@ -144,9 +143,9 @@ def _whole(place: str, config: Mapping[str, Any], site: Site, parts: Parts) -> l
         if not (tensor := parts.get(kind)):
             continue
         own = _is_saved(site.path, tuple(config.get("modules_to_save") or ()))
-        if not own and not (kind == "bias" and config.get("bias", "none") != "none"):
-            if not _is_vocabulary(tensor, site):
-                raise _unknown(place, tensor.name, "a module in modules_to_save")
+        trained_bias = kind == "bias" and config.get("bias", "none") != "none"
+        if not (own or trained_bias or _is_vocabulary(tensor, site)):
+            raise _unknown(place, tensor.name, "a module in modules_to_save")
         found.append(Replacement(site, kind, tensor, shared=not own))
     if tensor := parts.get("token_rows"):
         rows = _token_rows(place, config, site)

@@ -35,7 +35,7 @@ def repeat_layers(plan: Plan) -> Plan:
 def _order(place: str, base: Base, ranges: Any) -> list[int]:
     """Old layer of every new one."""
     count = base.architecture.stacks[0].count if base.architecture.stacks else 0
-    order = []
+    order: list[int] = []
     for entry in ranges:
         pair = list(entry) if isinstance(entry, (list, tuple)) else []
         if len(pair) != 2 or not all(type(n) is int and 0 <= n <= count for n in pair):

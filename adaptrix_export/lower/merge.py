@@ -90,7 +90,8 @@ def _dora(change: Change, term: Dora) -> Rows:
         def by_row(start: int, stop: int, base: Array) -> Array:
             adapted = base + left[start:stop] @ right
             norm = np.linalg.norm(adapted, axis=1)
-            return (magnitude[start:stop] / norm)[:, None] * adapted - base
+            added: Array = (magnitude[start:stop] / norm)[:, None] * adapted - base
+            return added
 
         return by_row
     # Stored (in, out): an output is a column, so its norm needs every row first.

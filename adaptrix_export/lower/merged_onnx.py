@@ -23,7 +23,9 @@ ALIGNMENT = 4096  # a page: ONNX Runtime can then map each initializer
 INLINE = 1024  # bytes; smaller constants stay inside the graph file
 
 
-def lower_merged_onnx(plan: Plan, stage: Path, progress: Progress, provider: str = "cpu") -> Artifact:
+def lower_merged_onnx(
+    plan: Plan, stage: Path, progress: Progress, provider: str = "cpu"
+) -> Artifact:
     """Write the merged graph and its weights, float32, into `stage`."""
     with progress.stage("graph"):
         graph = native(plan, provider)
@@ -50,7 +52,9 @@ def lower_merged_onnx(plan: Plan, stage: Path, progress: Progress, provider: str
 
 def _note_unused(graph: Graph, progress: Progress) -> None:
     if graph.unused:
-        progress.note(f"{len(graph.unused)} base tensors are not read: {', '.join(graph.unused[:5])}")
+        progress.note(
+            f"{len(graph.unused)} base tensors are not read: {', '.join(graph.unused[:5])}"
+        )
 
 
 def _write_data(
@@ -58,8 +62,10 @@ def _write_data(
 ) -> str:
     """Evaluate each initializer, write it, and point the graph at its bytes; returns the sha256."""
     values = model.graph.initializers
-    large = [n for n, v in values.items() if v.const_value is not None and v.const_value.nbytes > INLINE]
-    total = 4 * sum(prod(map(int, values[name].shape or ())) for name in weights)
+    large = [
+        n for n, v in values.items() if v.const_value is not None and v.const_value.nbytes > INLINE
+    ]
+    total = 4 * sum(_size(values[name]) for name in weights)
     changes = plan.changes()
     with HashingWriter(path) as out, progress.stage("weights", total, "B") as advance:
         for name in (*weights, *sorted(large)):
@@ -78,6 +84,11 @@ def _write_data(
         return out.hexdigest
 
 
+def _size(value: ir.Value) -> int:
+    sizes: tuple[int, ...] = value.shape.numpy() if value.shape is not None else ()
+    return prod(sizes)
+
+
 def _values(plan: Plan, changes: dict[str, Change], expression: Expression) -> Array:
     """One initializer in float32: moves of values that were rounded once.
 
@@ -89,9 +100,7 @@ def _values(plan: Plan, changes: dict[str, Change], expression: Expression) -> A
     def read(name: str) -> Array:
         if name in changes:
             return merged(changes[name], dtype)
-        stored = plan.base.tensors[
-            plan.base.tied[name] if name in plan.base.tied else name
-        ]
+        stored = plan.base.tensors[plan.base.tied.get(name, name)]
         return np.concatenate(list(plain_blocks(stored, dtype)))
 
     return evaluate(expression, read).astype(np.float32, copy=False)

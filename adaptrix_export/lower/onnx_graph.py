@@ -194,5 +194,6 @@ def _folded_shape(node: ir.Node, shapes: list[ir.Shape]) -> ir.Shape:
         return ir.Shape([shapes[0][d] for d in node.attributes["perm"].as_ints()])
     axis = node.attributes["axis"].as_int()
     dims = list(shapes[0])
-    dims[axis] = sum(int(s[axis]) for s in shapes)  # type: ignore[arg-type]
+    lengths = [s[axis] for s in shapes]
+    dims[axis] = sum(n for n in lengths if isinstance(n, int))  # a weight has no symbolic sizes
     return ir.Shape(dims)

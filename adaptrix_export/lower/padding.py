@@ -114,7 +114,11 @@ def _indices(made: _Nodes, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.
     pads = made.add("ArgMax", [chunk], "pads", axis=1, keepdims=1)
     zero, stop, one = (
         made.add("Squeeze", [value], f"{name}.scalar")
-        for name, value in (("zero", made.constant(0)), ("length", length), ("one", made.constant(1)))
+        for name, value in (
+            ("zero", made.constant(0)),
+            ("length", length),
+            ("one", made.constant(1)),
+        )
     )
     places = made.add("Range", [zero, stop, one], "places")
     found = []

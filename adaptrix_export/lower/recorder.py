@@ -26,15 +26,13 @@ class Recorded(torch.Tensor):
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], expression: Expression) -> Recorded:
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, torch.Size(shape), dtype=torch.float32
-        )
+        made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=torch.float32)
         assert isinstance(made, Recorded)
         made.expression = expression
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch types it as a plain function
         cls, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         record = _RECORDS.get(function)

@@ -48,15 +48,17 @@ def evaluate(expression: Expression, read: Callable[[str], Array]) -> Array:
     if kind == "concat":
         axis, parts = rest
         return np.concatenate([evaluate(part, read) for part in parts], axis=axis)
-    value = evaluate(rest[-1], read)
+    value: Array = evaluate(rest[-1], read)
     if kind == "transpose":
         return value.transpose(rest[0])
     if kind == "reshape":
         return value.reshape(rest[0])
     if kind == "slice":
         axis, start, stop = rest[:3]
-        return value[(slice(None),) * axis + (slice(start, stop),)]
+        piece: Array = value[(slice(None),) * axis + (slice(start, stop),)]
+        return piece
     if kind == "affine":
         scale, shift = rest[:2]
-        return value * value.dtype.type(scale) + value.dtype.type(shift)
+        computed: Array = value * value.dtype.type(scale) + value.dtype.type(shift)
+        return computed
     raise ValueError(f"unknown weight expression {kind!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from adaptrix_export.plan import Delta, LowRank, Plan, Site
+from adaptrix_export.plan import Delta, Plan, Term
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,18 @@ class Compose:
     def __call__(self, plan: Plan) -> Plan:
         if len(plan.adapters) < 2:
             return plan
-        terms: dict[Site, tuple[LowRank, ...]] = {}
+        deltas: dict[str, Delta] = {}
         for adapter in plan.adapters:
             for delta in adapter.deltas:
-                terms[delta.site] = terms.get(delta.site, ()) + delta.terms
+                known = deltas.get(delta.name)
+                terms: tuple[Term, ...] = (*(known.terms if known else ()), *delta.terms)
+                deltas[delta.name] = replace(delta, terms=terms)
         first = plan.adapters[0]
         composed = replace(
             first,
             name="+".join(a.name for a in plan.adapters),
             files=tuple(f for a in plan.adapters for f in a.files),
-            deltas=tuple(Delta(s, terms[s]) for s in sorted(terms, key=lambda s: s.order)),
+            deltas=tuple(sorted(deltas.values(), key=lambda d: (d.site.order, d.parameter))),
             replacements=tuple(r for a in plan.adapters for r in a.replacements),
         )
         return plan.after(self, adapters=(composed,))

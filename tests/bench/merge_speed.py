@@ -104,7 +104,9 @@ def main() -> None:
         for name, row in figures.items():
             print(f"{label:20}{name:18}{row['seconds']:9.2f}{row['peak_mb']:9.0f}")
         ratio = figures["PEFT"]["seconds"] / figures["adaptrix-export"]["seconds"]
-        print(f"{label:20}{size:.0f} MB of weights; PEFT takes {ratio:.1f} times as long", flush=True)
+        print(
+            f"{label:20}{size:.0f} MB of weights; PEFT takes {ratio:.1f} times as long", flush=True
+        )
         print(json.dumps({"model": label, "megabytes": round(size), **figures}), file=sys.stderr)
 
 

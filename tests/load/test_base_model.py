@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from adaptrix_export.errors import SourceError, UnsupportedError
-from adaptrix_export.load import open_base
-from adaptrix_export.plan import Site
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from adaptrix_export.errors import SourceError, UnsupportedError
+from adaptrix_export.load import open_base
+from adaptrix_export.plan import Site
 from tests.tiny import save_base
 
 

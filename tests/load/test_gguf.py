@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+
 from adaptrix_export.errors import SourceError, UnsupportedError
 from adaptrix_export.load import open_base
 from adaptrix_export.load.gguf_header import read_gguf

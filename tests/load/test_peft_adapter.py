@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+
 from adaptrix_export.errors import AdapterError, SourceError, UnsupportedError
 from adaptrix_export.load import open_adapter, open_base
 from adaptrix_export.plan import Plan
 from adaptrix_export.verify import verify
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
-
 from tests.tiny import live, save_adapter, save_base
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+
 from adaptrix_export.errors import SourceError
 from adaptrix_export.load import open_base
 from adaptrix_export.load.source import resolve
-
 from tests.tiny import save_base
 
 

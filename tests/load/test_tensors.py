@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from adaptrix_export.errors import SourceError, UnsupportedError
-from adaptrix_export.load.tensors import read_safetensors
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+
+from adaptrix_export.errors import SourceError, UnsupportedError
+from adaptrix_export.load.tensors import read_safetensors
 
 TORCH = {
     "F32": torch.float32,

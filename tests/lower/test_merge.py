@@ -8,6 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
 from adaptrix_export.load import open_adapter, open_base
 from adaptrix_export.lower import merge
 from adaptrix_export.lower.merge import merged, to_dtype
@@ -16,12 +22,6 @@ from adaptrix_export.passes.compose import Compose
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
 from adaptrix_export.verify import verify
-from hypothesis import example, given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-
 from tests.tiny import VOCAB, live, save_adapter, save_base
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.load import open_adapter, open_base
 from adaptrix_export.lower.merged_onnx import lower_merged_onnx
@@ -15,7 +16,6 @@ from adaptrix_export.lower.weights import evaluate, names
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
 from adaptrix_export.verify import verify
-
 from tests.tiny import VOCAB, live, save_adapter, save_base
 
 
@@ -80,7 +80,7 @@ def test_padded_batches_equal_each_row_alone(built, side):
 
 
 def test_interface_names_and_symbolic_sizes(built):
-    kind, plan, artifact, _ = built
+    kind, _, artifact, _ = built
     session = ort.InferenceSession(artifact.folder / "model.onnx")
     inputs = {i.name: i for i in session.get_inputs()}
     past = {f"past_key_values.{i}.{kv}" for i in range(4) for kv in ("key", "value")}
@@ -119,7 +119,7 @@ def test_every_initializer_is_its_expression_over_merged_weights(built):
 
 
 def test_counts_of_folds_and_rolls(tmp_path):
-    """Packed QKV is one initializer; no Transpose or Concat of a weight is left but the tied head's."""
+    """Packed QKV is one initializer; of the Transposes of weights only the tied head's is left."""
     plan = plan_of(save_base("llama", tmp_path))
     graph = native(plan, "cpu")
     kinds = [n.op_type for n in graph.model.graph]
