@@ -80,7 +80,9 @@ def _modules(base: Base) -> list[dict[str, Any]]:
             continue  # its size is the first one of the weight's
         # a tensor that is no module's weight, such as fused experts, is named whole
         site = base.architecture.site_of(module if parameter == "weight" else name)
-        turned = len(tensor.shape) == 2 and base.architecture.is_transposed(site)
+        # (out, in), as a Linear has it; an embedding is shown as it is, a row a token
+        conv1d = base.architecture.family.conv1d and site.layer is not None
+        turned = conv1d and len(tensor.shape) == 2
         rows[site.stack, site.module, tensor.shape[::-1] if turned else tensor.shape] += 1
     return [
         {"stack": stack, "module": module, "shape": list(shape), "count": count}

@@ -84,8 +84,8 @@ def open_adapter(spec: str, base: Base, name: str | None = None) -> Adapter:
     stored = read_safetensors(folder / WEIGHTS).tensors
     parts = _sort_tensors(place, stored)
     sites = {path: base.architecture.site_of(path) for path in sorted(parts)}
-    deltas = [d for path, site in sites.items() for d in _deltas(place, config, site, parts[path])]
     whole = [r for path, site in sites.items() for r in _whole(place, config, site, parts[path])]
+    deltas = [d for path, site in sites.items() for d in _deltas(place, config, site, parts[path])]
     return Adapter(
         name=place,
         spec=spec,
