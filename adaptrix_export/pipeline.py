@@ -13,8 +13,9 @@ from typing import Any
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import save, summary
+from adaptrix_export.convert import peft_folders
 from adaptrix_export.errors import ParityError
-from adaptrix_export.load import open_adapter, open_base
+from adaptrix_export.load import Reading, open_adapter, open_base
 from adaptrix_export.load.replication import repeat_layers
 from adaptrix_export.lower import LOWERINGS
 from adaptrix_export.lower.artifact import Artifact
@@ -75,13 +76,15 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
         write_manifest(stage, manifest)
         with progress.stage("publish"):
             publish(stage, recipe.out)
-    return Outcome(recipe.out, report, manifest, notes(plan, artifact))
+    told = tuple(f"adapter {a.name}: {note}" for a in original.adapters for note in a.notes)
+    return Outcome(recipe.out, report, manifest, told + notes(plan, artifact))
 
 
 def open_plan(recipe: Recipe) -> Plan:
     """The plan before any pass: base and adapters as they are on disk, headers only."""
     base = open_base(recipe.base)
-    adapters = tuple(open_adapter(a.source, base, a.name) for a in recipe.adapters)
+    reading = Reading(recipe.allow_pickle, recipe.adaptrix_scaling.value)
+    adapters = tuple(open_adapter(a.source, base, a.name, reading) for a in recipe.adapters)
     return repeat_layers(Plan(base, adapters))
 
 
@@ -99,7 +102,9 @@ def check(
     """
     if recipe.parity.level is ParityLevel.OFF:
         return None
-    report = prove(parity_job(recipe, original, artifact), progress)
+    with peft_folders(original) as folders:
+        job = parity_job(recipe, original, artifact, folders.adapters)
+        report = folders.told(prove(job, progress))
     if not report["passed"]:
         rejected = recipe.out.with_name(recipe.out.name + ".rejected.json")
         save(report, rejected)
@@ -112,8 +117,13 @@ def check(
     return report
 
 
-def parity_job(recipe: Recipe, original: Plan, artifact: Artifact) -> Job:
-    """What the check needs to know: the artifact, and the original files it came from."""
+def parity_job(
+    recipe: Recipe, original: Plan, artifact: Artifact, adapters: tuple[tuple[str, Path], ...]
+) -> Job:
+    """What the check needs to know: the artifact, and the original files it came from.
+
+    `adapters` are the folders that stock PEFT is to load, by name.
+    """
     text = recipe.parity.text
     return Job(
         target=artifact.target,
@@ -122,7 +132,7 @@ def parity_job(recipe: Recipe, original: Plan, artifact: Artifact) -> Job:
         precision=artifact.precision,
         weights=artifact.weights,
         gguf_file=original.base.gguf_file,
-        adapters=tuple((a.name, a.folder) for a in original.adapters),
+        adapters=adapters,
         level=recipe.parity.level.value,
         decode_steps=recipe.parity.decode_steps,
         text=read_text(text) if text else None,

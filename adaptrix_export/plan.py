@@ -159,9 +159,15 @@ class Adapter:
     spec: str  # as the recipe named it
     folder: Path
     files: tuple[Path, ...]
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # adapter_config.json, or what it would be in PEFT's form
     deltas: tuple[Delta, ...]
     replacements: tuple[Replacement, ...]
+    # What a user should know of how the files were read.
+    notes: tuple[str, ...] = ()
+    # Stock PEFT would not read the files as we do: the oracle gets a copy in PEFT's own form.
+    foreign: bool = False
+    # What the files say beside what is applied: `format`, and that format's own metadata.
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:

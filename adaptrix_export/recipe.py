@@ -71,6 +71,12 @@ class Precision(_Word):
     INT4 = "int4"
 
 
+class AdaptrixScaling(_Word):
+    ALPHA_OVER_RANK = "alpha_over_rank"
+    STORED = "stored"
+    ONE = "one"
+
+
 class ParityLevel(_Word):
     FULL = "full"
     FAST = "fast"
@@ -172,6 +178,16 @@ class Recipe(_Section):
         description="Number format of the weights; auto is fp32 for onnx and the base's own for "
         "safetensors.",
     )
+    allow_pickle: bool = Field(
+        default=False,
+        strict=True,
+        description="Read adapter_model.bin, a pickle; nothing in it is run even so.",
+    )
+    adaptrix_scaling: AdaptrixScaling = Field(
+        default=AdaptrixScaling.ALPHA_OVER_RANK,
+        description="The scale of an original Adaptrix folder: alpha_over_rank; stored, the "
+        "scaling in its files; one, as the original's last engine applied it.",
+    )
     parity: Parity = Field(
         default=Parity(), description="How the artifact is proved before it is published."
     )
@@ -246,7 +262,7 @@ def make_recipe(
     origins: dict[str, str] = {}
     for key, value in (flags or {}).items():
         _assign(changed, key, value)
-        origins[key] = f"--{key.partition('.')[0].removesuffix('s')}"
+        origins[key] = f"--{key.partition('.')[0].removesuffix('s').replace('_', '-')}"
     settings = list(overrides)
     changed = with_overrides(changed, settings)
     for setting in settings:

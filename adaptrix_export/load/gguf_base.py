@@ -125,7 +125,7 @@ def open_gguf(source: Source, file_name: str) -> Base:
     config = _config(source, kind, header)
     tensors = {}
     for stored in header.tensors:
-        name, part = _model_name(source.spec, stored.name)
+        name, part = model_name(source.spec, stored.name)
         heads = 0
         if ARCHITECTURES[kind].reordered and part in ("attn_q", "attn_k"):
             key = "num_attention_heads" if part == "attn_q" else "num_key_value_heads"
@@ -134,7 +134,7 @@ def open_gguf(source: Source, file_name: str) -> Base:
     return make_base(source, (path,), config, tensors)
 
 
-def _model_name(spec: str, stored: str) -> tuple[str, str]:
+def model_name(spec: str, stored: str) -> tuple[str, str]:
     """`blk.7.attn_q.weight` -> (`model.layers.7.self_attn.q_proj.weight`, `attn_q`)."""
     match stored.split("."):
         case ["blk", layer, part, ("weight" | "bias") as kind] if part in _BLOCK:
