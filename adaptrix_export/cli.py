@@ -102,6 +102,7 @@ def main() -> None:
 @click.option("--provider", metavar="cpu", help="Execution provider that the graph is made for.")
 @click.option("--precision", metavar="auto|fp32", help="Number format of the weights.")
 @click.option("--parity", metavar="full|fast|off", help="How much to prove before publishing.")
+@click.option("--on-mismatch", metavar="error|drop", help="For sites that do not fit the base.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any key of a recipe.")
 @shared_options
 def build(recipe: Path | None, settings: tuple[str, ...], as_json: bool, **options: Any) -> None:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaptrix_export.check import altered
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import save, summary
 from adaptrix_export.errors import ParityError
 from adaptrix_export.load import open_adapter, open_base
-from adaptrix_export.load.replication import repeat_layers
+from adaptrix_export.load.finite import check_finite
+from adaptrix_export.load.mismatch import fitted
 from adaptrix_export.lower import LOWERINGS
 from adaptrix_export.lower.artifact import Artifact
 from adaptrix_export.package import (
@@ -55,6 +57,7 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
     progress = progress or Silent()
     original = open_plan(recipe)
     plan = verify(original)
+    check_finite(plan, progress)
     for step in passes(recipe):
         plan = verify(step(plan))
     lowering = LOWERINGS[recipe.target.value]
@@ -79,10 +82,13 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
 
 
 def open_plan(recipe: Recipe) -> Plan:
-    """The plan before any pass: base and adapters as they are on disk, headers only."""
+    """The plan before any pass: base and adapters as they are on disk, headers only.
+
+    The adapters are read as they mean on this base; see `load/adjust.py` and `load/mismatch.py`.
+    """
     base = open_base(recipe.base)
     adapters = tuple(open_adapter(a.source, base, a.name) for a in recipe.adapters)
-    return repeat_layers(Plan(base, adapters))
+    return fitted(Plan(base, adapters), recipe.on_mismatch.value)
 
 
 def passes(recipe: Recipe) -> tuple[Pass, ...]:
@@ -99,7 +105,9 @@ def check(
     """
     if recipe.parity.level is ParityLevel.OFF:
         return None
-    report = prove(parity_job(recipe, original, artifact), progress)
+    with altered.adapter_folders(original) as folders:
+        report = prove(parity_job(recipe, original, artifact, folders), progress)
+    report = altered.describe(report, original)
     if not report["passed"]:
         rejected = recipe.out.with_name(recipe.out.name + ".rejected.json")
         save(report, rejected)
@@ -112,7 +120,9 @@ def check(
     return report
 
 
-def parity_job(recipe: Recipe, original: Plan, artifact: Artifact) -> Job:
+def parity_job(
+    recipe: Recipe, original: Plan, artifact: Artifact, adapters: altered.Folders
+) -> Job:
     """What the check needs to know: the artifact, and the original files it came from."""
     text = recipe.parity.text
     return Job(
@@ -122,7 +132,7 @@ def parity_job(recipe: Recipe, original: Plan, artifact: Artifact) -> Job:
         precision=artifact.precision,
         weights=artifact.weights,
         gguf_file=original.base.gguf_file,
-        adapters=tuple((a.name, a.folder) for a in original.adapters),
+        adapters=adapters,
         level=recipe.parity.level.value,
         decode_steps=recipe.parity.decode_steps,
         text=read_text(text) if text else None,
@@ -141,7 +151,8 @@ def read_text(path: Path) -> str:
 
 def notes(plan: Plan, artifact: Artifact) -> tuple[str, ...]:
     """What a user should know beyond 'done'."""
-    return tuple(
+    untied = (
         f"{name} shared its weights with {plan.base.tied[name]} and has its own now"
         for name in artifact.untied
     )
+    return (*untied, *(str(adjustment) for adjustment in plan.adjustments))

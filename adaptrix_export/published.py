@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptrix_export.check import altered
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import summary
 from adaptrix_export.errors import ParityError, SourceError, VerificationError
 from adaptrix_export.load import open_adapter, open_base
-from adaptrix_export.load.replication import repeat_layers
+from adaptrix_export.load.mismatch import fitted
 from adaptrix_export.package import InputHashes, check_hashes, read_manifest
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress, Silent
@@ -47,7 +48,9 @@ def verify_artifact(
             raise
         return {**result, "note": f"parity was not checked again: {error}"}
     _check_inputs(manifest, plan, progress)
-    report = prove(_job(folder, manifest, plan), progress)
+    with altered.adapter_folders(plan) as folders:
+        report = prove(_job(folder, manifest, plan, folders), progress)
+    report = altered.describe(report, plan)
     if not report["passed"]:
         failure = ParityError(str(folder), summary(report), "parity", "build it again")
         failure.report = report
@@ -65,9 +68,8 @@ def _originals(manifest: dict[str, Any], base: str | None, adapters: Sequence[st
                 "--adapter", f"{len(adapters)} of them", f"{len(named)}, as in the manifest"
             )
         named = [(name, spec) for (name, _), spec in zip(named, adapters, strict=True)]
-    return repeat_layers(
-        Plan(opened, tuple(open_adapter(spec, opened, name) for name, spec in named))
-    )
+    plan = Plan(opened, tuple(open_adapter(spec, opened, name) for name, spec in named))
+    return fitted(plan, recipe.get("on_mismatch", "error"))
 
 
 def _check_inputs(manifest: dict[str, Any], plan: Plan, progress: Progress) -> None:
@@ -83,7 +85,7 @@ def _check_inputs(manifest: dict[str, Any], plan: Plan, progress: Progress) -> N
         )  # fmt: skip
 
 
-def _job(folder: Path, manifest: dict[str, Any], plan: Plan) -> Job:
+def _job(folder: Path, manifest: dict[str, Any], plan: Plan, adapters: altered.Folders) -> Job:
     parity = manifest["recipe"]["parity"]
     return Job(
         target=manifest["target"],
@@ -92,6 +94,6 @@ def _job(folder: Path, manifest: dict[str, Any], plan: Plan) -> Job:
         precision=manifest["precision"],
         weights=manifest["weights"],
         gguf_file=plan.base.gguf_file,
-        adapters=tuple((a.name, a.folder) for a in plan.adapters),
+        adapters=adapters,
         decode_steps=parity["decode_steps"],
     )

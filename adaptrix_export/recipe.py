@@ -71,6 +71,11 @@ class Precision(_Word):
     INT4 = "int4"
 
 
+class OnMismatch(_Word):
+    ERROR = "error"
+    DROP = "drop"
+
+
 class ParityLevel(_Word):
     FULL = "full"
     FAST = "fast"
@@ -172,6 +177,11 @@ class Recipe(_Section):
         description="Number format of the weights; auto is fp32 for onnx and the base's own for "
         "safetensors.",
     )
+    on_mismatch: OnMismatch = Field(
+        default=OnMismatch.ERROR,
+        description="What becomes of sites that do not fit the base; drop leaves them out and "
+        "lists each one.",
+    )
     parity: Parity = Field(
         default=Parity(), description="How the artifact is proved before it is published."
     )
@@ -246,7 +256,7 @@ def make_recipe(
     origins: dict[str, str] = {}
     for key, value in (flags or {}).items():
         _assign(changed, key, value)
-        origins[key] = f"--{key.partition('.')[0].removesuffix('s')}"
+        origins[key] = f"--{key.partition('.')[0].removesuffix('s').replace('_', '-')}"
     settings = list(overrides)
     changed = with_overrides(changed, settings)
     for setting in settings:

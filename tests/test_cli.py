@@ -95,7 +95,7 @@ def test_the_module_runs() -> None:
 
 
 def test_the_commands_are_these() -> None:
-    assert COMMANDS == ["build", "inspect", "run", "schema", "verify"]
+    assert COMMANDS == ["build", "inspect", "run", "schema", "validate", "verify"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -114,6 +114,7 @@ def test_each_flag_of_build_tells_the_words_it_takes() -> None:
         ("task", recipe.Task),
         ("provider", recipe.Provider),
         ("parity", recipe.ParityLevel),
+        ("on_mismatch", recipe.OnMismatch),
     )
     for name, words in kinds:
         assert shown[name] == "|".join(words), name
