@@ -107,6 +107,7 @@ def main() -> None:
     help="The scale of an original Adaptrix folder.",
 )  # fmt: skip
 @click.option("--parity", metavar="full|fast|off", help="How much to prove before publishing.")
+@click.option("--on-mismatch", metavar="error|drop", help="For sites that do not fit the base.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any key of a recipe.")
 @shared_options
 def build(recipe: Path | None, settings: tuple[str, ...], as_json: bool, **options: Any) -> None:
@@ -207,6 +208,37 @@ def convert(
     for note in done.notes:
         click.echo(f"note: {note}")
     click.echo(f"published {done.out}")
+
+
+@main.command(
+    short_help="Check adapters against a base.",
+    epilog=_examples(
+        "validate ./base ./lora",
+        "validate hf:org/name@main ./lora ./other-lora --strict",
+        "validate ./base ./lora --json",
+    ),
+)
+@click.argument("base")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("--strict", is_flag=True, help="Exit with 2 on warnings, too.")
+@shared_options
+def validate(base: str, adapters: tuple[str, ...], strict: bool, as_json: bool) -> None:
+    """Check each ADAPTER against a BASE, without building: all that is wrong, not the first.
+
+    Exits with 0 if there are no errors, with 2 if there are.
+    """
+    from adaptrix_export import findings
+    from adaptrix_export.terminal import progress, show
+    from adaptrix_export.validate import validate as check
+
+    with progress() as telling:
+        found = check(base, adapters, telling)
+    if as_json:
+        failures.print_json(found.as_dict())
+    else:
+        show(findings.table(found))
+        click.echo(found.summary())
+    raise click.exceptions.Exit(found.exit_code(strict))
 
 
 @main.command(

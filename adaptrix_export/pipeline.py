@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaptrix_export.check.altered import oracle_folders
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import save, summary
-from adaptrix_export.convert import peft_folders
 from adaptrix_export.errors import ParityError
 from adaptrix_export.load import Reading, open_adapter, open_base
-from adaptrix_export.load.replication import repeat_layers
+from adaptrix_export.load.finite import check_finite
+from adaptrix_export.load.mismatch import fitted
 from adaptrix_export.lower import LOWERINGS
 from adaptrix_export.lower.artifact import Artifact
 from adaptrix_export.package import (
@@ -56,6 +57,7 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
     progress = progress or Silent()
     original = open_plan(recipe)
     plan = verify(original)
+    check_finite(plan, progress)
     for step in passes(recipe):
         plan = verify(step(plan))
     lowering = LOWERINGS[recipe.target.value]
@@ -81,11 +83,14 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
 
 
 def open_plan(recipe: Recipe) -> Plan:
-    """The plan before any pass: base and adapters as they are on disk, headers only."""
+    """The plan before any pass: base and adapters as they are on disk, headers only.
+
+    The adapters are read as they mean on this base; see `load/adjust.py` and `load/mismatch.py`.
+    """
     base = open_base(recipe.base)
     reading = Reading(recipe.allow_pickle, recipe.adaptrix_scaling.value)
     adapters = tuple(open_adapter(a.source, base, a.name, reading) for a in recipe.adapters)
-    return repeat_layers(Plan(base, adapters))
+    return fitted(Plan(base, adapters), recipe.on_mismatch.value)
 
 
 def passes(recipe: Recipe) -> tuple[Pass, ...]:
@@ -102,9 +107,10 @@ def check(
     """
     if recipe.parity.level is ParityLevel.OFF:
         return None
-    with peft_folders(original) as folders:
-        job = parity_job(recipe, original, artifact, folders.adapters)
-        report = folders.told(prove(job, progress))
+    with oracle_folders(original) as folders:
+        report = folders.told(
+            prove(parity_job(recipe, original, artifact, folders.adapters), progress)
+        )
     if not report["passed"]:
         rejected = recipe.out.with_name(recipe.out.name + ".rejected.json")
         save(report, rejected)
@@ -151,7 +157,8 @@ def read_text(path: Path) -> str:
 
 def notes(plan: Plan, artifact: Artifact) -> tuple[str, ...]:
     """What a user should know beyond 'done'."""
-    return tuple(
+    untied = (
         f"{name} shared its weights with {plan.base.tied[name]} and has its own now"
         for name in artifact.untied
     )
+    return (*untied, *(str(adjustment) for adjustment in plan.adjustments))

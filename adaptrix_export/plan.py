@@ -219,12 +219,30 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Adjustment:
+    """Something in an adapter that was read otherwise than it is stored, or dropped.
+
+    `kind` is "transposed", "renamed", "split", "stacked", "vocabulary" or "dropped"; `place` is
+    the module as the adapter names it.
+    """
+
+    adapter: str
+    kind: str
+    place: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.adapter}: {self.place}: {self.text}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """Base, adapters, and what the passes did, in order."""
 
     base: Base
     adapters: tuple[Adapter, ...]
     history: tuple[str, ...] = field(default=())
+    adjustments: tuple[Adjustment, ...] = field(default=())
 
     def after(self, step: object, **changed: Any) -> Plan:
         """This plan with fields changed by `step`, whose repr becomes the history line."""

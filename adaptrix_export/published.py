@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptrix_export.check.altered import oracle_folders
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import summary
-from adaptrix_export.convert import peft_folders
 from adaptrix_export.errors import ParityError, SourceError, VerificationError
 from adaptrix_export.load import Reading, open_adapter, open_base
-from adaptrix_export.load.replication import repeat_layers
+from adaptrix_export.load.mismatch import fitted
 from adaptrix_export.package import InputHashes, check_hashes, read_manifest
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress, Silent
@@ -50,7 +50,7 @@ def verify_artifact(
             raise
         return {**result, "note": f"parity was not checked again: {error}"}
     _check_inputs(manifest, plan, progress)
-    with peft_folders(plan) as folders:
+    with oracle_folders(plan) as folders:
         report = folders.told(prove(_job(folder, manifest, plan, folders.adapters), progress))
     if not report["passed"]:
         failure = ParityError(str(folder), summary(report), "parity", "build it again")
@@ -72,7 +72,7 @@ def _originals(manifest: dict[str, Any], base: str | None, adapters: Sequence[st
     # Artifacts of before these fields were read with their defaults.
     reading = Reading(**{k: recipe[k] for k in READING if k in recipe})
     found = tuple(open_adapter(spec, opened, name, reading) for name, spec in named)
-    return repeat_layers(Plan(opened, found))
+    return fitted(Plan(opened, found), recipe.get("on_mismatch", "error"))
 
 
 def _check_inputs(manifest: dict[str, Any], plan: Plan, progress: Progress) -> None:

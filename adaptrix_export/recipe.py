@@ -77,6 +77,11 @@ class AdaptrixScaling(_Word):
     ONE = "one"
 
 
+class OnMismatch(_Word):
+    ERROR = "error"
+    DROP = "drop"
+
+
 class ParityLevel(_Word):
     FULL = "full"
     FAST = "fast"
@@ -187,6 +192,11 @@ class Recipe(_Section):
         default=AdaptrixScaling.ALPHA_OVER_RANK,
         description="The scale of an original Adaptrix folder: alpha_over_rank; stored, the "
         "scaling in its files; one, as the original's last engine applied it.",
+    )
+    on_mismatch: OnMismatch = Field(
+        default=OnMismatch.ERROR,
+        description="What becomes of sites that do not fit the base; drop leaves them out and "
+        "lists each one.",
     )
     parity: Parity = Field(
         default=Parity(), description="How the artifact is proved before it is published."

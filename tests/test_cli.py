@@ -95,7 +95,7 @@ def test_the_module_runs() -> None:
 
 
 def test_the_commands_are_these() -> None:
-    assert COMMANDS == ["build", "convert", "inspect", "run", "schema", "verify"]
+    assert COMMANDS == ["build", "convert", "inspect", "run", "schema", "validate", "verify"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -115,6 +115,7 @@ def test_each_flag_of_build_tells_the_words_it_takes() -> None:
         ("provider", recipe.Provider),
         ("parity", recipe.ParityLevel),
         ("adaptrix_scaling", recipe.AdaptrixScaling),
+        ("on_mismatch", recipe.OnMismatch),
     )
     for name, words in kinds:
         assert shown[name] == "|".join(words), name

@@ -7,7 +7,7 @@ site or is named in an error, and each config field is understood or refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
@@ -22,6 +22,7 @@ from adaptrix_export.load.source import Source
 from adaptrix_export.load.tensors import StoredTensor, read_json, read_safetensors
 from adaptrix_export.load.torch_file import read_torch_file
 from adaptrix_export.load.turned import Turned
+from adaptrix_export.load.views import upright
 from adaptrix_export.plan import (
     Adapter,
     Base,
@@ -31,6 +32,7 @@ from adaptrix_export.plan import (
     Replacement,
     Scaled,
     Site,
+    Tensor,
 )
 
 CONFIG = "adapter_config.json"
@@ -141,11 +143,18 @@ def _noted(text: str | None) -> dict[str, Any]:
 
 def check_config(place: str, config: Mapping[str, Any]) -> None:
     """Refuse by name whatever the merge would get wrong."""
+    for problem in config_problems(place, config):
+        raise problem
+
+
+def config_problems(place: str, config: Mapping[str, Any]) -> Iterator[UnsupportedError]:
+    """Every field of the config that the merge would get wrong."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UnsupportedError(
+        yield UnsupportedError(
             f"{place}: {CONFIG}", f"peft_type {kind!r}", "LORA", "other tuners cannot be built yet"
         )
+        return
     for key, value in sorted(config.items()):
         if key in _OBEYED or key in _HARMLESS or value in (None, False, {}, []):
             continue
@@ -153,7 +162,7 @@ def check_config(place: str, config: Mapping[str, Any]) -> None:
             continue
         if key == "init_lora_weights" and value in _PLAIN_INITS:
             continue
-        raise UnsupportedError(
+        yield UnsupportedError(
             f"{place}: {CONFIG}", f"{key} = {value!r}", "plain LoRA",
             "this kind of adapter cannot be built yet",
         )  # fmt: skip
@@ -172,7 +181,13 @@ def _sort_tensors(place: str, stored: tuple[FileTensor, ...]) -> dict[str, Parts
                 break
         else:
             raise _unknown(place, tensor.name, "lora_A.weight, lora_B.weight or modules_to_save")
-        sorted_.setdefault(".".join(words[:cut]), {})[part] = tensor
+        path = ".".join(words[:cut])
+        known = sorted_.setdefault(path, {}).setdefault(part, tensor)
+        if known is not tensor:
+            raise AdapterError(
+                f"{place}: {path}", f"{known.name} and {tensor.name}", "one of the two",
+                "they hold the same part of one module; save the adapter again",
+            )  # fmt: skip
     return sorted_
 
 
@@ -233,13 +248,15 @@ def _deltas(place: str, config: Mapping[str, Any], site: Site, parts: Parts) -> 
     if "a" not in parts or "b" not in parts:
         missing = "lora_B" if "a" in parts else "lora_A"
         raise AdapterError(f"{place}: {path}", f"no {missing}", "both factors", "save it again")
-    a, b = parts["a"], parts["b"]
+    a: Tensor = parts["a"]
+    b: Tensor = parts["b"]
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise UnsupportedError(
             f"{place}: {path}", f"factors of shape {a.shape} and {b.shape}", "matrices",
             "convolutions cannot be built yet",
         )  # fmt: skip
     rank, scale = rank_and_scale(place, path, config)
+    a, b = upright(a, b, rank)
     if a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterError(
             f"{place}: {path}", f"rank {a.shape[0]} in lora_A and {b.shape[1]} in lora_B",
