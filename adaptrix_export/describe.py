@@ -28,7 +28,7 @@ def inspect(base: str, adapters: Sequence[str]) -> dict[str, Any]:
     from adaptrix_export.load import open_adapter, open_base
     from adaptrix_export.verify import verify
 
-    opened = open_base(base)
+    opened = open_base(base, adapters=adapters)
     found = [open_adapter(adapter, opened) for adapter in adapters]
     for adapter in found:
         verify(Plan(opened, (adapter,)))  # one by one: they are not to be merged together

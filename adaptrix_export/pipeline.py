@@ -80,7 +80,8 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
 
 def open_plan(recipe: Recipe) -> Plan:
     """The plan before any pass: base and adapters as they are on disk, headers only."""
-    base = open_base(recipe.base)
+    specs = [adapter.source for adapter in recipe.adapters]
+    base = open_base(recipe.base, recipe.task.value, specs)
     adapters = tuple(open_adapter(a.source, base, a.name) for a in recipe.adapters)
     return repeat_layers(Plan(base, adapters))
 
@@ -122,6 +123,7 @@ def parity_job(recipe: Recipe, original: Plan, artifact: Artifact) -> Job:
         precision=artifact.precision,
         weights=artifact.weights,
         gguf_file=original.base.gguf_file,
+        task=original.base.task,
         adapters=tuple((a.name, a.folder) for a in original.adapters),
         level=recipe.parity.level.value,
         decode_steps=recipe.parity.decode_steps,

@@ -57,7 +57,6 @@ def verify_artifact(
 
 def _originals(manifest: dict[str, Any], base: str | None, adapters: Sequence[str]) -> Plan:
     recipe = manifest["recipe"]
-    opened = open_base(base or recipe["base"])
     named = [(a["name"], a["source"]) for a in recipe["adapters"]]
     if adapters:
         if len(adapters) != len(named):
@@ -65,6 +64,8 @@ def _originals(manifest: dict[str, Any], base: str | None, adapters: Sequence[st
                 "--adapter", f"{len(adapters)} of them", f"{len(named)}, as in the manifest"
             )
         named = [(name, spec) for (name, _), spec in zip(named, adapters, strict=True)]
+    specs = [spec for _, spec in named]
+    opened = open_base(base or recipe["base"], recipe.get("task", "auto"), specs)
     return repeat_layers(
         Plan(opened, tuple(open_adapter(spec, opened, name) for name, spec in named))
     )
@@ -92,6 +93,7 @@ def _job(folder: Path, manifest: dict[str, Any], plan: Plan) -> Job:
         precision=manifest["precision"],
         weights=manifest["weights"],
         gguf_file=plan.base.gguf_file,
+        task=plan.base.task,
         adapters=tuple((a.name, a.folder) for a in plan.adapters),
         decode_steps=parity["decode_steps"],
     )

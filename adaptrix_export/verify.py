@@ -5,12 +5,14 @@ from __future__ import annotations
 from math import prod
 
 from adaptrix_export.errors import AdapterError, UnsupportedError
+from adaptrix_export.load.task import TASKS
 from adaptrix_export.load.tensors import FLOATS
 from adaptrix_export.plan import (
     Adapter,
     Base,
     Delta,
     Dora,
+    Experts,
     Plan,
     Replacement,
     Scaled,
@@ -56,6 +58,9 @@ def _stored(base: Base, adapter: Adapter, path: str, parameter: str) -> tuple[in
 def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> None:
     path = delta.site.path
     shape = _stored(base, adapter, path, delta.parameter)
+    if any(isinstance(term, Experts) for term in delta.terms):
+        outputs, inputs = shape[-2:]  # added to the parameter as it is stored
+        return _check_terms(base, adapter, delta, outputs, inputs)
     dims = 2 if delta.parameter == "weight" else 1
     if len(shape) != dims:
         raise UnsupportedError(
@@ -64,7 +69,12 @@ def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> None:
     outputs, inputs = shape[0], shape[-1]
     if base.architecture.is_transposed(delta.site) and delta.parameter == "weight":
         outputs, inputs = inputs, outputs
-    vocabulary = _resized(base, adapter, delta.site.path)
+    return _check_terms(base, adapter, delta, outputs, inputs)
+
+
+def _check_terms(base: Base, adapter: Adapter, delta: Delta, outputs: int, inputs: int) -> None:
+    path = delta.site.path
+    vocabulary = _resized(base, adapter, path)
     for term in delta.terms:
         for what, found, expected in _sizes(term, outputs, inputs):
             if found != expected and found != vocabulary:
@@ -104,6 +114,8 @@ def _resized(base: Base, adapter: Adapter, path: str) -> int | None:
 
 def _check_replacement(base: Base, adapter: Adapter, saved: Replacement) -> None:
     path = saved.site.path
+    if _is_new_head(base, saved):
+        return
     shape, found = _stored(base, adapter, path, saved.parameter), saved.tensor.shape
     if saved.rows is not None:
         if any(not 0 <= row < shape[0] for row in saved.rows) or len(saved.rows) != found[0]:
@@ -118,6 +130,12 @@ def _check_replacement(base: Base, adapter: Adapter, saved: Replacement) -> None
             f"{adapter.name}: {saved.name}", f"shape {list(found)}",
             f"{list(shape)} as in the base", "was this adapter trained on another model?",
         )  # fmt: skip
+
+
+def _is_new_head(base: Base, saved: Replacement) -> bool:
+    """A classifier that the base does not have: trained from nothing, and shipped whole."""
+    known = saved.name in base.tensors or saved.name in base.tied
+    return not known and not saved.shared and saved.site.path in TASKS[base.task].heads
 
 
 def _vocabulary(base: Base) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import regex
 
 from adaptrix_export.errors import AdapterError, SourceError, UnsupportedError
+from adaptrix_export.load.parameters import take_parameters
 from adaptrix_export.load.source import resolve
 from adaptrix_export.load.tensors import StoredTensor, read_json, read_safetensors
 from adaptrix_export.plan import (
@@ -34,7 +35,7 @@ PATTERN_SECONDS = 1.0  # a rank_pattern key is a regex from a stranger
 # Fields of LoraConfig that the merge obeys, or that only matter while training.
 _OBEYED = {
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "use_dora", "lora_bias", "trainable_token_indices", "layer_replication",
+    "use_dora", "lora_bias", "trainable_token_indices", "layer_replication", "target_parameters",
 }  # fmt: skip
 _HARMLESS = {
     "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type",
@@ -83,6 +84,7 @@ def open_adapter(spec: str, base: Base, name: str | None = None) -> Adapter:
         raise SourceError(place, found, WEIGHTS, "save it with safe_serialization=True")
     stored = read_safetensors(folder / WEIGHTS).tensors
     parts = _sort_tensors(place, stored)
+    inside, parts = take_parameters(place, config, base, parts, _rank_and_scale)
     sites = {path: base.architecture.site_of(path) for path in sorted(parts)}
     whole = [r for path, site in sites.items() for r in _whole(place, config, site, parts[path])]
     deltas = [d for path, site in sites.items() for d in _deltas(place, config, site, parts[path])]
@@ -92,7 +94,7 @@ def open_adapter(spec: str, base: Base, name: str | None = None) -> Adapter:
         folder=folder,
         files=(folder / CONFIG, folder / WEIGHTS),
         config=config,
-        deltas=tuple(sorted(deltas, key=lambda d: (d.site.order, d.parameter))),
+        deltas=tuple(sorted(inside + deltas, key=lambda d: (d.site.order, d.parameter))),
         replacements=tuple(whole),
     )
 

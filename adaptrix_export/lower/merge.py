@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from adaptrix_export.load.tensors import DTYPES
-from adaptrix_export.plan import Array, Change, Dora, LowRank, Scaled, Tensor
+from adaptrix_export.plan import Array, Change, Dora, Experts, LowRank, Scaled, Tensor
 
 BLOCK = 1 << 19  # values in a block: 4 MB in float64, about what a core's cache holds
 
@@ -47,13 +47,16 @@ def rows_per_block(shape: tuple[int, ...]) -> int:
 Rows = Callable[[int, int, Array], Array]  # (start, stop, base rows) -> what to add to them
 
 
-def merged_blocks(change: Change, dtype: str) -> Iterator[Array]:
-    """Blocks of rows of the merged tensor in `dtype`, in order."""
+def merged_blocks(
+    change: Change, dtype: str, first: int = 0, last: int | None = None
+) -> Iterator[Array]:
+    """Blocks of rows `first` to `last`-1 of the merged tensor in `dtype`, in order."""
     source = change.source
     added = [_ADDED[type(term)](change, term) for term in change.terms]
     rows = source.shape[0] if source.shape else 1
+    rows = rows if last is None else last
     step = rows_per_block(source.shape)
-    for start in range(0, rows, step):
+    for start in range(first, rows, step):
         stop = min(rows, start + step)
         base = base_rows(change, start, stop)
         exact = base.copy() if added else base
@@ -109,10 +112,21 @@ def _scaled(change: Change, term: Scaled) -> Rows:
     return lambda start, stop, base: vector[start:stop]
 
 
+def _experts(change: Change, term: Experts) -> Rows:
+    """scale * b_e @ a_e, an expert at a time; a parameter of two dimensions is one of its rows."""
+    a, b = term.a.read().astype(np.float64), term.b.read().astype(np.float64)
+    a = term.scale * a.reshape(term.experts, -1, a.shape[1])  # (experts, r, in)
+    b = b.reshape(b.shape[0], -1, term.experts)  # (out, r, experts)
+    if len(change.shape) == 2:
+        return lambda start, stop, base: b[start:stop, :, 0] @ a[0]
+    return lambda start, stop, base: np.stack([b[:, :, e] @ a[e] for e in range(start, stop)])
+
+
 _ADDED: dict[type, Callable[[Change, Any], Rows]] = {
     LowRank: _low_rank,
     Dora: _dora,
     Scaled: _scaled,
+    Experts: _experts,
 }
 
 
@@ -124,9 +138,9 @@ def _factors(change: Change, term: LowRank | Dora) -> tuple[Array, Array]:
     return up, down
 
 
-def merged(change: Change, dtype: str) -> Array:
-    """The whole merged tensor in `dtype`."""
-    blocks = list(merged_blocks(change, dtype))
+def merged(change: Change, dtype: str, first: int = 0, last: int | None = None) -> Array:
+    """Rows `first` to `last`-1 of the merged tensor in `dtype`: by default all."""
+    blocks = list(merged_blocks(change, dtype, first, last))
     return np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
 
 
