@@ -18,6 +18,7 @@ from adaptrix_export.load import open_adapter, open_base
 from adaptrix_export.load.replication import repeat_layers
 from adaptrix_export.lower import LOWERINGS
 from adaptrix_export.lower.artifact import Artifact
+from adaptrix_export.lower.weights import names
 from adaptrix_export.package import (
     InputHashes,
     build_manifest,
@@ -143,7 +144,13 @@ def read_text(path: Path) -> str:
 
 def notes(plan: Plan, artifact: Artifact) -> tuple[str, ...]:
     """What a user should know beyond 'done'."""
-    return tuple(
+    shared = [
         f"{name} shared its weights with {plan.base.tied[name]} and has its own now"
         for name in artifact.untied
-    )
+    ]
+    read = {name for expression in artifact.weights.values() for name in names(expression)}
+    beyond = [
+        f"{name} is adapted, and is not part of the graph, which ends before it"
+        for name in sorted(set(plan.changes()) - read)
+    ]
+    return (*shared, *beyond)
