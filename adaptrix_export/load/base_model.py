@@ -15,6 +15,7 @@ from adaptrix_export.load.task import (
     FEATURES,
     GENERATION,
     KNOWN_HEADS,
+    SEQUENCES,
     TASKS,
     TOKENS,
     adapter_config,
@@ -56,6 +57,7 @@ def open_base(spec: str, task: str = "auto", adapters: Iterable[str] = ()) -> Ba
         tensors, unseen = named_as_in_model(stored, family, config), ()
     else:
         tensors, unseen = named_for_task(stored, family, task)
+    _check_pooler(source, str(config.get("model_type")), task, tensors)
     tensors = stack_experts(tensors, str(config.get("model_type")), source.spec)
     return replace(make_base(source, files, config, tensors, task), unseen=unseen)
 
@@ -144,6 +146,17 @@ def named_as_in_model(
         tensor.name if tensor.name.startswith(heads) else add + tensor.name: tensor
         for tensor in stored
     }
+
+
+def _check_pooler(source: Source, kind: str, task: str, tensors: Mapping[str, Tensor]) -> None:
+    """BERT classifies sequences through its pooler: one that the base lacks was drawn at random
+    when the adapter was trained, and was not saved with it."""
+    missing = kind == "bert" and task == SEQUENCES and "bert.pooler.dense.weight" not in tensors
+    if missing:
+        raise UnsupportedError(
+            f"{source.spec}: {task}", "no bert.pooler.dense in the base", "one",
+            "save the base with the pooler that the adapter was trained with",
+        )  # fmt: skip
 
 
 def named_for_task(

@@ -60,6 +60,8 @@ _PARTS = {
     "token_adapter.trainable_tokens_delta": "token_rows",
     "base_layer.weight": "base.weight",
     "base_layer.bias": "base.bias",
+    "original_module.weight": "base.weight",
+    "modules_to_save.weight": "again.weight",
     "weight": "weight",
     "bias": "bias",
 }
@@ -149,6 +151,9 @@ def _whole(place: str, config: Mapping[str, Any], site: Site, parts: Parts) -> l
         if not (own or trained_bias or _is_vocabulary(tensor, site)):
             raise _unknown(place, tensor.name, "a module in modules_to_save")
         found.append(Replacement(site, kind, tensor, shared=not own))
+    # With a resized vocabulary PEFT saves a module of modules_to_save twice and reads it once.
+    if (tensor := parts.get("again.weight")) and "weight" not in parts:
+        raise _unknown(place, tensor.name, "the same module's weight beside it")
     if tensor := parts.get("token_rows"):
         rows = _token_rows(place, config, site)
         found.append(Replacement(site, "weight", tensor, shared=True, rows=rows))
