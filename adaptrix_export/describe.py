@@ -26,13 +26,14 @@ def inspect(base: str, adapters: Sequence[str]) -> dict[str, Any]:
     Raises what opening raises, and AdapterError for an adapter that does not fit the base.
     """
     from adaptrix_export.load import open_adapter, open_base
+    from adaptrix_export.load.adjust import adjusted
     from adaptrix_export.verify import verify
 
     opened = open_base(base, adapters=adapters)
     found = [open_adapter(adapter, opened) for adapter in adapters]
-    for adapter in found:
-        verify(Plan(opened, (adapter,)))  # one by one: they are not to be merged together
-    return describe(opened, found)
+    # one by one: they are not to be merged together
+    plans = [verify(adjusted(Plan(opened, (adapter,)))) for adapter in found]
+    return describe(opened, [plan.adapters[0] for plan in plans])
 
 
 def describe(base: Base, adapters: Sequence[Adapter]) -> dict[str, Any]:

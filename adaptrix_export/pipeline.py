@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaptrix_export.check.altered import oracle_folders
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import save, summary
 from adaptrix_export.errors import ParityError
-from adaptrix_export.load import open_adapter, open_base
-from adaptrix_export.load.replication import repeat_layers
+from adaptrix_export.load import Reading, open_adapter, open_base
+from adaptrix_export.load.finite import check_finite
+from adaptrix_export.load.mismatch import fitted
 from adaptrix_export.lower import LOWERINGS
 from adaptrix_export.lower.artifact import Artifact
 from adaptrix_export.lower.weights import names
@@ -56,6 +58,7 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
     progress = progress or Silent()
     original = open_plan(recipe)
     plan = verify(original)
+    check_finite(plan, progress)
     for step in passes(recipe):
         plan = verify(step(plan))
     lowering = LOWERINGS[recipe.target.value]
@@ -76,15 +79,20 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
         write_manifest(stage, manifest)
         with progress.stage("publish"):
             publish(stage, recipe.out)
-    return Outcome(recipe.out, report, manifest, notes(plan, artifact))
+    told = tuple(f"adapter {a.name}: {note}" for a in original.adapters for note in a.notes)
+    return Outcome(recipe.out, report, manifest, told + notes(plan, artifact))
 
 
 def open_plan(recipe: Recipe) -> Plan:
-    """The plan before any pass: base and adapters as they are on disk, headers only."""
+    """The plan before any pass: base and adapters as they are on disk, headers only.
+
+    The adapters are read as they mean on this base; see `load/adjust.py` and `load/mismatch.py`.
+    """
     specs = [adapter.source for adapter in recipe.adapters]
     base = open_base(recipe.base, recipe.task.value, specs)
-    adapters = tuple(open_adapter(a.source, base, a.name) for a in recipe.adapters)
-    return repeat_layers(Plan(base, adapters))
+    reading = Reading(recipe.allow_pickle, recipe.adaptrix_scaling.value)
+    adapters = tuple(open_adapter(a.source, base, a.name, reading) for a in recipe.adapters)
+    return fitted(Plan(base, adapters), recipe.on_mismatch.value)
 
 
 def passes(recipe: Recipe) -> tuple[Pass, ...]:
@@ -101,7 +109,10 @@ def check(
     """
     if recipe.parity.level is ParityLevel.OFF:
         return None
-    report = prove(parity_job(recipe, original, artifact), progress)
+    with oracle_folders(original) as folders:
+        report = folders.told(
+            prove(parity_job(recipe, original, artifact, folders.adapters), progress)
+        )
     if not report["passed"]:
         rejected = recipe.out.with_name(recipe.out.name + ".rejected.json")
         save(report, rejected)
@@ -114,8 +125,13 @@ def check(
     return report
 
 
-def parity_job(recipe: Recipe, original: Plan, artifact: Artifact) -> Job:
-    """What the check needs to know: the artifact, and the original files it came from."""
+def parity_job(
+    recipe: Recipe, original: Plan, artifact: Artifact, adapters: tuple[tuple[str, Path], ...]
+) -> Job:
+    """What the check needs to know: the artifact, and the original files it came from.
+
+    `adapters` are the folders that stock PEFT is to load, by name.
+    """
     text = recipe.parity.text
     return Job(
         target=artifact.target,
@@ -125,7 +141,7 @@ def parity_job(recipe: Recipe, original: Plan, artifact: Artifact) -> Job:
         weights=artifact.weights,
         gguf_file=original.base.gguf_file,
         task=original.base.task,
-        adapters=tuple((a.name, a.folder) for a in original.adapters),
+        adapters=adapters,
         level=recipe.parity.level.value,
         decode_steps=recipe.parity.decode_steps,
         text=read_text(text) if text else None,
@@ -144,13 +160,13 @@ def read_text(path: Path) -> str:
 
 def notes(plan: Plan, artifact: Artifact) -> tuple[str, ...]:
     """What a user should know beyond 'done'."""
-    shared = [
+    untied = (
         f"{name} shared its weights with {plan.base.tied[name]} and has its own now"
         for name in artifact.untied
-    ]
+    )
     read = {name for expression in artifact.weights.values() for name in names(expression)}
-    beyond = [
+    beyond = (
         f"{name} is adapted, and is not part of the graph, which ends before it"
         for name in sorted(set(plan.changes()) - read)
-    ]
-    return (*shared, *beyond)
+    )
+    return (*untied, *beyond, *(str(adjustment) for adjustment in plan.adjustments))

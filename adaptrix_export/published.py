@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptrix_export.check.altered import oracle_folders
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import summary
 from adaptrix_export.errors import ParityError, SourceError, VerificationError
-from adaptrix_export.load import open_adapter, open_base
-from adaptrix_export.load.replication import repeat_layers
+from adaptrix_export.load import Reading, open_adapter, open_base
+from adaptrix_export.load.mismatch import fitted
 from adaptrix_export.package import InputHashes, check_hashes, read_manifest
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress, Silent
+
+READING = ("allow_pickle", "adaptrix_scaling")  # fields of a recipe
 
 
 def verify_artifact(
@@ -47,7 +50,8 @@ def verify_artifact(
             raise
         return {**result, "note": f"parity was not checked again: {error}"}
     _check_inputs(manifest, plan, progress)
-    report = prove(_job(folder, manifest, plan), progress)
+    with oracle_folders(plan) as folders:
+        report = folders.told(prove(_job(folder, manifest, plan, folders.adapters), progress))
     if not report["passed"]:
         failure = ParityError(str(folder), summary(report), "parity", "build it again")
         failure.report = report
@@ -66,9 +70,10 @@ def _originals(manifest: dict[str, Any], base: str | None, adapters: Sequence[st
         named = [(name, spec) for (name, _), spec in zip(named, adapters, strict=True)]
     specs = [spec for _, spec in named]
     opened = open_base(base or recipe["base"], recipe.get("task", "auto"), specs)
-    return repeat_layers(
-        Plan(opened, tuple(open_adapter(spec, opened, name) for name, spec in named))
-    )
+    # Artifacts of before these fields were read with their defaults.
+    reading = Reading(**{k: recipe[k] for k in READING if k in recipe})
+    found = tuple(open_adapter(spec, opened, name, reading) for name, spec in named)
+    return fitted(Plan(opened, found), recipe.get("on_mismatch", "error"))
 
 
 def _check_inputs(manifest: dict[str, Any], plan: Plan, progress: Progress) -> None:
@@ -84,7 +89,9 @@ def _check_inputs(manifest: dict[str, Any], plan: Plan, progress: Progress) -> N
         )  # fmt: skip
 
 
-def _job(folder: Path, manifest: dict[str, Any], plan: Plan) -> Job:
+def _job(
+    folder: Path, manifest: dict[str, Any], plan: Plan, adapters: tuple[tuple[str, Path], ...]
+) -> Job:
     parity = manifest["recipe"]["parity"]
     return Job(
         target=manifest["target"],
@@ -94,6 +101,6 @@ def _job(folder: Path, manifest: dict[str, Any], plan: Plan) -> Job:
         weights=manifest["weights"],
         gguf_file=plan.base.gguf_file,
         task=plan.base.task,
-        adapters=tuple((a.name, a.folder) for a in plan.adapters),
+        adapters=adapters,
         decode_steps=parity["decode_steps"],
     )

@@ -29,6 +29,7 @@ import transformers
 from peft import PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from adaptrix_export.check.altered import oracle_folders
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.reference import Reference, encode
 from adaptrix_export.check.replay import replay
@@ -82,7 +83,9 @@ class Impossible(Exception):
 def cells_of(row: Row, kind: str) -> list[Cell]:
     """Both targets of one row on one base."""
     if kind not in row.kinds:
-        return [Cell(row.name, kind, target, "none", "-", "not for this base") for target in TARGETS]
+        return [
+            Cell(row.name, kind, target, "none", "-", "not for this base") for target in TARGETS
+        ]
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -139,7 +142,7 @@ def train(row: Row, kind: str, folder: Path) -> Trained:
         if len(saved) > 1:
             model.base_model.set_adapter([path.name for path in saved])
         after = _answer(model.eval(), task)
-    except Exception as reason:  # noqa: BLE001  # what PEFT raises for what it does not have
+    except Exception as reason:  # what PEFT raises for what it does not have
         raise Impossible(f"{type(reason).__name__}: {reason}") from reason
     for path in saved:
         _patch(path / "adapter_config.json", row.patch)
@@ -206,9 +209,10 @@ def compare(trained: Trained, target: str, out: Path) -> tuple[float, str]:
     out.mkdir()
     artifact = LOWERINGS[target].lower(plan, out, Silent())
     write_package(artifact, plan)
-    job = replace(parity_job(recipe, original, artifact), threads=1)
+    with oracle_folders(original) as folders:
+        job = replace(parity_job(recipe, original, artifact, folders.adapters), threads=1)
+        reference = Reference.open(job)
     found = _play(job)
-    reference = Reference.open(job)
     report, _ = replay(
         open_stored(target, out), dict(job.weights), reference.live, artifact.precision
     )
@@ -257,14 +261,18 @@ def show(rows: Sequence[Row], kinds: Sequence[str], cells: Iterable[Cell]) -> No
     reasons: dict[str, list[Cell]] = {}
     for cell in cells:
         if cell.status == "refused" or (cell.status == "none" and cell.detail[:3] != "not"):
-            reasons.setdefault(f"{cell.row} {cell.status}: {cell.text[9:] or cell.detail}", []).append(cell)
+            reasons.setdefault(
+                f"{cell.row} {cell.status}: {cell.text[9:] or cell.detail}", []
+            ).append(cell)
     print("\nrefused, or not to be had from PEFT:")
     for reason, of in reasons.items():
         places = sorted({f"{c.kind} {short[c.target]}" for c in of})
         print(f"  {reason[:200]}\n      {', '.join(places)}")
     for cell in cells:
         if cell.status == "wrong":
-            print(f"WRONG {cell.row} / {cell.kind} / {cell.target}: {cell.text} {cell.detail[:600]}")
+            print(
+                f"WRONG {cell.row} / {cell.kind} / {cell.target}: {cell.text} {cell.detail[:600]}"
+            )
     count = Counter(cell.status for cell in cells)
     print(f"\n{count['none']} cells are not to be had from PEFT")
     print(f"{count['exact']} exact, {count['refused']} refused, {count['wrong']} wrong")

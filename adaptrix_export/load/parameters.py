@@ -100,6 +100,4 @@ def _delta(
             f"{place}: {name}", f"factors of shape {list(a.shape)} and {list(b.shape)}",
             f"rank {rank} for each of {experts}", "the config belongs to other weights",
         )  # fmt: skip
-    return Delta(
-        base.architecture.site_of(module), (Experts(a, b, scale, experts),), parameter
-    )
+    return Delta(base.architecture.site_of(module), (Experts(a, b, scale, experts),), parameter)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaptrix_export.errors import AdapterError, UnsupportedError
+from adaptrix_export.errors import AdapterError, SourceError, UnsupportedError
 from adaptrix_export.load.source import resolve
 from adaptrix_export.load.tensors import read_json
 
@@ -76,9 +76,15 @@ def choose_task(asked: str, base: Mapping[str, Any], adapters: Iterable[Mapping[
 
 
 def adapter_config(spec: str) -> dict[str, Any]:
-    """The adapter_config.json of an adapter, or nothing for a form without one."""
-    path = resolve(spec).folder / "adapter_config.json"
-    return read_json(path) if path.is_file() else {}
+    """The adapter_config.json of an adapter, or nothing for a form without one.
+
+    Nothing also for one that cannot be read: what is wrong is said where the adapter is opened.
+    """
+    try:
+        path = resolve(spec).folder / "adapter_config.json"
+        return read_json(path) if path.is_file() else {}
+    except SourceError:
+        return {}
 
 
 def _trained_for(config: Mapping[str, Any], kind: str) -> str | None:

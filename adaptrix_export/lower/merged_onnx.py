@@ -11,9 +11,9 @@ import onnx_ir as ir
 from adaptrix_export.load.task import FEATURES
 from adaptrix_export.load.tensors import DTYPES
 from adaptrix_export.lower.artifact import Artifact
+from adaptrix_export.lower.key_mask import wire_key_mask
 from adaptrix_export.lower.merge import merged, plain_blocks
 from adaptrix_export.lower.onnx_graph import Graph, native
-from adaptrix_export.lower.key_mask import wire_key_mask
 from adaptrix_export.lower.padding import needs_left_padding, wire_left_padding
 from adaptrix_export.lower.weights import Expression, evaluate
 from adaptrix_export.lower.writer import HashingWriter

@@ -15,7 +15,13 @@ from pathlib import Path
 
 from adaptrix_export.load.base_model import INDEX, SINGLE
 from adaptrix_export.load.experts import Stacked
-from adaptrix_export.load.tensors import FLOATS, SafetensorsFile, StoredTensor, itemsize, read_safetensors
+from adaptrix_export.load.tensors import (
+    FLOATS,
+    SafetensorsFile,
+    StoredTensor,
+    itemsize,
+    read_safetensors,
+)
 from adaptrix_export.lower.artifact import Artifact
 from adaptrix_export.lower.merge import merged, merged_blocks, plain_blocks
 from adaptrix_export.lower.weights import Expression, tensor
@@ -136,9 +142,7 @@ def _added(plan: Plan, changes: Mapping[str, Change]) -> list[Entry]:
         Entry(name, name, _shared(plan, name), changes.get(name))
         for name in plan.untied()
         if name not in plan.base.tensors
-    ] + [
-        Entry(name, name, changes[name].source, changes[name], new=True) for name in plan.added()
-    ]
+    ] + [Entry(name, name, changes[name].source, changes[name], new=True) for name in plan.added()]
 
 
 def _belongs(entry: Entry, file: SafetensorsFile, last: bool) -> bool:

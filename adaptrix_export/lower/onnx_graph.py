@@ -51,7 +51,9 @@ def native(plan: Plan, provider: str) -> Graph:
     _check_task(plan)
     with _native_faults(plan):
         module, config = _native_module(plan, mobius.registry.get(kind))
-        package = mobius.build_from_module(module, config, plan.base.task, execution_provider=provider)
+        package = mobius.build_from_module(
+            module, config, plan.base.task, execution_provider=provider
+        )
         bound = module.preprocess_weights(dict(_recorded(plan)))
     if set(package) != {"model"}:
         raise UnsupportedError(kind, f"components {sorted(package)}", "one graph")

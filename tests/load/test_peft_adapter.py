@@ -86,7 +86,6 @@ Q = "base_model.model.model.layers.1.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (rename(f"{Q}.lora_A.weight", f"{Q}.lora_A.default.weight"), "default.*belongs to no site"),
         (rename(f"{Q}.lora_A.weight", "q_proj.lora_A.weight"), "starts with 'base_model.model.'"),
         (lambda t: t.update({f"{Q}.lora_C.weight": torch.ones(1)}), r"lora_C.*silence"),
         (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(1)}), "lm_head"),
