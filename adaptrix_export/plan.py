@@ -353,11 +353,7 @@ class Plan:
         name = class_name(base.config, base.task)
         if name and [name] != base.config.get("architectures"):
             changed["architectures"] = [name]
-        heads = [
-            c
-            for n, c in self.changes().items()
-            if n.endswith(("classifier.weight", "score.weight"))
-        ]
+        heads = [c for n, c in self.changes().items() if n in ("classifier.weight", "score.weight")]
         labels = heads[0].shape[0] if heads else 0
         if labels and labels != len(base.config.get("id2label") or (0, 1)):
             changed["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}

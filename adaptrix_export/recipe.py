@@ -58,7 +58,7 @@ class Task(_Word):
     TEXT_GENERATION = "text-generation"
     FEATURE_EXTRACTION = "feature-extraction"
     TEXT_CLASSIFICATION = "text-classification"
-    TOKEN_CLASSIFICATION = "token-classification"
+    TOKEN_CLASSIFICATION = "token-classification"  # noqa: S105  # a task, no password
 
 
 class Provider(_Word):
@@ -177,7 +177,7 @@ class Recipe(_Section):
     )
     task: Task = Field(
         default=Task.AUTO,
-        description="What the model is for; auto reads it from the adapters' configs and the base's.",
+        description="What the model is for; auto reads it from the configs of adapters and base.",
     )
     provider: Provider = Field(
         default=Provider.CPU, description="The execution provider that the graph is made for."

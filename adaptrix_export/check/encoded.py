@@ -8,7 +8,7 @@ its pad token.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -40,7 +40,7 @@ def _encoded_batch(model: Encoding, prompts: Prompts, left: bool) -> Logits:
         start = width - len(row) if left else 0
         ids[r, start : start + len(row)] = row
         mask[r, start : start + len(row)] = 1
-    return model.encode(ids, mask, _segments(ids))[mask == 1]
+    return cast(Logits, model.encode(ids, mask, _segments(ids))[mask == 1])
 
 
 def _segments(ids: Ids) -> Ids:

@@ -132,10 +132,11 @@ def _lora_embedding(layer: Any, parameter: str) -> Any:
 
 
 def _dora(turned: bool) -> Effect:
-    """For each active adapter m / |W + s BA| * (W + s BA) - W, added up; bias terms as in LoRA.
+    """Adapters in turn, V the weight so far: DoRA makes it m / |W + s BA| * (V + s BA), plain LoRA
+    V + s BA. The layer's forward pass scales what it has so far, but takes the norm of the base.
 
     W is laid out (out, in) here; `turned` says that the plain model stores it the other way. The
-    norm is over the inputs of an output.
+    norm is over the inputs of an output. Bias terms are those of plain LoRA.
     """
 
     def effect(layer: Any, parameter: str) -> Any:
@@ -143,16 +144,18 @@ def _dora(turned: bool) -> Effect:
             return _lora_linear(layer, parameter)
         weight = layer.get_base_layer().weight.detach().double()
         weight = weight.T if turned else weight
-        total = None
+        so_far, changed = weight, False
         for adapter in layer.active_adapters:
-            if adapter not in layer.lora_magnitude_vector:
+            if adapter not in layer.scaling:
                 continue
-            adapted = weight + _low_rank(layer, adapter)
-            magnitude = layer.lora_magnitude_vector[adapter].weight.detach().double().reshape(-1)
-            factor = magnitude / adapted.norm(dim=1)
-            term = factor[:, None] * adapted - weight
-            total = term if total is None else total + term
-        return total.T if turned and total is not None else total
+            delta, changed = _low_rank(layer, adapter), True
+            so_far = so_far + delta
+            if adapter in layer.lora_magnitude_vector:
+                magnitude = layer.lora_magnitude_vector[adapter].weight.detach().double()
+                norm = (weight + delta).norm(dim=1)
+                so_far = (magnitude.reshape(-1) / norm)[:, None] * so_far
+        total = so_far - weight
+        return None if not changed else total.T if turned else total
 
     return effect
 

@@ -53,8 +53,9 @@ def open_base(spec: str, task: str = "auto", adapters: Iterable[str] = ()) -> Ba
     files = weight_files(source)
     stored = [tensor for path in files for tensor in read_safetensors(path).tensors]
     _check_index(source, stored)
+    unseen: tuple[Tensor, ...] = ()
     if task == GENERATION:
-        tensors, unseen = named_as_in_model(stored, family, config), ()
+        tensors = named_as_in_model(stored, family, config)
     else:
         tensors, unseen = named_for_task(stored, family, task)
     _check_pooler(source, str(config.get("model_type")), task, tensors)

@@ -1,4 +1,4 @@
-"""Mixtures of experts: transformers stacks the experts' matrices, checkpoints store them one by one.
+"""Mixtures of experts: transformers stacks the matrices that checkpoints store one by one.
 
 The live model has `mlp.experts.gate_up_proj` (E, 2I, H) and `mlp.experts.down_proj` (E, H, I), and
 adapters name those (`target_parameters`). A `Stacked` tensor stands for one of them and knows the

@@ -12,10 +12,10 @@ from typing import Any
 
 from adaptrix_export.errors import AdapterError, UnsupportedError
 from adaptrix_export.load.experts import FUSIONS
-from adaptrix_export.load.tensors import StoredTensor
+from adaptrix_export.load.peft_keys import FileTensor
 from adaptrix_export.plan import Base, Delta, Experts
 
-Parts = dict[str, StoredTensor]
+Parts = dict[str, FileTensor]
 RankAndScale = Callable[[str, str, Mapping[str, Any]], tuple[int, float]]
 WRAPPER = ".base_layer"
 

@@ -90,7 +90,7 @@ def open_peft(source: Source, base: Base, place: str, reading: Reading) -> Adapt
     weights, found, metadata = _weights(place, folder, reading)
     stored, notes = canonical(place, found, base)
     parts = _sort_tensors(place, stored)
-    inside, parts = take_parameters(place, config, base, parts, _rank_and_scale)
+    inside, parts = take_parameters(place, config, base, parts, rank_and_scale)
     sites = {path: base.architecture.site_of(path) for path in sorted(parts)}
     whole = [r for path, site in sites.items() for r in _whole(place, config, site, parts[path])]
     deltas = [d for path, site in sites.items() for d in _deltas(place, config, site, parts[path])]
