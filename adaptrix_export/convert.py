@@ -52,7 +52,7 @@ def convert(
     """
     if to not in WRITERS:
         raise RecipeError("--to", repr(to), f"one of {', '.join(WRITERS)}")
-    opened = open_base(base)
+    opened = open_base(base, adapters=[source])
     read = reading or Reading()
     plan = verify(repeat_layers(Plan(opened, (open_adapter(source, opened, None, read),))))
     adapter = plan.adapters[0]

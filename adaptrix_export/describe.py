@@ -29,7 +29,7 @@ def inspect(base: str, adapters: Sequence[str]) -> dict[str, Any]:
     from adaptrix_export.load.adjust import adjusted
     from adaptrix_export.verify import verify
 
-    opened = open_base(base)
+    opened = open_base(base, adapters=adapters)
     found = [open_adapter(adapter, opened) for adapter in adapters]
     # one by one: they are not to be merged together
     plans = [verify(adjusted(Plan(opened, (adapter,)))) for adapter in found]

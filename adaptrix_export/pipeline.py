@@ -20,6 +20,7 @@ from adaptrix_export.load.finite import check_finite
 from adaptrix_export.load.mismatch import fitted
 from adaptrix_export.lower import LOWERINGS
 from adaptrix_export.lower.artifact import Artifact
+from adaptrix_export.lower.weights import names
 from adaptrix_export.package import (
     InputHashes,
     build_manifest,
@@ -87,7 +88,8 @@ def open_plan(recipe: Recipe) -> Plan:
 
     The adapters are read as they mean on this base; see `load/adjust.py` and `load/mismatch.py`.
     """
-    base = open_base(recipe.base)
+    specs = [adapter.source for adapter in recipe.adapters]
+    base = open_base(recipe.base, recipe.task.value, specs)
     reading = Reading(recipe.allow_pickle, recipe.adaptrix_scaling.value)
     adapters = tuple(open_adapter(a.source, base, a.name, reading) for a in recipe.adapters)
     return fitted(Plan(base, adapters), recipe.on_mismatch.value)
@@ -138,6 +140,7 @@ def parity_job(
         precision=artifact.precision,
         weights=artifact.weights,
         gguf_file=original.base.gguf_file,
+        task=original.base.task,
         adapters=adapters,
         level=recipe.parity.level.value,
         decode_steps=recipe.parity.decode_steps,
@@ -161,4 +164,9 @@ def notes(plan: Plan, artifact: Artifact) -> tuple[str, ...]:
         f"{name} shared its weights with {plan.base.tied[name]} and has its own now"
         for name in artifact.untied
     )
-    return (*untied, *(str(adjustment) for adjustment in plan.adjustments))
+    read = {name for expression in artifact.weights.values() for name in names(expression)}
+    beyond = (
+        f"{name} is adapted, and is not part of the graph, which ends before it"
+        for name in sorted(set(plan.changes()) - read)
+    )
+    return (*untied, *beyond, *(str(adjustment) for adjustment in plan.adjustments))

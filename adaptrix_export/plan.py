@@ -115,7 +115,30 @@ class Scaled:
         return (self.vector,)
 
 
-Term = LowRank | Dora | Scaled
+@dataclass(frozen=True)
+class Experts:
+    """`scale * b_e @ a_e` for each expert e of a parameter (experts, out, in), or of one (out, in).
+
+    What `target_parameters` trains. `a` is (experts * r, in) with the expert slowest, `b` is
+    (out, r * experts) with the expert fastest, as PEFT's ParamWrapper lays them out. Added to the
+    parameter as it is stored, whatever its module does with it.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    experts: int
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0] // self.experts
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.a, self.b)
+
+
+Term = LowRank | Dora | Scaled | Experts
 
 
 @dataclass(frozen=True)
@@ -193,6 +216,9 @@ class Base:
     tensors: Mapping[str, Tensor]
     architecture: Architecture
     tied: Mapping[str, str]
+    task: str = "text-generation"  # decides the live model, and with it every name
+    # Stored, but not part of the live model for this task (another head): kept as they are.
+    unseen: tuple[Tensor, ...] = ()
     # The tensors are no longer one for one those of the files (repeated layers).
     rebuilt: bool = False
     config_changes: Mapping[str, Any] = field(default_factory=dict)
@@ -283,9 +309,18 @@ class Plan:
         """The starting point of a change: the base's tensor, or what became of what it shares."""
         home = self.base.tied.get(name, name)
         transposed = self.base.architecture.is_transposed(site)
+        if home not in self.base.tensors:  # a head that the adapter brings along
+            saved = next(r for a in self.adapters for r in a.replacements if r.name == name)
+            return Change(name, site, saved.tensor, transposed)
         if home in shared:
             return replace(shared[home], name=name, site=site, transposed=transposed)
         return Change(name, site, self.base.tensors[home], transposed)
+
+    def added(self) -> tuple[str, ...]:
+        """Tensor names that the base lacks: a head that only the adapter ships."""
+        shipped = {r.name for a in self.adapters for r in a.replacements}
+        known = {*self.base.tensors, *self.base.tied}
+        return tuple(sorted(shipped - known))
 
     def untied(self) -> tuple[str, ...]:
         """Tensor names that the base shares and that this plan gives values of their own.
@@ -305,6 +340,24 @@ class Plan:
         embedding = self.changes().get(f"{self.base.architecture.family.embedding}.weight")
         if embedding and embedding.shape[0] != self.base.architecture.vocab_size:
             changed["vocab_size"] = embedding.shape[0]
+        return changed | self._head_changes()
+
+    def _head_changes(self) -> dict[str, Any]:
+        """A classifier that the adapter ships: the class of the model, and a label for each row."""
+        from adaptrix_export.load.task import CLASSIFIERS, class_name
+
+        base = self.base
+        if base.task not in CLASSIFIERS:
+            return {}
+        changed: dict[str, Any] = {}
+        name = class_name(base.config, base.task)
+        if name and [name] != base.config.get("architectures"):
+            changed["architectures"] = [name]
+        heads = [c for n, c in self.changes().items() if n in ("classifier.weight", "score.weight")]
+        labels = heads[0].shape[0] if heads else 0
+        if labels and labels != len(base.config.get("id2label") or (0, 1)):
+            changed["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+            changed["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
         return changed
 
 

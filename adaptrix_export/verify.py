@@ -9,12 +9,14 @@ from math import prod
 
 from adaptrix_export.errors import AdapterError, InputError, UnsupportedError
 from adaptrix_export.load.fused import fused_hint
+from adaptrix_export.load.task import TASKS
 from adaptrix_export.load.tensors import FLOATS
 from adaptrix_export.plan import (
     Adapter,
     Base,
     Delta,
     Dora,
+    Experts,
     Plan,
     Replacement,
     Scaled,
@@ -94,6 +96,10 @@ def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> Iterator[InputEr
     if isinstance(shape, InputError):
         yield shape
         return
+    if any(isinstance(term, Experts) for term in delta.terms):
+        outputs, inputs = shape[-2:]  # added to the parameter as it is stored
+        yield from _check_terms(base, adapter, delta, outputs, inputs)
+        return
     dims = 2 if delta.parameter == "weight" else 1
     if len(shape) != dims:
         yield UnsupportedError(
@@ -103,7 +109,14 @@ def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> Iterator[InputEr
     outputs, inputs = shape[0], shape[-1]
     if base.architecture.is_transposed(delta.site) and delta.parameter == "weight":
         outputs, inputs = inputs, outputs
-    vocabulary = _resized(base, adapter, delta.site.path)
+    yield from _check_terms(base, adapter, delta, outputs, inputs)
+
+
+def _check_terms(
+    base: Base, adapter: Adapter, delta: Delta, outputs: int, inputs: int
+) -> Iterator[InputError]:
+    path = delta.site.path
+    vocabulary = _resized(base, adapter, path)
     for term in delta.terms:
         for what, found, expected in _sizes(term, outputs, inputs):
             if found != expected and found != vocabulary:
@@ -143,6 +156,8 @@ def _resized(base: Base, adapter: Adapter, path: str) -> int | None:
 
 def _check_replacement(base: Base, adapter: Adapter, saved: Replacement) -> Iterator[InputError]:
     path = saved.site.path
+    if _is_new_head(base, saved):
+        return
     shape, found = _stored(base, adapter, path, saved.parameter), saved.tensor.shape
     if isinstance(shape, InputError):
         yield shape
@@ -166,6 +181,12 @@ def _check_replacement(base: Base, adapter: Adapter, saved: Replacement) -> Iter
             f"{adapter.name}: {saved.name}", f"shape {list(found)}",
             f"{list(shape)} as in the base", "was this adapter trained on another model?",
         )  # fmt: skip
+
+
+def _is_new_head(base: Base, saved: Replacement) -> bool:
+    """A classifier that the base does not have: trained from nothing, and shipped whole."""
+    known = saved.name in base.tensors or saved.name in base.tied
+    return not known and not saved.shared and saved.site.path in TASKS[base.task].heads
 
 
 def _vocabulary(base: Base) -> tuple[str, ...]:

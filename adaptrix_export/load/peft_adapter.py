@@ -16,6 +16,7 @@ from typing import Any
 import regex
 
 from adaptrix_export.errors import AdapterError, SourceError, UnsupportedError
+from adaptrix_export.load.parameters import take_parameters
 from adaptrix_export.load.peft_keys import PREFIX, FileTensor, canonical
 from adaptrix_export.load.reading import Reading
 from adaptrix_export.load.source import Source
@@ -44,7 +45,7 @@ PATTERN_SECONDS = 1.0  # a rank_pattern key is a regex from a stranger
 # Fields of LoraConfig that the merge obeys, or that only matter while training.
 _OBEYED = {
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "use_dora", "lora_bias", "trainable_token_indices", "layer_replication",
+    "use_dora", "lora_bias", "trainable_token_indices", "layer_replication", "target_parameters",
 }  # fmt: skip
 _HARMLESS = {
     "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type",
@@ -69,6 +70,7 @@ _PARTS = {
     "token_adapter.trainable_tokens_delta": "token_rows",
     "base_layer.weight": "base.weight",
     "base_layer.bias": "base.bias",
+    "original_module.weight": "base.weight",
     "weight": "weight",
     "bias": "bias",
 }
@@ -88,6 +90,7 @@ def open_peft(source: Source, base: Base, place: str, reading: Reading) -> Adapt
     weights, found, metadata = _weights(place, folder, reading)
     stored, notes = canonical(place, found, base)
     parts = _sort_tensors(place, stored)
+    inside, parts = take_parameters(place, config, base, parts, rank_and_scale)
     sites = {path: base.architecture.site_of(path) for path in sorted(parts)}
     whole = [r for path, site in sites.items() for r in _whole(place, config, site, parts[path])]
     deltas = [d for path, site in sites.items() for d in _deltas(place, config, site, parts[path])]
@@ -97,7 +100,7 @@ def open_peft(source: Source, base: Base, place: str, reading: Reading) -> Adapt
         folder=folder,
         files=(folder / CONFIG, weights),
         config=config,
-        deltas=tuple(sorted(deltas, key=lambda d: (d.site.order, d.parameter))),
+        deltas=tuple(sorted(inside + deltas, key=lambda d: (d.site.order, d.parameter))),
         replacements=tuple(whole),
         notes=notes,
         foreign=bool(notes) or weights.name != WEIGHTS,

@@ -122,7 +122,6 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path, base, edit, message):
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"bias": "some"}, "bias = 'some'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
-        ({"target_parameters": ["x"]}, "target_parameters"),
         ({"a_field_of_next_year": 1}, "a_field_of_next_year = 1"),
     ],
 )
