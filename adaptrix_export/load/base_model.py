@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adaptrix_export.errors import SourceError, UnsupportedError
 from adaptrix_export.load.architecture import FAMILIES, USUAL, Family, detect
+from adaptrix_export.load.quantized_base import dequantized
 from adaptrix_export.load.source import Source, resolve
 from adaptrix_export.load.tensors import StoredTensor, read_json, read_safetensors
 from adaptrix_export.plan import Base, Tensor
@@ -28,18 +30,16 @@ def open_base(spec: str) -> Base:
 
         return open_gguf(source, source.gguf_file)
     config = read_json(source.folder / "config.json")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedError(
-            f"{spec}: config.json", f"a base quantized with {method}", "plain weights",
-            "merge into the unquantized base",
-        )  # fmt: skip
     family = FAMILIES.get(str(config.get("model_type")), USUAL)
     files = weight_files(source)
     stored = [tensor for path in files for tensor in read_safetensors(path).tensors]
     _check_index(source, stored)
     tensors = named_as_in_model(stored, family, config)
-    return make_base(source, files, config, tensors)
+    if not config.get("quantization_config"):
+        return make_base(source, files, config, tensors)
+    found = dequantized(spec, tensors, config, family)
+    base = make_base(source, files, found.config, found.tensors)
+    return replace(base, rebuilt=True, quantization=found.quantization)
 
 
 def make_base(
@@ -110,7 +110,7 @@ def _check_index(source: Source, stored: list[StoredTensor]) -> None:
 
 def named_as_in_model(
     stored: list[StoredTensor], family: Family, config: Mapping[str, Any]
-) -> dict[str, Tensor]:
+) -> dict[str, StoredTensor]:
     """Tensors by their name in the model; each keeps its stored name.
 
     A checkpoint of the bare model (GPT-2's on the hub) leaves out the prefix that the model
