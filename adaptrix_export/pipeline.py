@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaptrix_export.check.bases import other_base
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import save, summary
 from adaptrix_export.errors import ParityError
-from adaptrix_export.load import open_adapter, open_base
+from adaptrix_export.load import open_adapter
+from adaptrix_export.load.base_weights import note_of, open_bases
 from adaptrix_export.load.replication import repeat_layers
 from adaptrix_export.lower import LOWERINGS
 from adaptrix_export.lower.artifact import Artifact
@@ -80,9 +82,12 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
 
 def open_plan(recipe: Recipe) -> Plan:
     """The plan before any pass: base and adapters as they are on disk, headers only."""
-    base = open_base(recipe.base)
+    simulated = recipe.simulate.value if recipe.simulate else None
+    base, other = open_bases(
+        recipe.base, recipe.base_weights.value, simulated, recipe.original_base
+    )
     adapters = tuple(open_adapter(a.source, base, a.name) for a in recipe.adapters)
-    return repeat_layers(Plan(base, adapters))
+    return repeat_layers(Plan(base, adapters, alternative=other))
 
 
 def passes(recipe: Recipe) -> tuple[Pass, ...]:
@@ -126,6 +131,8 @@ def parity_job(recipe: Recipe, original: Plan, artifact: Artifact) -> Job:
         level=recipe.parity.level.value,
         decode_steps=recipe.parity.decode_steps,
         text=read_text(text) if text else None,
+        simulated=original.base.simulated,
+        other=other_base(original),
     )
 
 
@@ -141,7 +148,7 @@ def read_text(path: Path) -> str:
 
 def notes(plan: Plan, artifact: Artifact) -> tuple[str, ...]:
     """What a user should know beyond 'done'."""
-    return tuple(
+    return note_of(plan.base) + tuple(
         f"{name} shared its weights with {plan.base.tied[name]} and has its own now"
         for name in artifact.untied
     )

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptrix_export.check.bases import other_base
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import summary
 from adaptrix_export.errors import ParityError, SourceError, VerificationError
-from adaptrix_export.load import open_adapter, open_base
+from adaptrix_export.load import open_adapter
+from adaptrix_export.load.base_weights import AUTO, open_bases
 from adaptrix_export.load.replication import repeat_layers
 from adaptrix_export.package import InputHashes, check_hashes, read_manifest
 from adaptrix_export.plan import Plan
@@ -57,7 +59,13 @@ def verify_artifact(
 
 def _originals(manifest: dict[str, Any], base: str | None, adapters: Sequence[str]) -> Plan:
     recipe = manifest["recipe"]
-    opened = open_base(base or recipe["base"])
+    # --base names the very weights merged into; the others are then left out of the report.
+    opened, other = open_bases(
+        base or recipe["base"],
+        recipe.get("base_weights", AUTO),
+        recipe.get("simulate"),
+        None if base else recipe.get("original_base"),
+    )
     named = [(a["name"], a["source"]) for a in recipe["adapters"]]
     if adapters:
         if len(adapters) != len(named):
@@ -66,7 +74,11 @@ def _originals(manifest: dict[str, Any], base: str | None, adapters: Sequence[st
             )
         named = [(name, spec) for (name, _), spec in zip(named, adapters, strict=True)]
     return repeat_layers(
-        Plan(opened, tuple(open_adapter(spec, opened, name) for name, spec in named))
+        Plan(
+            opened,
+            tuple(open_adapter(spec, opened, name) for name, spec in named),
+            alternative=other,
+        )
     )
 
 
@@ -94,4 +106,6 @@ def _job(folder: Path, manifest: dict[str, Any], plan: Plan) -> Job:
         gguf_file=plan.base.gguf_file,
         adapters=tuple((a.name, a.folder) for a in plan.adapters),
         decode_steps=parity["decode_steps"],
+        simulated=plan.base.simulated,
+        other=other_base(plan),
     )

@@ -30,7 +30,10 @@ from adaptrix_export.recipe import (
 from adaptrix_export.recipe_yaml import parse
 
 GOOD: dict[str, Any] = {"base": "./base", "adapter": "./lora", "target": "onnx", "out": "merged"}
-FIELDS = "base, adapters, target, out, frontend, task, provider, precision, parity"
+FIELDS = (
+    "base, adapters, base_weights, simulate, original_base, target, out, frontend, task, "
+    "provider, precision, parity"
+)
 
 
 def written(folder: Path, text: str) -> Path:

@@ -17,6 +17,12 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from adaptrix_export.check.compare import Logits
+from adaptrix_export.check.dequantize import (
+    dequantized_state,
+    quantization_of,
+    simulate,
+    stored_dtype,
+)
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.live import live_parameter
 from adaptrix_export.errors import ParityError
@@ -42,7 +48,7 @@ class Reference:
         if job.threads is not None:
             torch.set_num_threads(job.threads)
         torch.manual_seed(0)  # nothing should be drawn; if something is, let it be the same thing
-        model = load_model(job.base_folder, job.gguf_file)
+        model = load_model(job.base_folder, job.gguf_file, job.simulated)
         if job.adapters:
             model = _with_adapters(model, job.adapters)
         return cls(model.eval())
@@ -98,21 +104,32 @@ class Reference:
         gc.collect()
 
 
-def load_model(folder: Path, gguf_file: str | None = None) -> Any:
+def load_model(folder: Path, gguf_file: str | None = None, simulated: str | None = None) -> Any:
     """A causal LM in float32 with eager attention, from local files only.
 
-    transformers fills a tensor that is missing from the files with random values and a warning;
-    here that is a `ParityError`.
+    A quantized checkpoint is dequantized; `simulated` names a quantization that plain weights are
+    put through. transformers fills a tensor that is missing from the files with random values and
+    a warning; here that is a `ParityError`.
     """
     options: dict[str, Any] = {}
+    auto: Any = transformers.AutoModelForCausalLM
+    place: Path | None = folder
+    settings = None if gguf_file else quantization_of(folder)
+    if settings:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        del config.quantization_config
+        with torch.device("meta"):
+            skeleton = auto.from_config(config)
+        auto, place = type(skeleton), None  # the class itself takes tensors in place of files
+        options["config"] = config
+        options["state_dict"] = dequantized_state(folder, settings, skeleton)
     if gguf_file:
         options["gguf_file"] = gguf_file
         options["quantization_config"] = transformers.GgufConfig(
             dequantize=True, gguf_file=gguf_file
         )
-    auto: Any = transformers.AutoModelForCausalLM
     model, info = auto.from_pretrained(
-        folder,
+        place,
         dtype=torch.float32,
         attn_implementation="eager",
         local_files_only=True,
@@ -125,6 +142,8 @@ def load_model(folder: Path, gguf_file: str | None = None) -> Any:
             raise ParityError(
                 folder.name, f"transformers loaded it with {problem}: {first}", "every tensor found"
             )
+    if simulated:
+        simulate(model, simulated, stored_dtype(folder))
     return model.eval()
 
 

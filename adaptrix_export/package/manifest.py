@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptrix_export import __version__
 from adaptrix_export.errors import MachineError, SourceError
+from adaptrix_export.load.base_weights import how_read
 from adaptrix_export.package.hashes import (
     FileHash,
     InputFile,
@@ -89,6 +90,7 @@ def build_manifest(
         "outputs": {name: h.as_dict() for name, h in _read_back(artifact).items()},
         "versions": {name: v for name in LIBRARIES if (v := _version(name)) is not None},
         "history": list(plan.history),
+        "base_weights": how_read(plan.base),
         "sites": [site.path for site in plan.sites()],
         "untied": list(artifact.untied),
         "weights": {name: list(e) for name, e in artifact.weights.items()},
