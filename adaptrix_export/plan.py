@@ -219,9 +219,12 @@ class Base:
     task: str = "text-generation"  # decides the live model, and with it every name
     # Stored, but not part of the live model for this task (another head): kept as they are.
     unseen: tuple[Tensor, ...] = ()
-    # The tensors are no longer one for one those of the files (repeated layers).
+    # The tensors are no longer one for one those of the files (repeated layers, dequantized).
     rebuilt: bool = False
     config_changes: Mapping[str, Any] = field(default_factory=dict)
+    # How the files store the weights, and as what plain files are read: see `base_weights.py`.
+    quantization: str | None = None
+    simulated: str | None = None
 
 
 @dataclass(frozen=True)
@@ -269,6 +272,8 @@ class Plan:
     adapters: tuple[Adapter, ...]
     history: tuple[str, ...] = field(default=())
     adjustments: tuple[Adjustment, ...] = field(default=())
+    # The base weights that were not chosen, when they are at hand: the report tells how far off.
+    alternative: Base | None = None
 
     def after(self, step: object, **changed: Any) -> Plan:
         """This plan with fields changed by `step`, whose repr becomes the history line."""
