@@ -6,6 +6,7 @@ from math import prod
 
 from adaptrix_export.errors import AdapterError, UnsupportedError
 from adaptrix_export.load.tensors import FLOATS
+from adaptrix_export.load.tuners import own_sizes
 from adaptrix_export.plan import (
     Adapter,
     Base,
@@ -15,6 +16,7 @@ from adaptrix_export.plan import (
     Replacement,
     Scaled,
     Term,
+    Tuned,
 )
 
 
@@ -34,6 +36,7 @@ def verify(plan: Plan) -> Plan:
             _check_delta(plan.base, adapter, delta)
         for saved in adapter.replacements:
             _check_replacement(plan.base, adapter, saved)
+    _check_alone(plan)
     _check_conflicts(plan)
     _check_vocabulary(plan)
     return plan
@@ -72,7 +75,8 @@ def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> None:
                     f"{adapter.name}: {path}", f"{what.format(found)}",
                     f"{expected} as in the base", "was this adapter trained on another model?",
                 )  # fmt: skip
-        for tensor in term.tensors:
+        floats = () if isinstance(term, Tuned) else term.tensors  # a tuner may store indices
+        for tensor in floats:
             if tensor.dtype not in FLOATS:
                 raise UnsupportedError(
                     f"{adapter.name}: {tensor.name}", f"dtype {tensor.dtype}", " ".join(FLOATS)
@@ -81,6 +85,8 @@ def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> None:
 
 def _sizes(term: Term, outputs: int, inputs: int) -> list[tuple[str, int, int]]:
     """(description, found, expected) of every axis of a term that the base decides."""
+    if isinstance(term, Tuned):
+        return own_sizes(term, outputs, inputs)
     if isinstance(term, Scaled):
         return [("lora_B.bias with {} values", term.vector.shape[0], outputs)]
     sizes = [
@@ -140,6 +146,16 @@ def _check_vocabulary(plan: Plan) -> None:
             plan.adapters[0].name, ", ".join(f"{n}: {s} tokens" for n, s in sizes.items()),
             "one vocabulary", "save the adapter with both (save_embedding_layers=True)",
         )  # fmt: skip
+
+
+def _check_alone(plan: Plan) -> None:
+    """Only low-rank terms are known to add up; other tuners may multiply, one after the other."""
+    for adapter in plan.adapters if len(plan.adapters) > 1 else ():
+        if any(isinstance(term, Tuned) for delta in adapter.deltas for term in delta.terms):
+            raise UnsupportedError(
+                adapter.name, f"{adapter.config.get('peft_type')} beside another adapter",
+                "LoRA adapters only", "build with this one, then with the next on the result",
+            )  # fmt: skip
 
 
 def _check_conflicts(plan: Plan) -> None:

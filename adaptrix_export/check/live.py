@@ -2,7 +2,7 @@
 
 One row a layer kind in `EFFECTS`. Nothing is parsed from adapter files and no formula of the
 lowering is used: factors and scalings are the live layer's own attributes. A layer kind without a
-row is an error, never a guess.
+row is probed (see `probe.py`): what it does to inputs is what it is.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def live_parameter(model: Any, name: str) -> tuple[Any, bool]:
         child = getattr(module, part, None)
         if child is None:
             raise ParityError(name, f"the reference has no module {part!r}")
+        if type(child).__name__ == "LNTuningLayer":
+            return live_parameter(_chosen(child), ".".join(path[position + 1 :]))[0], True
         if _is_tuner_layer(child):
             return _effect(child, name, ".".join(path[position + 1 :]))
         if _is_wrapper(child):
@@ -42,6 +44,11 @@ def _own(module: Any, attribute: str, name: str) -> Any:
     return value.detach()
 
 
+def _chosen(layer: Any) -> Any:
+    """LN tuning runs a trained copy of the norm in the place of the base's."""
+    return layer.ln_tuning_layers[layer.active_adapters[0]]
+
+
 def _is_tuner_layer(module: Any) -> bool:
     return any(c.__name__ == "BaseTunerLayer" for c in type(module).__mro__)
 
@@ -52,6 +59,8 @@ def _is_wrapper(module: Any) -> bool:
 
 def _saved(wrapper: Any, name: str, rest: str) -> tuple[Any, bool]:
     """Inside `modules_to_save`: the active adapter's copy, or the original where none is active."""
+    if type(wrapper).__name__ == "TrainableTokensWrapper":
+        return _effect(wrapper.token_adapter, name, rest)
     if type(wrapper).__name__ != "ModulesToSaveWrapper":
         raise ParityError(name, f"the oracle has no row for {type(wrapper).__name__}")
     active = wrapper.active_adapters
@@ -61,11 +70,12 @@ def _saved(wrapper: Any, name: str, rest: str) -> tuple[Any, bool]:
 
 
 def _effect(layer: Any, name: str, parameter: str) -> tuple[Any, bool]:
-    kind = kind_of(layer)
-    effect = EFFECTS.get(kind)
-    if effect is None:
-        raise ParityError(name, f"the oracle has no row for PEFT layer kind {kind!r}")
+    effect = EFFECTS.get(kind_of(layer))
     base = _own(layer.get_base_layer(), parameter, name).double()
+    if effect is None:
+        from adaptrix_export.check.probe import probed  # PyTorch
+
+        return probed(layer, parameter, name), True
     added = effect(layer, parameter)
     return (base, False) if added is None else (base + added, True)
 
@@ -92,8 +102,20 @@ def _lora_linear(layer: Any, parameter: str) -> Any:
         else:
             continue
         term = layer.scaling[adapter] * term
+        if parameter == "weight" and adapter in layer.lora_magnitude_vector:
+            term = _dora(layer, adapter, term)
         total = term if total is None else total + term
     return total
+
+
+def _dora(layer: Any, adapter: str, term: Any) -> Any:
+    """m * V / |V| - W with V = W + term, the norm over the inputs of each output."""
+    base = layer.get_base_layer()
+    weight = base.weight.detach().double()
+    weight = weight.T if type(base).__name__ == "Conv1D" else weight
+    direction = weight + term
+    magnitude = layer.lora_magnitude_vector[adapter].weight.detach().double()
+    return magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True) - weight
 
 
 def _lora_conv1d(layer: Any, parameter: str) -> Any:
@@ -114,8 +136,22 @@ def _lora_embedding(layer: Any, parameter: str) -> Any:
     return total
 
 
+def _token_rows(layer: Any, parameter: str) -> Any:
+    """Trained rows less the base's, zero in the other rows."""
+    added = layer.get_base_layer().weight.detach().double().zero_()
+    for adapter in layer.active_adapters:
+        rows = list(layer.token_indices[adapter])
+        base = layer.get_base_layer().weight.detach()[rows].double()
+        added[rows] = layer.trainable_tokens_delta[adapter].detach().double() - base
+    return added
+
+
 EFFECTS: dict[str, Effect] = {
     "lora.Linear(Linear)": _lora_linear,
+    "lora.Linear(Linear)+DoraLinearVariant": _lora_linear,
     "lora.Linear(Conv1D)": _lora_conv1d,
+    "lora.Linear(Conv1D)+DoraLinearVariant": _lora_conv1d,
+    "trainable_tokens.TrainableTokensLayer(Embedding)": _token_rows,
+    "trainable_tokens.TrainableTokensLayer(Linear)": _token_rows,
     "lora.Embedding(Embedding)": _lora_embedding,
 }

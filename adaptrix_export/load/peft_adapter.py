@@ -15,6 +15,7 @@ import regex
 from adaptrix_export.errors import AdapterError, SourceError, UnsupportedError
 from adaptrix_export.load.source import resolve
 from adaptrix_export.load.tensors import StoredTensor, read_json, read_safetensors
+from adaptrix_export.load.tuned_adapter import open_tuned
 from adaptrix_export.plan import (
     Adapter,
     Base,
@@ -76,11 +77,14 @@ def open_adapter(spec: str, base: Base, name: str | None = None) -> Adapter:
     folder = source.folder
     config = read_json(folder / CONFIG)
     place = name or folder.resolve().name
-    _check_config(place, config)
+    if config.get("peft_type") == "LORA":
+        _check_config(place, config)
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").exists()
         found = "only adapter_model.bin, a pickle" if pickled else "no weights"
         raise SourceError(place, found, WEIGHTS, "save it with safe_serialization=True")
+    if config.get("peft_type") != "LORA":
+        return open_tuned(place, spec, folder, config, base)
     stored = read_safetensors(folder / WEIGHTS).tensors
     parts = _sort_tensors(place, stored)
     sites = {path: base.architecture.site_of(path) for path in sorted(parts)}
@@ -99,11 +103,6 @@ def open_adapter(spec: str, base: Base, name: str | None = None) -> Adapter:
 
 def _check_config(place: str, config: Mapping[str, Any]) -> None:
     """Refuse by name whatever the merge would get wrong."""
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise UnsupportedError(
-            f"{place}: {CONFIG}", f"peft_type {kind!r}", "LORA", "other tuners cannot be built yet"
-        )
     for key, value in sorted(config.items()):
         if key in _OBEYED or key in _HARMLESS or value in (None, False, {}, []):
             continue

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from adaptrix_export.load.tensors import DTYPES
-from adaptrix_export.plan import Array, Change, Dora, LowRank, Scaled, Tensor
+from adaptrix_export.plan import Array, Change, Dora, LowRank, Scaled, Tensor, Tuned
 
 BLOCK = 1 << 19  # values in a block: 4 MB in float64, about what a core's cache holds
 
@@ -109,10 +109,22 @@ def _scaled(change: Change, term: Scaled) -> Rows:
     return lambda start, stop, base: vector[start:stop]
 
 
+def _tuned(change: Change, term: Tuned) -> Rows:
+    """What the tuner's own layer makes of the whole parameter, less the parameter."""
+    from adaptrix_export.lower.tuned import (
+        merged_parameter,
+    )  # PyTorch, which the rest does not need
+
+    whole = base_rows(change, 0, change.shape[0])
+    exact = merged_parameter(term, whole)
+    return lambda start, stop, base: exact[start:stop] - base
+
+
 _ADDED: dict[type, Callable[[Change, Any], Rows]] = {
     LowRank: _low_rank,
     Dora: _dora,
     Scaled: _scaled,
+    Tuned: _tuned,
 }
 
 
