@@ -119,7 +119,7 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path, base, edit, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"peft_type": "XLORA"}, "peft_type XLORA"),
         ({"use_dora": True}, "use_dora = True"),
         ({"bias": "all"}, "bias = 'all'"),
         ({"lora_bias": True}, "lora_bias"),
