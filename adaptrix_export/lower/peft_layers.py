@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ _REFUSALS = (
 _WHOLE = {"modules_to_save": None, "trainable_token_indices": None, "task_type": None}
 
 
+@dataclass(frozen=True)
 class Skeleton:
-    """A PEFT model with the adapter's weights and none of the base's."""
+    """A PEFT `model` with the adapter's weights and none of the base's; tuner layers by path."""
 
-    def __init__(self, layers: Mapping[str, Any], place: str) -> None:
-        self.layers, self._place = layers, place
+    model: Any
+    layers: Mapping[str, Any]
+    place: str
 
     @classmethod
     def build(cls, term: Tuned) -> Skeleton:
@@ -74,7 +77,7 @@ class Skeleton:
                     f"{place}: {path}", "a module that the config targets and the file lacks",
                     "a tensor for every targeted module", "save the adapter again",
                 )  # fmt: skip
-        return cls({path: layers[path] for path in expected}, place)
+        return cls(wrapped, {path: layers[path] for path in expected}, place)
 
     def merge(self, path: str, given: Mapping[str, Array]) -> dict[str, Array]:
         """The float64 parameters of one module, merged, laid out as the base stores them."""
@@ -83,7 +86,7 @@ class Skeleton:
         module = layer.get_base_layer()
         empty = {id(t) for t in tensors_of(module)}
         own = [t for t in tensors_of(layer) if id(t) not in empty]
-        with _named_refusals(self._place, path), in_double(own), _filled(module, given):
+        with _named_refusals(self.place, path), in_double(own), _filled(module, given):
             layer.merged_adapters = []
             layer.merge()
             merged = {name: getattr(module, name).detach().numpy().copy() for name in given}
@@ -92,7 +95,7 @@ class Skeleton:
         for name, value in merged.items():
             if value.shape != given[name].shape:
                 raise UnsupportedError(
-                    f"{self._place}: {path}.{name}", f"merged shape {value.shape}",
+                    f"{self.place}: {path}.{name}", f"merged shape {value.shape}",
                     f"{given[name].shape}", "this module kind cannot be merged",
                 )  # fmt: skip
         return merged
@@ -124,7 +127,7 @@ def empty_model(base: Base, paths: set[str]) -> Any:
             continue
         with torch.device("meta"):
             make = cls.from_config if name.startswith("Auto") else cls._from_config
-            model = make(config)
+            model = make(config, dtype=torch.float32)  # as the oracle loads it, not as config says
         if paths <= {path for path, _ in model.named_modules()}:
             _make_real(model)
             return model.eval()
