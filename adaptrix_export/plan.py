@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -310,6 +311,10 @@ class Plan:
         starts from the values that it shared. Shared replacements come first: they change what
         is shared.
         """
+        return dict(self._changes)
+
+    @cached_property
+    def _changes(self) -> dict[str, Change]:
         replacements = [r for a in self.adapters for r in a.replacements]
         shared: dict[str, Change] = {}
         for saved in (r for r in replacements if r.shared):
@@ -351,6 +356,10 @@ class Plan:
         Changing either end by itself unties: a new `lm_head` must not reach the embedding, nor
         the other way round, because PEFT's live model keeps them apart.
         """
+        return self._untied
+
+    @cached_property
+    def _untied(self) -> tuple[str, ...]:
         own = {d.name for a in self.adapters for d in a.deltas}
         own |= {r.name for a in self.adapters for r in a.replacements if not r.shared}
         return tuple(n for n, source in self.base.tied.items() if n in own or source in own)

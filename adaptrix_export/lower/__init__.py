@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+
+from threadpoolctl import threadpool_limits
 
 from adaptrix_export.load.tensors import itemsize
 from adaptrix_export.lower.artifact import Artifact
@@ -22,17 +25,25 @@ class Lowering:
     estimate: Callable[[Plan], int]
 
 
+@contextmanager
+def _lowering() -> Iterator[None]:
+    """What every lowering runs in: tuner layers are freed after it, and BLAS has one thread,
+    because the products are thin and its threads would spend more time waiting than working."""
+    with layers_freed(), threadpool_limits(limits=1, user_api="blas"):
+        yield
+
+
 def _safetensors(plan: Plan, stage: Path, progress: Progress) -> Artifact:
     from adaptrix_export.lower.merged_safetensors import lower_merged_safetensors
 
-    with layers_freed():
+    with _lowering():
         return lower_merged_safetensors(plan, stage, progress)
 
 
 def _onnx(plan: Plan, stage: Path, progress: Progress) -> Artifact:
     from adaptrix_export.lower.merged_onnx import lower_merged_onnx
 
-    with layers_freed():
+    with _lowering():
         return lower_merged_onnx(plan, stage, progress)
 
 

@@ -59,8 +59,8 @@ def merged_blocks(
     step = rows_per_block(source.shape)
     for start in range(first, rows, step):
         stop = min(rows, start + step)
-        base = base_rows(change, start, stop)
-        exact = base.copy() if added else base
+        exact = base_rows(change, start, stop)
+        base = exact.copy() if len(added) > 1 else exact  # a lone term is made before it is added
         for term in added:
             exact += term(start, stop, base, exact)
         yield to_dtype(exact, dtype)
