@@ -101,7 +101,13 @@ def main() -> None:
 @click.option("--task", metavar="auto|text-generation", help="What the model is for.")
 @click.option("--provider", metavar="cpu", help="Execution provider that the graph is made for.")
 @click.option("--precision", metavar="auto|fp32", help="Number format of the weights.")
+@click.option("--allow-pickle", is_flag=True, default=None, help="Read adapter_model.bin.")
+@click.option(
+    "--adaptrix-scaling", metavar="alpha_over_rank|stored|one",
+    help="The scale of an original Adaptrix folder.",
+)  # fmt: skip
 @click.option("--parity", metavar="full|fast|off", help="How much to prove before publishing.")
+@click.option("--on-mismatch", metavar="error|drop", help="For sites that do not fit the base.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any key of a recipe.")
 @shared_options
 def build(recipe: Path | None, settings: tuple[str, ...], as_json: bool, **options: Any) -> None:
@@ -162,6 +168,77 @@ def inspect(base: str, adapters: tuple[str, ...], as_json: bool) -> None:
         failures.print_json(facts)
     else:
         show(describe.rendered(facts))
+
+
+@main.command(
+    short_help="Write an adapter in another format.",
+    epilog=_examples(
+        "convert ./mlx-adapter --base ./base --to peft --out ./lora",
+        "convert ./lora --base ./base --to adaptrix --out ./folder",
+        "convert ./folder --base ./base --to peft --out ./lora --adaptrix-scaling stored",
+    ),
+)
+@click.argument("source", metavar="SRC")
+@click.option("--base", required=True, metavar="SOURCE", help="The model it was trained on.")
+@click.option("--to", "to", required=True, type=click.Choice(["peft", "adaptrix"]))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option("--allow-pickle", is_flag=True, help="Read adapter_model.bin.")
+@click.option(
+    "--adaptrix-scaling", default="alpha_over_rank", show_default=True,
+    type=click.Choice(["alpha_over_rank", "stored", "one"]),
+    help="The scale of an original Adaptrix folder.",
+)  # fmt: skip
+@shared_options
+def convert(
+    source: str, base: str, to: str, out: Path, allow_pickle: bool, adaptrix_scaling: str,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Write the adapter SRC, of any format, as a PEFT or an Adaptrix folder.
+
+    The base says which modules the adapter's names mean. What was written is read again and
+    compared bit by bit before it is put in place.
+    """
+    from adaptrix_export.convert import convert as write
+    from adaptrix_export.load import Reading
+
+    done = write(source, base, to, out, Reading(allow_pickle, adaptrix_scaling))
+    if as_json:
+        failures.print_json({"out": str(done.out), "to": to, "notes": done.notes})
+        return
+    for note in done.notes:
+        click.echo(f"note: {note}")
+    click.echo(f"published {done.out}")
+
+
+@main.command(
+    short_help="Check adapters against a base.",
+    epilog=_examples(
+        "validate ./base ./lora",
+        "validate hf:org/name@main ./lora ./other-lora --strict",
+        "validate ./base ./lora --json",
+    ),
+)
+@click.argument("base")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("--strict", is_flag=True, help="Exit with 2 on warnings, too.")
+@shared_options
+def validate(base: str, adapters: tuple[str, ...], strict: bool, as_json: bool) -> None:
+    """Check each ADAPTER against a BASE, without building: all that is wrong, not the first.
+
+    Exits with 0 if there are no errors, with 2 if there are.
+    """
+    from adaptrix_export import findings
+    from adaptrix_export.terminal import progress, show
+    from adaptrix_export.validate import validate as check
+
+    with progress() as telling:
+        found = check(base, adapters, telling)
+    if as_json:
+        failures.print_json(found.as_dict())
+    else:
+        show(findings.table(found))
+        click.echo(found.summary())
+    raise click.exceptions.Exit(found.exit_code(strict))
 
 
 @main.command(

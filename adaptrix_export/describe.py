@@ -26,13 +26,14 @@ def inspect(base: str, adapters: Sequence[str]) -> dict[str, Any]:
     Raises what opening raises, and AdapterError for an adapter that does not fit the base.
     """
     from adaptrix_export.load import open_adapter, open_base
+    from adaptrix_export.load.adjust import adjusted
     from adaptrix_export.verify import verify
 
     opened = open_base(base)
     found = [open_adapter(adapter, opened) for adapter in adapters]
-    for adapter in found:
-        verify(Plan(opened, (adapter,)))  # one by one: they are not to be merged together
-    return describe(opened, found)
+    # one by one: they are not to be merged together
+    plans = [verify(adjusted(Plan(opened, (adapter,)))) for adapter in found]
+    return describe(opened, [plan.adapters[0] for plan in plans])
 
 
 def describe(base: Base, adapters: Sequence[Adapter]) -> dict[str, Any]:
@@ -80,7 +81,9 @@ def _modules(base: Base) -> list[dict[str, Any]]:
             continue  # its size is the first one of the weight's
         # a tensor that is no module's weight, such as fused experts, is named whole
         site = base.architecture.site_of(module if parameter == "weight" else name)
-        turned = len(tensor.shape) == 2 and base.architecture.is_transposed(site)
+        # (out, in), as a Linear has it; an embedding is shown as it is, a row a token
+        conv1d = base.architecture.family.conv1d and site.layer is not None
+        turned = conv1d and len(tensor.shape) == 2
         rows[site.stack, site.module, tensor.shape[::-1] if turned else tensor.shape] += 1
     return [
         {"stack": stack, "module": module, "shape": list(shape), "count": count}

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaptrix_export.check.altered import oracle_folders
 from adaptrix_export.check.bases import other_base
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import save, summary
 from adaptrix_export.errors import ParityError
-from adaptrix_export.load import open_adapter
+from adaptrix_export.load import Reading, open_adapter
 from adaptrix_export.load.base_weights import note_of, open_bases
-from adaptrix_export.load.replication import repeat_layers
+from adaptrix_export.load.finite import check_finite
+from adaptrix_export.load.mismatch import fitted
 from adaptrix_export.lower import LOWERINGS
 from adaptrix_export.lower.artifact import Artifact
 from adaptrix_export.package import (
@@ -57,6 +59,7 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
     progress = progress or Silent()
     original = open_plan(recipe)
     plan = verify(original)
+    check_finite(plan, progress)
     for step in passes(recipe):
         plan = verify(step(plan))
     lowering = LOWERINGS[recipe.target.value]
@@ -77,17 +80,22 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
         write_manifest(stage, manifest)
         with progress.stage("publish"):
             publish(stage, recipe.out)
-    return Outcome(recipe.out, report, manifest, notes(plan, artifact))
+    told = tuple(f"adapter {a.name}: {note}" for a in original.adapters for note in a.notes)
+    return Outcome(recipe.out, report, manifest, told + notes(plan, artifact))
 
 
 def open_plan(recipe: Recipe) -> Plan:
-    """The plan before any pass: base and adapters as they are on disk, headers only."""
+    """The plan before any pass: base and adapters as they are on disk, headers only.
+
+    The adapters are read as they mean on this base; see `load/adjust.py` and `load/mismatch.py`.
+    """
     simulated = recipe.simulate.value if recipe.simulate else None
     base, other = open_bases(
         recipe.base, recipe.base_weights.value, simulated, recipe.original_base
     )
-    adapters = tuple(open_adapter(a.source, base, a.name) for a in recipe.adapters)
-    return repeat_layers(Plan(base, adapters, alternative=other))
+    reading = Reading(recipe.allow_pickle, recipe.adaptrix_scaling.value)
+    adapters = tuple(open_adapter(a.source, base, a.name, reading) for a in recipe.adapters)
+    return fitted(Plan(base, adapters, alternative=other), recipe.on_mismatch.value)
 
 
 def passes(recipe: Recipe) -> tuple[Pass, ...]:
@@ -104,7 +112,10 @@ def check(
     """
     if recipe.parity.level is ParityLevel.OFF:
         return None
-    report = prove(parity_job(recipe, original, artifact), progress)
+    with oracle_folders(original) as folders:
+        report = folders.told(
+            prove(parity_job(recipe, original, artifact, folders.adapters), progress)
+        )
     if not report["passed"]:
         rejected = recipe.out.with_name(recipe.out.name + ".rejected.json")
         save(report, rejected)
@@ -117,8 +128,13 @@ def check(
     return report
 
 
-def parity_job(recipe: Recipe, original: Plan, artifact: Artifact) -> Job:
-    """What the check needs to know: the artifact, and the original files it came from."""
+def parity_job(
+    recipe: Recipe, original: Plan, artifact: Artifact, adapters: tuple[tuple[str, Path], ...]
+) -> Job:
+    """What the check needs to know: the artifact, and the original files it came from.
+
+    `adapters` are the folders that stock PEFT is to load, by name.
+    """
     text = recipe.parity.text
     return Job(
         target=artifact.target,
@@ -127,7 +143,7 @@ def parity_job(recipe: Recipe, original: Plan, artifact: Artifact) -> Job:
         precision=artifact.precision,
         weights=artifact.weights,
         gguf_file=original.base.gguf_file,
-        adapters=tuple((a.name, a.folder) for a in original.adapters),
+        adapters=adapters,
         level=recipe.parity.level.value,
         decode_steps=recipe.parity.decode_steps,
         text=read_text(text) if text else None,
@@ -148,7 +164,9 @@ def read_text(path: Path) -> str:
 
 def notes(plan: Plan, artifact: Artifact) -> tuple[str, ...]:
     """What a user should know beyond 'done'."""
-    return note_of(plan.base) + tuple(
+    untied = (
         f"{name} shared its weights with {plan.base.tied[name]} and has its own now"
         for name in artifact.untied
     )
+    adjustments = (str(adjustment) for adjustment in plan.adjustments)
+    return (*note_of(plan.base), *untied, *adjustments)

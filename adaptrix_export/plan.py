@@ -159,9 +159,15 @@ class Adapter:
     spec: str  # as the recipe named it
     folder: Path
     files: tuple[Path, ...]
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # adapter_config.json, or what it would be in PEFT's form
     deltas: tuple[Delta, ...]
     replacements: tuple[Replacement, ...]
+    # What a user should know of how the files were read.
+    notes: tuple[str, ...] = ()
+    # Stock PEFT would not read the files as we do: the oracle gets a copy in PEFT's own form.
+    foreign: bool = False
+    # What the files say beside what is applied: `format`, and that format's own metadata.
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -216,12 +222,30 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Adjustment:
+    """Something in an adapter that was read otherwise than it is stored, or dropped.
+
+    `kind` is "transposed", "renamed", "split", "stacked", "vocabulary" or "dropped"; `place` is
+    the module as the adapter names it.
+    """
+
+    adapter: str
+    kind: str
+    place: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.adapter}: {self.place}: {self.text}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """Base, adapters, and what the passes did, in order."""
 
     base: Base
     adapters: tuple[Adapter, ...]
     history: tuple[str, ...] = field(default=())
+    adjustments: tuple[Adjustment, ...] = field(default=())
     # The base weights that were not chosen, when they are at hand: the report tells how far off.
     alternative: Base | None = None
 

@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptrix_export.check.altered import oracle_folders
 from adaptrix_export.check.bases import other_base
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import summary
 from adaptrix_export.errors import ParityError, SourceError, VerificationError
-from adaptrix_export.load import open_adapter
+from adaptrix_export.load import Reading, open_adapter
 from adaptrix_export.load.base_weights import AUTO, open_bases
-from adaptrix_export.load.replication import repeat_layers
+from adaptrix_export.load.mismatch import fitted
 from adaptrix_export.package import InputHashes, check_hashes, read_manifest
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress, Silent
+
+READING = ("allow_pickle", "adaptrix_scaling")  # fields of a recipe
 
 
 def verify_artifact(
@@ -49,7 +52,8 @@ def verify_artifact(
             raise
         return {**result, "note": f"parity was not checked again: {error}"}
     _check_inputs(manifest, plan, progress)
-    report = prove(_job(folder, manifest, plan), progress)
+    with oracle_folders(plan) as folders:
+        report = folders.told(prove(_job(folder, manifest, plan, folders.adapters), progress))
     if not report["passed"]:
         failure = ParityError(str(folder), summary(report), "parity", "build it again")
         failure.report = report
@@ -73,13 +77,10 @@ def _originals(manifest: dict[str, Any], base: str | None, adapters: Sequence[st
                 "--adapter", f"{len(adapters)} of them", f"{len(named)}, as in the manifest"
             )
         named = [(name, spec) for (name, _), spec in zip(named, adapters, strict=True)]
-    return repeat_layers(
-        Plan(
-            opened,
-            tuple(open_adapter(spec, opened, name) for name, spec in named),
-            alternative=other,
-        )
-    )
+    # Artifacts of before these fields were read with their defaults.
+    reading = Reading(**{k: recipe[k] for k in READING if k in recipe})
+    found = tuple(open_adapter(spec, opened, name, reading) for name, spec in named)
+    return fitted(Plan(opened, found, alternative=other), recipe.get("on_mismatch", "error"))
 
 
 def _check_inputs(manifest: dict[str, Any], plan: Plan, progress: Progress) -> None:
@@ -95,7 +96,9 @@ def _check_inputs(manifest: dict[str, Any], plan: Plan, progress: Progress) -> N
         )  # fmt: skip
 
 
-def _job(folder: Path, manifest: dict[str, Any], plan: Plan) -> Job:
+def _job(
+    folder: Path, manifest: dict[str, Any], plan: Plan, adapters: tuple[tuple[str, Path], ...]
+) -> Job:
     parity = manifest["recipe"]["parity"]
     return Job(
         target=manifest["target"],
@@ -104,7 +107,7 @@ def _job(folder: Path, manifest: dict[str, Any], plan: Plan) -> Job:
         precision=manifest["precision"],
         weights=manifest["weights"],
         gguf_file=plan.base.gguf_file,
-        adapters=tuple((a.name, a.folder) for a in plan.adapters),
+        adapters=adapters,
         decode_steps=parity["decode_steps"],
         simulated=plan.base.simulated,
         other=other_base(plan),

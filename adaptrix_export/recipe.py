@@ -83,6 +83,17 @@ class Precision(_Word):
     INT4 = "int4"
 
 
+class AdaptrixScaling(_Word):
+    ALPHA_OVER_RANK = "alpha_over_rank"
+    STORED = "stored"
+    ONE = "one"
+
+
+class OnMismatch(_Word):
+    ERROR = "error"
+    DROP = "drop"
+
+
 class ParityLevel(_Word):
     FULL = "full"
     FAST = "fast"
@@ -201,6 +212,21 @@ class Recipe(_Section):
         description="Number format of the weights; auto is fp32 for onnx and the base's own for "
         "safetensors.",
     )
+    allow_pickle: bool = Field(
+        default=False,
+        strict=True,
+        description="Read adapter_model.bin, a pickle; nothing in it is run even so.",
+    )
+    adaptrix_scaling: AdaptrixScaling = Field(
+        default=AdaptrixScaling.ALPHA_OVER_RANK,
+        description="The scale of an original Adaptrix folder: alpha_over_rank; stored, the "
+        "scaling in its files; one, as the original's last engine applied it.",
+    )
+    on_mismatch: OnMismatch = Field(
+        default=OnMismatch.ERROR,
+        description="What becomes of sites that do not fit the base; drop leaves them out and "
+        "lists each one.",
+    )
     parity: Parity = Field(
         default=Parity(), description="How the artifact is proved before it is published."
     )
@@ -275,7 +301,7 @@ def make_recipe(
     origins: dict[str, str] = {}
     for key, value in (flags or {}).items():
         _assign(changed, key, value)
-        origins[key] = f"--{key.partition('.')[0].removesuffix('s')}"
+        origins[key] = f"--{key.partition('.')[0].removesuffix('s').replace('_', '-')}"
     settings = list(overrides)
     changed = with_overrides(changed, settings)
     for setting in settings:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 
-from adaptrix_export.errors import AdapterError, UnsupportedError
+from adaptrix_export.errors import AdapterError, InputError, UnsupportedError
+from adaptrix_export.load.fused import fused_hint
 from adaptrix_export.load.tensors import FLOATS
 from adaptrix_export.plan import (
     Adapter,
@@ -14,8 +18,18 @@ from adaptrix_export.plan import (
     Plan,
     Replacement,
     Scaled,
+    Site,
     Term,
 )
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """One thing wrong with a plan: `error`, of the adapter so named, at `site` if it has one."""
+
+    adapter: str
+    site: Site | None
+    error: InputError
 
 
 def verify(plan: Plan) -> Plan:
@@ -24,43 +38,68 @@ def verify(plan: Plan) -> Plan:
     Every site exists in the base; every shape fits; nothing is replaced twice; what is added to
     is a float tensor.
     """
-    for adapter in plan.adapters:
-        if not adapter.deltas and not adapter.replacements:
-            raise AdapterError(
-                adapter.name, "no tensors", "at least one site",
-                "was the adapter saved with another name active?",
-            )  # fmt: skip
-        for delta in adapter.deltas:
-            _check_delta(plan.base, adapter, delta)
-        for saved in adapter.replacements:
-            _check_replacement(plan.base, adapter, saved)
-    _check_conflicts(plan)
-    _check_vocabulary(plan)
+    for misfit in misfits(plan):
+        raise misfit.error
     return plan
 
 
-def _stored(base: Base, adapter: Adapter, path: str, parameter: str) -> tuple[int, ...]:
-    """Shape of the base's parameter, or the error that it is missing."""
+def misfits(plan: Plan) -> Iterator[Misfit]:
+    """Everything that `verify` would raise, in its order."""
+    fits = True
+    for adapter in plan.adapters:
+        if not adapter.deltas and not adapter.replacements:
+            yield Misfit(adapter.name, None, _empty(adapter))
+        for delta in adapter.deltas:
+            for error in _check_delta(plan.base, adapter, delta):
+                fits = False
+                yield Misfit(adapter.name, delta.site, error)
+        for saved in adapter.replacements:
+            for error in _check_replacement(plan.base, adapter, saved):
+                fits = False
+                yield Misfit(adapter.name, saved.site, error)
+    checks = [_check_conflicts(plan)]
+    if fits:  # only then is it known what becomes of the vocabulary
+        checks.append(_check_vocabulary(plan))
+    for check in checks:
+        for error in check:
+            yield Misfit(plan.adapters[0].name, None, error)
+
+
+def _empty(adapter: Adapter) -> InputError:
+    return AdapterError(
+        adapter.name, "no tensors", "at least one site",
+        "was the adapter saved with another name active?",
+    )  # fmt: skip
+
+
+def _stored(
+    base: Base, adapter: Adapter, path: str, parameter: str
+) -> tuple[int, ...] | InputError:
+    """Shape of the base's parameter, or the error that it is missing or no float."""
     name = f"{path}.{parameter}"
     tensor = base.tensors.get(base.tied.get(name, name))
     if tensor is None:
-        raise AdapterError(
+        return AdapterError(
             f"{adapter.name}: {path}", f"no {parameter} in the base", "a module of the base",
-            "was this adapter trained on another model?",
+            fused_hint(base, path) or "was this adapter trained on another model?",
         )  # fmt: skip
     if tensor.dtype not in FLOATS:
-        raise UnsupportedError(f"{path}.{parameter}", f"dtype {tensor.dtype}", " ".join(FLOATS))
+        return UnsupportedError(f"{path}.{parameter}", f"dtype {tensor.dtype}", " ".join(FLOATS))
     return tensor.shape
 
 
-def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> None:
+def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> Iterator[InputError]:
     path = delta.site.path
     shape = _stored(base, adapter, path, delta.parameter)
+    if isinstance(shape, InputError):
+        yield shape
+        return
     dims = 2 if delta.parameter == "weight" else 1
     if len(shape) != dims:
-        raise UnsupportedError(
+        yield UnsupportedError(
             f"{adapter.name}: {delta.name}", f"shape {list(shape)}", f"{dims} dimensions"
         )
+        return
     outputs, inputs = shape[0], shape[-1]
     if base.architecture.is_transposed(delta.site) and delta.parameter == "weight":
         outputs, inputs = inputs, outputs
@@ -68,13 +107,13 @@ def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> None:
     for term in delta.terms:
         for what, found, expected in _sizes(term, outputs, inputs):
             if found != expected and found != vocabulary:
-                raise AdapterError(
+                yield AdapterError(
                     f"{adapter.name}: {path}", f"{what.format(found)}",
                     f"{expected} as in the base", "was this adapter trained on another model?",
                 )  # fmt: skip
         for tensor in term.tensors:
             if tensor.dtype not in FLOATS:
-                raise UnsupportedError(
+                yield UnsupportedError(
                     f"{adapter.name}: {tensor.name}", f"dtype {tensor.dtype}", " ".join(FLOATS)
                 )
 
@@ -102,19 +141,28 @@ def _resized(base: Base, adapter: Adapter, path: str) -> int | None:
     return None
 
 
-def _check_replacement(base: Base, adapter: Adapter, saved: Replacement) -> None:
+def _check_replacement(base: Base, adapter: Adapter, saved: Replacement) -> Iterator[InputError]:
     path = saved.site.path
     shape, found = _stored(base, adapter, path, saved.parameter), saved.tensor.shape
+    if isinstance(shape, InputError):
+        yield shape
+        return
+    if saved.tensor.dtype not in FLOATS:
+        yield UnsupportedError(
+            f"{adapter.name}: {saved.name}", f"dtype {saved.tensor.dtype}", " ".join(FLOATS)
+        )
+        return
     if saved.rows is not None:
         if any(not 0 <= row < shape[0] for row in saved.rows) or len(saved.rows) != found[0]:
-            raise AdapterError(
+            yield AdapterError(
                 f"{adapter.name}: {saved.name}", f"rows {list(saved.rows)[:5]}",
                 f"{found[0]} rows below {shape[0]}", "is the base's vocabulary another one?",
             )  # fmt: skip
+            return
         found = (shape[0], *found[1:])
     vocabulary = saved.name in _vocabulary(base) and found[1:] == shape[1:]
     if found != shape and not vocabulary:
-        raise AdapterError(
+        yield AdapterError(
             f"{adapter.name}: {saved.name}", f"shape {list(found)}",
             f"{list(shape)} as in the base", "was this adapter trained on another model?",
         )  # fmt: skip
@@ -126,7 +174,7 @@ def _vocabulary(base: Base) -> tuple[str, ...]:
     return (f"{family.embedding}.weight", f"{family.head}.weight")
 
 
-def _check_vocabulary(plan: Plan) -> None:
+def _check_vocabulary(plan: Plan) -> Iterator[InputError]:
     """Embedding and head must agree on the number of tokens."""
     changes = plan.changes()
     sizes = {}
@@ -136,23 +184,29 @@ def _check_vocabulary(plan: Plan) -> None:
         if changed or stored:
             sizes[name] = (changed or stored).shape[0]  # type: ignore[union-attr]
     if len(set(sizes.values())) > 1:
-        raise AdapterError(
+        yield AdapterError(
             plan.adapters[0].name, ", ".join(f"{n}: {s} tokens" for n, s in sizes.items()),
             "one vocabulary", "save the adapter with both (save_embedding_layers=True)",
         )  # fmt: skip
 
 
-def _check_conflicts(plan: Plan) -> None:
+def _check_conflicts(plan: Plan) -> Iterator[InputError]:
     """A replaced parameter belongs to one adapter alone: a sum of two makes no sense."""
     owner: dict[str, str] = {}
     for adapter in plan.adapters:
+        count = Counter(delta.name for delta in adapter.deltas)
+        for name in (name for name, times in count.items() if times > 1):
+            yield AdapterError(
+                f"{adapter.name}: {name}", "adapted twice", "once",
+                "two of its tensors mean the same place; save the adapter again",
+            )  # fmt: skip
         for saved in adapter.replacements:
             name = saved.name
             if owner.setdefault(name, adapter.name) != adapter.name:
-                raise AdapterError(
+                yield AdapterError(
                     name, f"replaced by {owner[name]} and by {adapter.name}", "one of them",
                     "build with one of the two adapters",
                 )  # fmt: skip
     names = [adapter.name for adapter in plan.adapters]
     if len(set(names)) != len(names):
-        raise AdapterError("adapters", f"names {', '.join(names)}", "each once", "name them apart")
+        yield AdapterError("adapters", f"names {', '.join(names)}", "each once", "name them apart")

@@ -95,7 +95,7 @@ def test_the_module_runs() -> None:
 
 
 def test_the_commands_are_these() -> None:
-    assert COMMANDS == ["build", "inspect", "run", "schema", "verify"]
+    assert COMMANDS == ["build", "convert", "inspect", "run", "schema", "validate", "verify"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -114,6 +114,8 @@ def test_each_flag_of_build_tells_the_words_it_takes() -> None:
         ("task", recipe.Task),
         ("provider", recipe.Provider),
         ("parity", recipe.ParityLevel),
+        ("adaptrix_scaling", recipe.AdaptrixScaling),
+        ("on_mismatch", recipe.OnMismatch),
     )
     for name, words in kinds:
         assert shown[name] == "|".join(words), name
@@ -137,12 +139,14 @@ def test_flags_and_settings_reach_the_recipe(
     done = invoke(
         "build", str(path), *FLAGS, "--adapter", "c", "--frontend", "native", "--task",
         "text-generation", "--provider", "cpu", "--precision", "fp32", "--parity", "fast",
-        "--set", "parity.decode_steps=7",
+        "--set", "parity.decode_steps=7", "--allow-pickle", "--adaptrix-scaling", "stored",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert asked == [
         recipe.Recipe(
             base="b",
+            allow_pickle=True,
+            adaptrix_scaling=recipe.AdaptrixScaling.STORED,
             adapters=(recipe.AdapterSpec(source="a"), recipe.AdapterSpec(source="c")),
             target=recipe.Target.ONNX,
             out=Path("o"),

@@ -55,6 +55,18 @@ def test_a_right_build_is_published_whole(tmp_path, llama, target):
     assert listing(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_sixty_four_greedy_tokens_on_other_families(tmp_path, kind):
+    """Random four-layer models, LoRA on every linear module, every case of the full proof."""
+    base = save_base(kind, tmp_path / "base")
+    pair = base, save_adapter(base, tmp_path / "adapter")
+    report = build(recipe(pair, tmp_path / "out", parity={"decode_steps": 64})).report
+    assert report is not None and report["passed"] and len(report["cases"]) == 5
+    decode = next(case for case in report["cases"] if case["name"] == "greedy decode")
+    assert decode["positions"] == 64 and decode["top1"] == 1.0
+    assert max(case["max_abs"] for case in report["cases"]) <= 1e-3
+
+
 def test_same_inputs_same_bytes(tmp_path, llama):
     for name in ("one", "two"):
         build(recipe(llama, tmp_path / name, parity={"level": "fast"}))

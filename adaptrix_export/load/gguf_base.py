@@ -13,15 +13,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adaptrix_export.errors import SourceError, UnsupportedError
-from adaptrix_export.load.gguf_header import GgufTensor, read_gguf, stored_bytes
+from adaptrix_export.load.gguf_header import GgufHeader, GgufTensor, read_gguf, stored_bytes
 from adaptrix_export.plan import Array
 
 if TYPE_CHECKING:
     from adaptrix_export.load.source import Source
     from adaptrix_export.plan import Base
 
-# GGUF architecture -> whether q and k rows are reordered. One row each; the others are refused.
-ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
+
+@dataclass(frozen=True)
+class GgufArchitecture:
+    """`reordered`: llama.cpp stores the rows of q and k in its own order."""
+
+    causal_lm: str
+    reordered: bool = False
+
+
+# One row each, named as GGUF and transformers both name it; the others are refused.
+ARCHITECTURES = {
+    "llama": GgufArchitecture("LlamaForCausalLM", reordered=True),
+    "qwen2": GgufArchitecture("Qwen2ForCausalLM"),
+    "qwen3": GgufArchitecture("Qwen3ForCausalLM"),
+}
 
 _TOP = {
     "token_embd": "model.embed_tokens",
@@ -109,19 +122,19 @@ def open_gguf(source: Source, file_name: str) -> Base:
         raise UnsupportedError(
             source.spec, "one part of a split GGUF file", "a single file", "join the parts first"
         )
-    config = _config(source, file_name)
+    config = _config(source, kind, header)
     tensors = {}
     for stored in header.tensors:
-        name, part = _model_name(source.spec, stored.name)
+        name, part = model_name(source.spec, stored.name)
         heads = 0
-        if ARCHITECTURES[kind] and part in ("attn_q", "attn_k"):
+        if ARCHITECTURES[kind].reordered and part in ("attn_q", "attn_k"):
             key = "num_attention_heads" if part == "attn_q" else "num_key_value_heads"
-            heads = config.get(key) or config["num_attention_heads"]
+            heads = config[key]
         tensors[name] = DequantizedTensor(name, path, stored, heads)
     return make_base(source, (path,), config, tensors)
 
 
-def _model_name(spec: str, stored: str) -> tuple[str, str]:
+def model_name(spec: str, stored: str) -> tuple[str, str]:
     """`blk.7.attn_q.weight` -> (`model.layers.7.self_attn.q_proj.weight`, `attn_q`)."""
     match stored.split("."):
         case ["blk", layer, part, ("weight" | "bias") as kind] if part in _BLOCK:
@@ -134,21 +147,49 @@ def _model_name(spec: str, stored: str) -> tuple[str, str]:
     )  # fmt: skip
 
 
-def _config(source: Source, file_name: str) -> dict[str, Any]:
-    """The config that transformers makes of the file's metadata: the oracle sees the same one."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    try:
-        read = AutoConfig.from_pretrained(source.folder, gguf_file=file_name)
-    except (ValueError, KeyError, OSError) as error:
+def _config(source: Source, kind: str, header: GgufHeader) -> dict[str, Any]:
+    """config.json from the file's metadata, as transformers makes it, without loading torch."""
+    given = header.metadata
+    if given.get(f"{kind}.rope.scaling.type", "none") != "none":
+        raise UnsupportedError(
+            source.spec, f"rope scaling {given[f'{kind}.rope.scaling.type']!r}", "none",
+            "transformers does not read it from GGUF; use the model's safetensors checkpoint",
+        )  # fmt: skip
+    sizes: dict[str, Any] = {name: given.get(f"{kind}.{key}") for key, name in _SIZES.items()}
+    missing = next((n for n, v in sizes.items() if not isinstance(v, (int, float))), None)
+    tokens = given.get("tokenizer.ggml.tokens")
+    if missing or not isinstance(tokens, list):
         raise SourceError(
-            source.spec, f"metadata that transformers cannot read ({error})", "a model's GGUF file"
-        ) from error
-    config: dict[str, Any] = {
-        **read.to_diff_dict(),
-        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[read.model_type]],
-        "tie_word_embeddings": read.tie_word_embeddings,
+            source.spec, f"no {missing or 'vocabulary'} in the metadata", "a model's GGUF file"
+        )
+    embedding = next((t for t in header.tensors if t.name == "token_embd.weight"), None)
+    ids = {f"{n}_token_id": given.get(f"tokenizer.ggml.{key}_token_id") for n, key in _IDS.items()}
+    theta = given.get(f"{kind}.rope.freq_base", 10000.0)
+    return {
+        "architectures": [ARCHITECTURES[kind].causal_lm],
+        "model_type": kind,
+        **sizes,
+        "num_key_value_heads": given.get(
+            f"{kind}.attention.head_count_kv", sizes["num_attention_heads"]
+        ),
+        "head_dim": given.get(
+            f"{kind}.attention.key_length", sizes["hidden_size"] // sizes["num_attention_heads"]
+        ),
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+        "vocab_size": embedding.shape[0] if embedding else len(tokens),
+        "tie_word_embeddings": all(t.name != "output.weight" for t in header.tensors),
+        **{key: value for key, value in ids.items() if isinstance(value, int)},
         "dtype": "float32",  # what the dequantized weights are
     }
-    return {key: value for key, value in config.items() if not key.endswith("name_or_path")}
+
+
+_SIZES = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_IDS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}

@@ -6,15 +6,23 @@ site or is named in an error, and each config field is understood or refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import sqrt
+from pathlib import Path
 from typing import Any
 
 import regex
 
 from adaptrix_export.errors import AdapterError, SourceError, UnsupportedError
-from adaptrix_export.load.source import resolve
+from adaptrix_export.load.peft_keys import PREFIX, FileTensor, canonical
+from adaptrix_export.load.reading import Reading
+from adaptrix_export.load.source import Source
 from adaptrix_export.load.tensors import StoredTensor, read_json, read_safetensors
+from adaptrix_export.load.torch_file import read_torch_file
+from adaptrix_export.load.turned import Turned
+from adaptrix_export.load.views import upright
 from adaptrix_export.plan import (
     Adapter,
     Base,
@@ -24,11 +32,13 @@ from adaptrix_export.plan import (
     Replacement,
     Scaled,
     Site,
+    Tensor,
 )
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
+PICKLED = "adapter_model.bin"
+OURS = "adaptrix_export"  # our own key in the metadata of a safetensors file
 PATTERN_SECONDS = 1.0  # a rank_pattern key is a regex from a stranger
 
 # Fields of LoraConfig that the merge obeys, or that only matter while training.
@@ -63,47 +73,88 @@ _PARTS = {
     "bias": "bias",
 }
 _FACTORS = ("a", "b", "b_bias", "magnitude")
-Parts = dict[str, StoredTensor]
+Parts = dict[str, FileTensor]
 
 
-def open_adapter(spec: str, base: Base, name: str | None = None) -> Adapter:
+def open_peft(source: Source, base: Base, place: str, reading: Reading) -> Adapter:
     """Read one adapter's headers against `base`; no weight is read.
 
     Raises SourceError for damage, UnsupportedError for a kind that is refused, AdapterError for
     a tensor that belongs nowhere.
     """
-    source = resolve(spec)
     folder = source.folder
     config = read_json(folder / CONFIG)
-    place = name or folder.resolve().name
-    _check_config(place, config)
-    if not (folder / WEIGHTS).is_file():
-        pickled = (folder / "adapter_model.bin").exists()
-        found = "only adapter_model.bin, a pickle" if pickled else "no weights"
-        raise SourceError(place, found, WEIGHTS, "save it with safe_serialization=True")
-    stored = read_safetensors(folder / WEIGHTS).tensors
+    check_config(place, config)
+    weights, found, metadata = _weights(place, folder, reading)
+    stored, notes = canonical(place, found, base)
     parts = _sort_tensors(place, stored)
     sites = {path: base.architecture.site_of(path) for path in sorted(parts)}
-    deltas = [d for path, site in sites.items() for d in _deltas(place, config, site, parts[path])]
     whole = [r for path, site in sites.items() for r in _whole(place, config, site, parts[path])]
+    deltas = [d for path, site in sites.items() for d in _deltas(place, config, site, parts[path])]
     return Adapter(
         name=place,
-        spec=spec,
+        spec=source.spec,
         folder=folder,
-        files=(folder / CONFIG, folder / WEIGHTS),
+        files=(folder / CONFIG, weights),
         config=config,
         deltas=tuple(sorted(deltas, key=lambda d: (d.site.order, d.parameter))),
         replacements=tuple(whole),
+        notes=notes,
+        foreign=bool(notes) or weights.name != WEIGHTS,
+        metadata=metadata,
     )
 
 
-def _check_config(place: str, config: Mapping[str, Any]) -> None:
+def _weights(
+    place: str, folder: Path, reading: Reading
+) -> tuple[Path, tuple[FileTensor, ...], dict[str, Any]]:
+    """The file that PEFT would take, its tensors, and what we once noted in it."""
+    path = folder / WEIGHTS
+    if path.is_file():
+        file = read_safetensors(path)
+        return path, file.tensors, _noted(file.metadata.get(OURS))
+    path = folder / PICKLED
+    if not path.is_file():
+        raise SourceError(place, "no weights", WEIGHTS, "save it with safe_serialization=True")
+    if not reading.allow_pickle:
+        raise SourceError(
+            place, f"only {PICKLED}, a pickle", WEIGHTS,
+            "save it with safe_serialization=True, or allow it with --allow-pickle",
+        )  # fmt: skip
+    saved = read_torch_file(path)
+    if not isinstance(saved, dict):
+        raise SourceError(f"{place}: {PICKLED}", "no dict", "tensor name -> tensor")
+    tensors: list[FileTensor] = []
+    for name, tensor in saved.items():
+        if not isinstance(name, str) or not isinstance(tensor, (StoredTensor, Turned)):
+            raise SourceError(f"{place}: {PICKLED}", f"no tensor at {str(name)[:80]!r}", "tensors")
+        tensors.append(replace(tensor, name=name))
+    return path, tuple(tensors), {}
+
+
+def _noted(text: str | None) -> dict[str, Any]:
+    """Our own JSON in a file's metadata; a stranger's, under the same key, is no error."""
+    try:
+        noted = json.loads(text or "null")
+    except (ValueError, RecursionError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def check_config(place: str, config: Mapping[str, Any]) -> None:
     """Refuse by name whatever the merge would get wrong."""
+    for problem in config_problems(place, config):
+        raise problem
+
+
+def config_problems(place: str, config: Mapping[str, Any]) -> Iterator[UnsupportedError]:
+    """Every field of the config that the merge would get wrong."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UnsupportedError(
+        yield UnsupportedError(
             f"{place}: {CONFIG}", f"peft_type {kind!r}", "LORA", "other tuners cannot be built yet"
         )
+        return
     for key, value in sorted(config.items()):
         if key in _OBEYED or key in _HARMLESS or value in (None, False, {}, []):
             continue
@@ -111,13 +162,13 @@ def _check_config(place: str, config: Mapping[str, Any]) -> None:
             continue
         if key == "init_lora_weights" and value in _PLAIN_INITS:
             continue
-        raise UnsupportedError(
+        yield UnsupportedError(
             f"{place}: {CONFIG}", f"{key} = {value!r}", "plain LoRA",
             "this kind of adapter cannot be built yet",
         )  # fmt: skip
 
 
-def _sort_tensors(place: str, stored: tuple[StoredTensor, ...]) -> dict[str, Parts]:
+def _sort_tensors(place: str, stored: tuple[FileTensor, ...]) -> dict[str, Parts]:
     """Module path -> what the file holds for it."""
     sorted_: dict[str, Parts] = {}
     for tensor in stored:
@@ -130,7 +181,13 @@ def _sort_tensors(place: str, stored: tuple[StoredTensor, ...]) -> dict[str, Par
                 break
         else:
             raise _unknown(place, tensor.name, "lora_A.weight, lora_B.weight or modules_to_save")
-        sorted_.setdefault(".".join(words[:cut]), {})[part] = tensor
+        path = ".".join(words[:cut])
+        known = sorted_.setdefault(path, {}).setdefault(part, tensor)
+        if known is not tensor:
+            raise AdapterError(
+                f"{place}: {path}", f"{known.name} and {tensor.name}", "one of the two",
+                "they hold the same part of one module; save the adapter again",
+            )  # fmt: skip
     return sorted_
 
 
@@ -153,7 +210,7 @@ def _whole(place: str, config: Mapping[str, Any], site: Site, parts: Parts) -> l
     return found
 
 
-def _is_vocabulary(tensor: StoredTensor, site: Site) -> bool:
+def _is_vocabulary(tensor: FileTensor, site: Site) -> bool:
     """PEFT saves embedding and head whole when it resized or targets them."""
     return site.layer is None and len(tensor.shape) == 2 and tensor.name.endswith(".weight")
 
@@ -191,13 +248,15 @@ def _deltas(place: str, config: Mapping[str, Any], site: Site, parts: Parts) -> 
     if "a" not in parts or "b" not in parts:
         missing = "lora_B" if "a" in parts else "lora_A"
         raise AdapterError(f"{place}: {path}", f"no {missing}", "both factors", "save it again")
-    a, b = parts["a"], parts["b"]
+    a: Tensor = parts["a"]
+    b: Tensor = parts["b"]
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise UnsupportedError(
             f"{place}: {path}", f"factors of shape {a.shape} and {b.shape}", "matrices",
             "convolutions cannot be built yet",
         )  # fmt: skip
-    rank, scale = _rank_and_scale(place, path, config)
+    rank, scale = rank_and_scale(place, path, config)
+    a, b = upright(a, b, rank)
     if a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterError(
             f"{place}: {path}", f"rank {a.shape[0]} in lora_A and {b.shape[1]} in lora_B",
@@ -232,7 +291,7 @@ def _check_flag(
         )  # fmt: skip
 
 
-def _rank_and_scale(place: str, path: str, config: Mapping[str, Any]) -> tuple[int, float]:
+def rank_and_scale(place: str, path: str, config: Mapping[str, Any]) -> tuple[int, float]:
     """Rank and scaling at one module, by PEFT's rule: alpha/r, or alpha/sqrt(r) for rsLoRA."""
     rank = _by_pattern(place, path, config.get("rank_pattern"), config.get("r"))
     alpha = _by_pattern(place, path, config.get("alpha_pattern"), config.get("lora_alpha"))

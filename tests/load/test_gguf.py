@@ -38,6 +38,25 @@ def test_every_tensor_equals_transformers():
     assert architecture.middle_layers() == (7, 15, 22)
 
 
+@pytest.mark.real
+def test_the_config_is_the_one_that_transformers_reads():
+    from transformers import AutoConfig
+
+    base = open_base(SMOLLM2)
+    theirs = AutoConfig.from_pretrained(base.folder, gguf_file=base.gguf_file)
+    ours = AutoConfig.for_model(**base.config)
+    local = {
+        "_name_or_path",
+        "_model_name_or_path",
+        "architectures",
+        "dtype",
+        "transformers_version",
+    }
+    expected = {k: v for k, v in theirs.to_dict().items() if k not in local}
+    assert {k: v for k, v in ours.to_dict().items() if k in expected} == expected
+    assert theirs.to_dict().keys() - ours.to_dict().keys() <= local
+
+
 def header(*parts: bytes, tensors: int = 0, pairs: int = 1) -> bytes:
     return b"GGUF" + struct.pack("<IQQ", 3, tensors, pairs) + b"".join(parts)
 

@@ -1,0 +1,36 @@
+"""How large a delta is beside the weight that it changes, without making the delta."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import numpy as np
+
+from adaptrix_export.load.finite import blocks
+from adaptrix_export.plan import Delta, Dora, LowRank, Tensor
+
+# |delta| / |W| in the Frobenius norm. Trained LoRAs lie between 1e-3 and 0.2. A delta as large as
+# the weight has replaced it: a wrong alpha, or a training that diverged. Below 1e-6 it is lost in
+# the rounding of a bf16 weight (2^-9) and all but lost in fp32 (2^-24).
+LARGEST = 1.0
+SMALLEST = 1e-6
+
+
+def delta_norm(delta: Delta) -> float | None:
+    """Frobenius norm of the sum of low-rank terms; of DoRA's, before its norm; None for others.
+
+    For D = B A, |D|^2 = trace(A^T B^T B A) = sum of (B^T B) * (A A^T) elementwise: two matrices of
+    the rank's size. Several terms are one with their factors side by side.
+    """
+    if not all(isinstance(term, (LowRank, Dora)) for term in delta.terms) or not delta.terms:
+        return None
+    factors = [term for term in delta.terms if isinstance(term, (LowRank, Dora))]
+    a = np.concatenate([term.a.read().astype(np.float64) for term in factors], axis=0)
+    b = np.concatenate([term.scale * term.b.read().astype(np.float64) for term in factors], axis=1)
+    squared = float(((b.T @ b) * (a @ a.T)).sum())
+    return sqrt(max(squared, 0.0))
+
+
+def tensor_norm(tensor: Tensor) -> float:
+    """Frobenius norm, read some rows at a time."""
+    return sqrt(sum(float((v.astype(np.float64) ** 2).sum()) for v in blocks(tensor)))

@@ -1,0 +1,96 @@
+"""The main job on the real model: SmolLM2-135M and the adapter in `recipes/`, as in the demo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adaptrix_export.pipeline import build
+from adaptrix_export.published import verify_artifact
+from adaptrix_export.recipe import load_recipe
+from adaptrix_export.runtime.session import Session
+
+pytestmark = [pytest.mark.slow, pytest.mark.real]
+STEPS = 64
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    out = tmp_path_factory.mktemp("smollm2") / "out"
+    root = Path(__file__).parent.parent
+    recipe = load_recipe(
+        root / "recipes" / "smollm2-pydoc.yaml",
+        [f"parity.decode_steps={STEPS}"],
+        {"out": str(out), "adapters": [str(root / "recipes" / "adapters" / "pydoc")]},
+    )
+    return build(recipe)
+
+
+def test_prefill_decode_padding_and_weights_agree_with_peft(built):
+    assert built.report is not None and built.report["passed"]
+    cases = {case["name"]: case for case in built.report["cases"]}
+    assert len(cases) == 5
+    for name, case in cases.items():
+        assert case["max_abs"] <= 1e-3 and case["top1"] == 1.0, name
+    assert cases["greedy decode"]["positions"] == STEPS
+    replay = built.report["replay"]
+    assert replay["failed"] == 0 and replay["worst"]["ulps"] <= 0.5 * (1 + 1e-6)
+    # q and v share one packed initializer: 30 layers of QKV, o, up, down
+    assert replay["changed"] == 120
+
+
+def test_onnxruntime_genai_generates_the_same_tokens(built):
+    """The folder as it is; our runtime's tokens are PEFT's, as the proof above shows."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    session = Session(built.out)
+    prompt = session.tokenizer.encode("The with statement is used to")
+    ours = session.generate_ids(prompt, STEPS, stop_at_eos=False)
+    model = genai.Model(str(built.out))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=len(prompt) + STEPS, do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(np.array(prompt, dtype=np.int32))
+    theirs = []
+    while not generator.is_done() and len(theirs) < STEPS:
+        generator.generate_next_token()
+        theirs.append(int(generator.get_next_tokens()[0]))
+    assert theirs == ours[: len(theirs)] and len(theirs) == STEPS
+
+
+def test_transformers_generates_the_same_tokens(built):
+    """Free-running greedy decoding by stock PEFT, token for token."""
+    import torch
+
+    from adaptrix_export.check.job import Job
+    from adaptrix_export.check.reference import Reference
+    from adaptrix_export.load import open_base
+
+    recipe = built.manifest["recipe"]
+    base = open_base(recipe["base"])
+    adapter = Path(__file__).parent.parent / "recipes" / "adapters" / "pydoc"
+    job = Job(
+        target="onnx",
+        artifact=built.out,
+        base_folder=base.folder,
+        precision="fp32",
+        weights={},
+        gguf_file=base.gguf_file,
+        adapters=(("pydoc", adapter),),
+    )
+    session = Session(built.out)
+    prompt = session.tokenizer.encode("Exceptions are raised when")
+    with torch.inference_mode():
+        expected, _ = Reference.open(job).greedy(prompt, STEPS)
+    assert session.generate_ids(prompt, STEPS, stop_at_eos=False) == expected
+
+
+def test_verify_proves_the_published_folder_again(built):
+    root = Path(__file__).parent.parent
+    adapter = str(root / "recipes" / "adapters" / "pydoc")
+    found = verify_artifact(built.out, base=built.manifest["recipe"]["base"], adapters=[adapter])
+    assert found["parity"]["passed"] and found["files"] == len(list(built.out.iterdir())) - 1
+    config = json.loads((built.out / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100000.0
