@@ -52,7 +52,7 @@ def convert(
     """
     if to not in WRITERS:
         raise RecipeError("--to", repr(to), f"one of {', '.join(WRITERS)}")
-    opened = open_base(base)
+    opened = open_base(base, adapters=[source])
     read = reading or Reading()
     plan = verify(repeat_layers(Plan(opened, (open_adapter(source, opened, None, read),))))
     adapter = plan.adapters[0]
@@ -258,7 +258,7 @@ def _contents(adapter: Adapter) -> dict[str, Any]:
         return tensor.dtype, tensor.shape, tensor.read().tobytes()
 
     found: dict[str, Any] = {
-        f"{d.name} + {type(t).__name__}": (t.scale, *map(bits, t.tensors))
+        f"{d.name} + {type(t).__name__}": (getattr(t, "scale", None), *map(bits, t.tensors))
         for d in adapter.deltas
         for t in d.terms
     }

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from adaptrix_export.plan import Adapter, Base, Plan, Scaled, Tensor
+from adaptrix_export.plan import Adapter, Base, Dora, LowRank, Plan, Tensor, Tuned
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,7 +29,7 @@ def inspect(base: str, adapters: Sequence[str]) -> dict[str, Any]:
     from adaptrix_export.load.adjust import adjusted
     from adaptrix_export.verify import verify
 
-    opened = open_base(base)
+    opened = open_base(base, adapters=adapters)
     found = [open_adapter(adapter, opened) for adapter in adapters]
     # one by one: they are not to be merged together
     plans = [verify(adjusted(Plan(opened, (adapter,)))) for adapter in found]
@@ -106,11 +106,11 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         "name": adapter.name,
         "source": adapter.spec,
         "kind": str(config.get("peft_type", "LORA")),
-        "ranks": sorted({term.rank for term in terms if not isinstance(term, Scaled)}),
+        "ranks": sorted({term.rank for term in terms if isinstance(term, (LowRank, Dora))}),
         "alpha": config.get("lora_alpha"),
         "alpha_pattern": dict(config.get("alpha_pattern") or {}),
         "rslora": bool(config.get("use_rslora")),
-        "scales": sorted({round(term.scale, 6) for term in terms}),
+        "scales": sorted({round(term.scale, 6) for term in terms if not isinstance(term, Tuned)}),
         "target_modules": sorted({site.module for site in sites}),
         "sites": len(sites),
         "replacements": [f"{r.site.path}.{r.parameter}" for r in adapter.replacements],

@@ -17,11 +17,12 @@ from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import save, summary
 from adaptrix_export.errors import ParityError
 from adaptrix_export.load import Reading, open_adapter
-from adaptrix_export.load.base_weights import note_of, open_bases
+from adaptrix_export.load.base_weights import open_bases
 from adaptrix_export.load.finite import check_finite
 from adaptrix_export.load.mismatch import fitted
 from adaptrix_export.lower import LOWERINGS
 from adaptrix_export.lower.artifact import Artifact
+from adaptrix_export.lower.weights import names
 from adaptrix_export.package import (
     InputHashes,
     build_manifest,
@@ -89,9 +90,15 @@ def open_plan(recipe: Recipe) -> Plan:
 
     The adapters are read as they mean on this base; see `load/adjust.py` and `load/mismatch.py`.
     """
+    specs = [adapter.source for adapter in recipe.adapters]
     simulated = recipe.simulate.value if recipe.simulate else None
     base, other = open_bases(
-        recipe.base, recipe.base_weights.value, simulated, recipe.original_base
+        recipe.base,
+        recipe.base_weights.value,
+        simulated,
+        recipe.original_base,
+        task=recipe.task.value,
+        adapters=specs,
     )
     reading = Reading(recipe.allow_pickle, recipe.adaptrix_scaling.value)
     adapters = tuple(open_adapter(a.source, base, a.name, reading) for a in recipe.adapters)
@@ -143,6 +150,7 @@ def parity_job(
         precision=artifact.precision,
         weights=artifact.weights,
         gguf_file=original.base.gguf_file,
+        task=original.base.task,
         adapters=adapters,
         level=recipe.parity.level.value,
         decode_steps=recipe.parity.decode_steps,
@@ -168,5 +176,9 @@ def notes(plan: Plan, artifact: Artifact) -> tuple[str, ...]:
         f"{name} shared its weights with {plan.base.tied[name]} and has its own now"
         for name in artifact.untied
     )
-    adjustments = (str(adjustment) for adjustment in plan.adjustments)
-    return (*note_of(plan.base), *untied, *adjustments)
+    read = {name for expression in artifact.weights.values() for name in names(expression)}
+    beyond = (
+        f"{name} is adapted, and is not part of the graph, which ends before it"
+        for name in sorted(set(plan.changes()) - read)
+    )
+    return (*untied, *beyond, *(str(adjustment) for adjustment in plan.adjustments))

@@ -115,7 +115,46 @@ class Scaled:
         return (self.vector,)
 
 
-Term = LowRank | Dora | Scaled
+@dataclass(frozen=True)
+class Experts:
+    """`scale * b_e @ a_e` for each expert e of a parameter (experts, out, in), or of one (out, in).
+
+    What `target_parameters` trains. `a` is (experts * r, in) with the expert slowest, `b` is
+    (out, r * experts) with the expert fastest, as PEFT's ParamWrapper lays them out. Added to the
+    parameter as it is stored, whatever its module does with it.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    experts: int
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0] // self.experts
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.a, self.b)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a layer of another PEFT tuner makes of its parameter: only the layer knows the formula.
+
+    `kind` is the adapter's `peft_type`; `tensors` are those of this one module. The layer reads
+    all of its module's parameters, so the term knows the `base` that they are in.
+    """
+
+    folder: Path  # of the adapter, whose config and tensors PEFT loads
+    kind: str
+    path: str  # of the module
+    parameter: str
+    base: Base = field(repr=False, compare=False)
+    tensors: tuple[Tensor, ...] = ()
+
+
+Term = LowRank | Dora | Scaled | Experts | Tuned
 
 
 @dataclass(frozen=True)
@@ -168,11 +207,13 @@ class Adapter:
     foreign: bool = False
     # What the files say beside what is applied: `format`, and that format's own metadata.
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    shared: tuple[Tensor, ...] = ()  # tensors that many sites use, such as VeRA's projections
 
     @property
     def parameters(self) -> int:
         """Number of trained values that the adapter ships."""
         tensors = [t for d in self.deltas for term in d.terms for t in term.tensors]
+        tensors += self.shared
         return sum(prod(t.shape) for t in (*tensors, *(r.tensor for r in self.replacements)))
 
 
@@ -193,6 +234,9 @@ class Base:
     tensors: Mapping[str, Tensor]
     architecture: Architecture
     tied: Mapping[str, str]
+    task: str = "text-generation"  # decides the live model, and with it every name
+    # Stored, but not part of the live model for this task (another head): kept as they are.
+    unseen: tuple[Tensor, ...] = ()
     # The tensors are no longer one for one those of the files (repeated layers, dequantized).
     rebuilt: bool = False
     config_changes: Mapping[str, Any] = field(default_factory=dict)
@@ -288,9 +332,18 @@ class Plan:
         """The starting point of a change: the base's tensor, or what became of what it shares."""
         home = self.base.tied.get(name, name)
         transposed = self.base.architecture.is_transposed(site)
+        if home not in self.base.tensors:  # a head that the adapter brings along
+            saved = next(r for a in self.adapters for r in a.replacements if r.name == name)
+            return Change(name, site, saved.tensor, transposed)
         if home in shared:
             return replace(shared[home], name=name, site=site, transposed=transposed)
         return Change(name, site, self.base.tensors[home], transposed)
+
+    def added(self) -> tuple[str, ...]:
+        """Tensor names that the base lacks: a head that only the adapter ships."""
+        shipped = {r.name for a in self.adapters for r in a.replacements}
+        known = {*self.base.tensors, *self.base.tied}
+        return tuple(sorted(shipped - known))
 
     def untied(self) -> tuple[str, ...]:
         """Tensor names that the base shares and that this plan gives values of their own.
@@ -310,6 +363,24 @@ class Plan:
         embedding = self.changes().get(f"{self.base.architecture.family.embedding}.weight")
         if embedding and embedding.shape[0] != self.base.architecture.vocab_size:
             changed["vocab_size"] = embedding.shape[0]
+        return changed | self._head_changes()
+
+    def _head_changes(self) -> dict[str, Any]:
+        """A classifier that the adapter ships: the class of the model, and a label for each row."""
+        from adaptrix_export.load.task import CLASSIFIERS, class_name
+
+        base = self.base
+        if base.task not in CLASSIFIERS:
+            return {}
+        changed: dict[str, Any] = {}
+        name = class_name(base.config, base.task)
+        if name and [name] != base.config.get("architectures"):
+            changed["architectures"] = [name]
+        heads = [c for n, c in self.changes().items() if n in ("classifier.weight", "score.weight")]
+        labels = heads[0].shape[0] if heads else 0
+        if labels and labels != len(base.config.get("id2label") or (0, 1)):
+            changed["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+            changed["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
         return changed
 
 

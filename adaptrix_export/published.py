@@ -63,13 +63,6 @@ def verify_artifact(
 
 def _originals(manifest: dict[str, Any], base: str | None, adapters: Sequence[str]) -> Plan:
     recipe = manifest["recipe"]
-    # --base names the very weights merged into; the others are then left out of the report.
-    opened, other = open_bases(
-        base or recipe["base"],
-        recipe.get("base_weights", AUTO),
-        recipe.get("simulate"),
-        None if base else recipe.get("original_base"),
-    )
     named = [(a["name"], a["source"]) for a in recipe["adapters"]]
     if adapters:
         if len(adapters) != len(named):
@@ -77,6 +70,16 @@ def _originals(manifest: dict[str, Any], base: str | None, adapters: Sequence[st
                 "--adapter", f"{len(adapters)} of them", f"{len(named)}, as in the manifest"
             )
         named = [(name, spec) for (name, _), spec in zip(named, adapters, strict=True)]
+    specs = [spec for _, spec in named]
+    # --base names the very weights merged into; the others are then left out of the report.
+    opened, other = open_bases(
+        base or recipe["base"],
+        recipe.get("base_weights", AUTO),
+        recipe.get("simulate"),
+        None if base else recipe.get("original_base"),
+        task=recipe.get("task", "auto"),
+        adapters=specs,
+    )
     # Artifacts of before these fields were read with their defaults.
     reading = Reading(**{k: recipe[k] for k in READING if k in recipe})
     found = tuple(open_adapter(spec, opened, name, reading) for name, spec in named)
@@ -107,6 +110,7 @@ def _job(
         precision=manifest["precision"],
         weights=manifest["weights"],
         gguf_file=plan.base.gguf_file,
+        task=plan.base.task,
         adapters=adapters,
         decode_steps=parity["decode_steps"],
         simulated=plan.base.simulated,

@@ -56,6 +56,9 @@ class Frontend(_Word):
 class Task(_Word):
     AUTO = "auto"
     TEXT_GENERATION = "text-generation"
+    FEATURE_EXTRACTION = "feature-extraction"
+    TEXT_CLASSIFICATION = "text-classification"
+    TOKEN_CLASSIFICATION = "token-classification"  # noqa: S105  # a task, no password
 
 
 class Provider(_Word):
@@ -202,7 +205,8 @@ class Recipe(_Section):
         default=Frontend.AUTO, description="What draws the base's graph, for onnx targets."
     )
     task: Task = Field(
-        default=Task.AUTO, description="What the model is for; auto reads it from its config."
+        default=Task.AUTO,
+        description="What the model is for; auto reads it from the configs of adapters and base.",
     )
     provider: Provider = Field(
         default=Provider.CPU, description="The execution provider that the graph is made for."

@@ -76,7 +76,7 @@ def validate(base: str, adapters: Sequence[str], progress: Progress | None = Non
     Raises what opening the base raises; whatever is wrong with an adapter is a finding.
     """
     progress = progress or Silent()
-    opened = open_base(base)
+    opened = open_base(base, adapters=adapters)
     norms: dict[str, float] = {}
     findings: list[tuple[str, Finding]] = []
     for spec in adapters:

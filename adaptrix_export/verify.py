@@ -9,17 +9,21 @@ from math import prod
 
 from adaptrix_export.errors import AdapterError, InputError, UnsupportedError
 from adaptrix_export.load.fused import fused_hint
+from adaptrix_export.load.task import TASKS
 from adaptrix_export.load.tensors import FLOATS
+from adaptrix_export.load.tuners import own_sizes
 from adaptrix_export.plan import (
     Adapter,
     Base,
     Delta,
     Dora,
+    Experts,
     Plan,
     Replacement,
     Scaled,
     Site,
     Term,
+    Tuned,
 )
 
 
@@ -57,7 +61,7 @@ def misfits(plan: Plan) -> Iterator[Misfit]:
             for error in _check_replacement(plan.base, adapter, saved):
                 fits = False
                 yield Misfit(adapter.name, saved.site, error)
-    checks = [_check_conflicts(plan)]
+    checks = [_check_alone(plan), _check_conflicts(plan)]
     if fits:  # only then is it known what becomes of the vocabulary
         checks.append(_check_vocabulary(plan))
     for check in checks:
@@ -94,6 +98,10 @@ def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> Iterator[InputEr
     if isinstance(shape, InputError):
         yield shape
         return
+    if any(isinstance(term, Experts) for term in delta.terms):
+        outputs, inputs = shape[-2:]  # added to the parameter as it is stored
+        yield from _check_terms(base, adapter, delta, outputs, inputs)
+        return
     dims = 2 if delta.parameter == "weight" else 1
     if len(shape) != dims:
         yield UnsupportedError(
@@ -103,7 +111,14 @@ def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> Iterator[InputEr
     outputs, inputs = shape[0], shape[-1]
     if base.architecture.is_transposed(delta.site) and delta.parameter == "weight":
         outputs, inputs = inputs, outputs
-    vocabulary = _resized(base, adapter, delta.site.path)
+    yield from _check_terms(base, adapter, delta, outputs, inputs)
+
+
+def _check_terms(
+    base: Base, adapter: Adapter, delta: Delta, outputs: int, inputs: int
+) -> Iterator[InputError]:
+    path = delta.site.path
+    vocabulary = _resized(base, adapter, path)
     for term in delta.terms:
         for what, found, expected in _sizes(term, outputs, inputs):
             if found != expected and found != vocabulary:
@@ -111,7 +126,8 @@ def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> Iterator[InputEr
                     f"{adapter.name}: {path}", f"{what.format(found)}",
                     f"{expected} as in the base", "was this adapter trained on another model?",
                 )  # fmt: skip
-        for tensor in term.tensors:
+        floats = () if isinstance(term, Tuned) else term.tensors  # a tuner may store indices
+        for tensor in floats:
             if tensor.dtype not in FLOATS:
                 yield UnsupportedError(
                     f"{adapter.name}: {tensor.name}", f"dtype {tensor.dtype}", " ".join(FLOATS)
@@ -120,6 +136,8 @@ def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> Iterator[InputEr
 
 def _sizes(term: Term, outputs: int, inputs: int) -> list[tuple[str, int, int]]:
     """(description, found, expected) of every axis of a term that the base decides."""
+    if isinstance(term, Tuned):
+        return own_sizes(term, outputs, inputs)
     if isinstance(term, Scaled):
         return [("lora_B.bias with {} values", term.vector.shape[0], outputs)]
     sizes = [
@@ -143,6 +161,8 @@ def _resized(base: Base, adapter: Adapter, path: str) -> int | None:
 
 def _check_replacement(base: Base, adapter: Adapter, saved: Replacement) -> Iterator[InputError]:
     path = saved.site.path
+    if _is_new_head(base, saved):
+        return
     shape, found = _stored(base, adapter, path, saved.parameter), saved.tensor.shape
     if isinstance(shape, InputError):
         yield shape
@@ -168,6 +188,12 @@ def _check_replacement(base: Base, adapter: Adapter, saved: Replacement) -> Iter
         )  # fmt: skip
 
 
+def _is_new_head(base: Base, saved: Replacement) -> bool:
+    """A classifier that the base does not have: trained from nothing, and shipped whole."""
+    known = saved.name in base.tensors or saved.name in base.tied
+    return not known and not saved.shared and saved.site.path in TASKS[base.task].heads
+
+
 def _vocabulary(base: Base) -> tuple[str, ...]:
     """Tensors with a row a token: the two that a resized vocabulary may change together."""
     family = base.architecture.family
@@ -188,6 +214,16 @@ def _check_vocabulary(plan: Plan) -> Iterator[InputError]:
             plan.adapters[0].name, ", ".join(f"{n}: {s} tokens" for n, s in sizes.items()),
             "one vocabulary", "save the adapter with both (save_embedding_layers=True)",
         )  # fmt: skip
+
+
+def _check_alone(plan: Plan) -> Iterator[InputError]:
+    """Only low-rank terms are known to add up; other tuners may multiply, one after the other."""
+    for adapter in plan.adapters if len(plan.adapters) > 1 else ():
+        if any(isinstance(term, Tuned) for delta in adapter.deltas for term in delta.terms):
+            yield UnsupportedError(
+                adapter.name, f"{adapter.config.get('peft_type')} beside another adapter",
+                "LoRA adapters only", "build with this one, then with the next on the result",
+            )  # fmt: skip
 
 
 def _check_conflicts(plan: Plan) -> Iterator[InputError]:

@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 VOCAB = 300
 _SHAPE = dict(
@@ -28,7 +37,21 @@ def config_of(kind: str, **changed: Any) -> Any:
         return GPT2Config(**{**sizes, "bos_token_id": 0, "eos_token_id": 0, **changed})
     if kind == "qwen3":
         return Qwen3Config(**{**_SHAPE, "head_dim": 32, **changed})
+    if kind == "mixtral":
+        experts = dict(num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False)
+        return MixtralConfig(**{**_SHAPE, **experts, **changed})
+    if kind == "qwen3_moe":
+        experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
+        return Qwen3MoeConfig(**{**_SHAPE, **experts, "head_dim": 32, **changed})
+    if kind == "bert":
+        sizes = {k: v for k, v in _SHAPE.items() if k != "num_key_value_heads"}
+        return BertConfig(**{**sizes, **changed})
     return LlamaConfig(**{**_SHAPE, "tie_word_embeddings": True, **changed})
+
+
+def auto_of(kind: str) -> Any:
+    """The class that loads a kind: an encoder has no language model's head."""
+    return AutoModel if kind == "bert" else AutoModelForCausalLM
 
 
 def save_base(
@@ -41,7 +64,7 @@ def save_base(
 ) -> Path:
     """A random model of `kind`, saved as transformers saves it."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_of(kind, **changed))
+    model = auto_of(kind).from_config(config_of(kind, **changed))
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     return folder
 

@@ -13,9 +13,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from adaptrix_export.check.compare import Logits, distance, rounded
+from adaptrix_export.check.encoded import (
+    Encoding,
+    encode_left_padded,
+    encode_prefill,
+    encode_right_padded,
+    encode_rows,
+)
 from adaptrix_export.check.job import Tolerance
 from adaptrix_export.check.prompts import Prompts
 from adaptrix_export.check.subject import Ids, Subject
+from adaptrix_export.load.task import FEATURES, GENERATION, SEQUENCES, TOKENS
 
 
 class Asked(Protocol):
@@ -23,6 +31,7 @@ class Asked(Protocol):
 
     def prefill(self, ids: list[int]) -> Logits: ...
     def greedy(self, ids: list[int], steps: int) -> tuple[list[int], Logits]: ...
+    def encode(self, ids: Ids, mask: Ids, types: Ids) -> Logits: ...
 
 
 @dataclass(frozen=True)
@@ -94,11 +103,35 @@ CASES: tuple[Case, ...] = (
 )
 
 
-def select(target: str, level: str) -> tuple[Case, ...]:
-    """The cases for a target and a level, in report order."""
+def _encoded(name: str, question: Callable[[Encoding, Prompts], Logits], full: bool) -> Case:
+    """The same question for both sides."""
+    return Case(
+        name,
+        lambda reference, prompts: Answer(question(reference, prompts)),
+        lambda subject, prompts, answer: question(subject, prompts),
+        full_only=full,
+    )
+
+
+_ENCODED = (
+    _encoded("prefill", encode_prefill, False),
+    _encoded("left-padded batch", encode_left_padded, True),
+    _encoded("right-padded batch", encode_right_padded, True),
+)
+_BY_ROW = (_encoded("prefill", encode_prefill, False), _encoded("rows", encode_rows, True))
+TASK_CASES: dict[str, tuple[Case, ...]] = {
+    GENERATION: CASES,
+    FEATURES: _ENCODED,
+    TOKENS: _ENCODED,
+    SEQUENCES: _BY_ROW,
+}
+
+
+def select(target: str, level: str, task: str = GENERATION) -> tuple[Case, ...]:
+    """The cases for a target, a level and a task, in report order."""
     return tuple(
         case
-        for case in CASES
+        for case in TASK_CASES[task]
         if not (case.onnx_only and target != "onnx") and not (case.full_only and level != "full")
     )
 

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-from adaptrix_export.check.job import TOLERANCES, Job
+from adaptrix_export.check.job import Job, tolerance_of
 from adaptrix_export.errors import AdaptrixError
 from adaptrix_export.progress import Progress
 
@@ -58,7 +58,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     from adaptrix_export.check.stored import open_stored
     from adaptrix_export.check.subject import open_subject
 
-    cases = select(job.target, job.level)
+    cases = select(job.target, job.level, job.task)
     with progress.stage("reference: loading base and adapters"):
         reference = Reference.open(job)
         asked = prompts(job, reference.vocabulary, reference.positions)
@@ -78,10 +78,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     precision = coarsest(formats) if job.precision == "base" else job.precision
     with progress.stage("artifact: loading"):
         subject = open_subject(job)
-    entries = []
+    entries, limits = [], tolerance_of(precision, job.task)
     with progress.stage("comparing logits", len(cases), "cases") as advance:
         for case in cases:
-            entries.append(compare(case, subject, asked, answers[case.ask], TOLERANCES[precision]))
+            entries.append(compare(case, subject, asked, answers[case.ask], limits))
             advance(1)
     return {
         "oracle": ORACLE,
@@ -89,6 +89,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         "level": job.level,
         "precision": job.precision,
         "tolerance": precision,
+        "task": job.task,
         "tokens": asked.source,
         "cases": entries,
         "replay": replayed,

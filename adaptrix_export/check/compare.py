@@ -26,8 +26,8 @@ class Distance:
         return (
             self.finite
             and self.max_abs <= tolerance.max_abs
-            and self.mean_kl <= tolerance.mean_kl
-            and self.top1 >= tolerance.top1
+            and (tolerance.mean_kl is None or self.mean_kl <= tolerance.mean_kl)
+            and (tolerance.top1 is None or self.top1 >= tolerance.top1)
         )
 
 

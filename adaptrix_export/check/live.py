@@ -2,7 +2,7 @@
 
 One row a layer kind in `EFFECTS`. Nothing is parsed from adapter files and no formula of the
 lowering is used: factors and scalings are the live layer's own attributes. A layer kind without a
-row is an error, never a guess.
+row is probed (see `probe.py`): what it does to inputs is what it is.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def live_parameter(model: Any, name: str) -> tuple[Any, bool]:
         child = getattr(module, part, None)
         if child is None:
             raise ParityError(name, f"the reference has no module {part!r}")
+        if type(child).__name__ == "LNTuningLayer":
+            return live_parameter(_chosen(child), ".".join(path[position + 1 :]))[0], True
         if _is_tuner_layer(child):
             return _effect(child, name, ".".join(path[position + 1 :]))
         if _is_wrapper(child):
@@ -42,6 +44,11 @@ def _own(module: Any, attribute: str, name: str) -> Any:
     return value.detach()
 
 
+def _chosen(layer: Any) -> Any:
+    """LN tuning runs a trained copy of the norm in the place of the base's."""
+    return layer.ln_tuning_layers[layer.active_adapters[0]]
+
+
 def _is_tuner_layer(module: Any) -> bool:
     return any(c.__name__ == "BaseTunerLayer" for c in type(module).__mro__)
 
@@ -52,6 +59,8 @@ def _is_wrapper(module: Any) -> bool:
 
 def _saved(wrapper: Any, name: str, rest: str) -> tuple[Any, bool]:
     """Inside `modules_to_save`: the active adapter's copy, or the original where none is active."""
+    if type(wrapper).__name__ == "TrainableTokensWrapper":
+        return _token_rows(wrapper.token_adapter, name, rest)
     if type(wrapper).__name__ != "ModulesToSaveWrapper":
         raise ParityError(name, f"the oracle has no row for {type(wrapper).__name__}")
     active = wrapper.active_adapters
@@ -60,12 +69,29 @@ def _saved(wrapper: Any, name: str, rest: str) -> tuple[Any, bool]:
     return value, changed or bool(active)
 
 
+def _token_rows(layer: Any, name: str, parameter: str) -> tuple[Any, bool]:
+    """The base's rows, those of each active adapter's tokens replaced by the trained ones."""
+    value = _own(layer.get_base_layer(), parameter, name).double()
+    active = [a for a in layer.active_adapters if a in layer.trainable_tokens_delta]
+    if parameter != "weight" or not active:
+        return value, False
+    value = value.clone()
+    for adapter in active:
+        rows = layer.token_indices[adapter]
+        value[rows] = layer.trainable_tokens_delta[adapter].detach().double()
+    return value, True
+
+
 def _effect(layer: Any, name: str, parameter: str) -> tuple[Any, bool]:
     kind = kind_of(layer)
+    if kind.startswith("lora.ParamWrapper("):
+        return _wrapped_parameter(layer, name, parameter)
     effect = EFFECTS.get(kind)
-    if effect is None:
-        raise ParityError(name, f"the oracle has no row for PEFT layer kind {kind!r}")
     base = _own(layer.get_base_layer(), parameter, name).double()
+    if effect is None:
+        from adaptrix_export.check.probe import probed  # PyTorch
+
+        return probed(layer, parameter, name), True
     added = effect(layer, parameter)
     return (base, False) if added is None else (base + added, True)
 
@@ -114,8 +140,78 @@ def _lora_embedding(layer: Any, parameter: str) -> Any:
     return total
 
 
+def _dora(turned: bool) -> Effect:
+    """Adapters in turn, V the weight so far: DoRA makes it m / |W + s BA| * (V + s BA), plain LoRA
+    V + s BA. The layer's forward pass scales what it has so far, but takes the norm of the base.
+
+    W is laid out (out, in) here; `turned` says that the plain model stores it the other way. The
+    norm is over the inputs of an output. Bias terms are those of plain LoRA.
+    """
+
+    def effect(layer: Any, parameter: str) -> Any:
+        if parameter != "weight":
+            return _lora_linear(layer, parameter)
+        weight = layer.get_base_layer().weight.detach().double()
+        weight = weight.T if turned else weight
+        so_far, changed = weight, False
+        for adapter in layer.active_adapters:
+            if adapter not in layer.scaling:
+                continue
+            delta, changed = _low_rank(layer, adapter), True
+            so_far = so_far + delta
+            if adapter in layer.lora_magnitude_vector:
+                magnitude = layer.lora_magnitude_vector[adapter].weight.detach().double()
+                norm = (weight + delta).norm(dim=1)
+                so_far = (magnitude.reshape(-1) / norm)[:, None] * so_far
+        total = so_far - weight
+        return None if not changed else total.T if turned else total
+
+    return effect
+
+
+def _low_rank(layer: Any, adapter: str) -> Any:
+    """scaling * B @ A of one adapter, whatever the layer calls its factors."""
+    if adapter in layer.lora_embedding_A:
+        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    else:
+        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return layer.scaling[adapter] * (b.detach().double() @ a.detach().double())
+
+
+def _wrapped_parameter(layer: Any, name: str, parameter: str) -> tuple[Any, bool]:
+    """LoRA on a parameter: one wrapper for each, the innermost holding the module.
+
+    Expert e of a parameter (experts, out, in) gains scaling * b_e @ a_e, with a_e rows
+    e*r..(e+1)*r of A and b_e every `experts`-th column of B, from e on.
+    """
+    value = _own(layer.get_base_layer(), parameter, name).double()
+    changed = False
+    while type(layer).__name__ == "ParamWrapper":
+        for adapter in layer.active_adapters:
+            if layer.parameter_name != parameter or adapter not in layer.lora_A:
+                continue
+            a = layer.lora_A[adapter].weight.detach().double()
+            b = layer.lora_B[adapter].weight.detach().double()
+            scale, count = layer.scaling[adapter], layer.num_experts
+            step = len(a) // count
+            added = [scale * (b[:, e::count] @ a[e * step : (e + 1) * step]) for e in range(count)]
+            delta = added[0] if value.dim() == 2 else _stacked(added)
+            value, changed = value + delta, True
+        layer = layer.base_layer
+    return value, changed
+
+
+def _stacked(parts: list[Any]) -> Any:
+    import torch
+
+    return torch.stack(parts)
+
+
 EFFECTS: dict[str, Effect] = {
     "lora.Linear(Linear)": _lora_linear,
     "lora.Linear(Conv1D)": _lora_conv1d,
     "lora.Embedding(Embedding)": _lora_embedding,
+    "lora.Linear(Linear)+DoraLinearVariant": _dora(turned=False),
+    "lora.Linear(Conv1D)+DoraLinearVariant": _dora(turned=True),
+    "lora.Embedding(Embedding)+DoraEmbeddingVariant": _dora(turned=True),
 }

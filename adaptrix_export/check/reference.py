@@ -6,7 +6,9 @@ Only the child process imports this module; it needs torch, transformers and pef
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +16,7 @@ import peft
 import torch
 import transformers
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from adaptrix_export.check.compare import Logits
@@ -25,7 +28,11 @@ from adaptrix_export.check.dequantize import (
 )
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.live import live_parameter
+from adaptrix_export.check.subject import Ids
 from adaptrix_export.errors import ParityError
+from adaptrix_export.load.task import CLASSIFIERS, FEATURES, GENERATION, TASKS
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 class Reference:
@@ -48,7 +55,9 @@ class Reference:
         if job.threads is not None:
             torch.set_num_threads(job.threads)
         torch.manual_seed(0)  # nothing should be drawn; if something is, let it be the same thing
-        model = load_model(job.base_folder, job.gguf_file, job.simulated)
+        shipped = shipped_whole(job.adapters)
+        model = load_model(job.base_folder, job.gguf_file, job.task, shipped, job.simulated)
+        resize_vocabulary(model, shipped)
         if job.adapters:
             model = _with_adapters(model, job.adapters)
         return cls(model.eval())
@@ -69,6 +78,10 @@ class Reference:
         with torch.inference_mode():
             logits = self._model(input_ids=torch.tensor([ids]), use_cache=False).logits
         return cast(Logits, logits[0].float().numpy())
+
+    def encode(self, ids: Ids, mask: Ids, types: Ids) -> Logits:
+        """Whole rows without a cache; see the function of that name."""
+        return encode(self._model, ids, mask, types)
 
     def greedy(self, ids: list[int], steps: int) -> tuple[list[int], Logits]:
         """`steps` tokens after `ids`, each the argmax, through the cache; no end token stops it.
@@ -104,15 +117,69 @@ class Reference:
         gc.collect()
 
 
-def load_model(folder: Path, gguf_file: str | None = None, simulated: str | None = None) -> Any:
-    """A causal LM in float32 with eager attention, from local files only.
+def encode(model: Any, ids: Ids, mask: Ids, types: Ids) -> Logits:
+    """Whole rows at once: (batch, tokens, width) last hidden states or token logits.
+
+    Logits of a classifier of sequences become (batch, 1, labels). `types` reach only a model
+    that has more than one token type.
+    """
+    fed = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    if (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
+        fed["token_type_ids"] = torch.from_numpy(types)
+    with torch.inference_mode():
+        out = model(**fed)
+    found = out.logits if "logits" in out else out.last_hidden_state
+    values = cast(Logits, found.float().numpy())
+    return values if values.ndim == 3 else values[:, None]
+
+
+def shipped_whole(adapters: tuple[tuple[str, Path], ...]) -> dict[str, tuple[int, ...]]:
+    """Parameters of the plain model that the adapters' files hold whole: name -> shape."""
+    found: dict[str, tuple[int, ...]] = {}
+    for _, folder in adapters:
+        if (folder / WEIGHTS).is_file():
+            with safe_open(folder / WEIGHTS, "np") as file:
+                for key in file.keys():  # noqa: SIM118  # safe_open is no mapping
+                    name = key.removeprefix("base_model.model.")
+                    for wrapper in (".base_layer.", ".original_module."):
+                        name = name.replace(wrapper, ".")
+                    found[name] = tuple(file.get_slice(key).get_shape())
+    return found
+
+
+def resize_vocabulary(model: Any, shipped: Mapping[str, tuple[int, ...]]) -> None:
+    """Give the base as many tokens as the adapter was saved with, as its user did before training.
+
+    The new rows are then overwritten by the adapter's; `_check_arrival` sees to that.
+    """
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    homes = {name: m for name, m in model.named_modules() if any(m is end for end in ends if end)}
+    for name, module in homes.items():
+        shape = shipped.get(f"{name}.weight")
+        if shape is not None and shape[0] != module.weight.shape[0]:
+            model.resize_token_embeddings(shape[0], mean_resizing=False)
+            return
+
+
+def load_model(
+    folder: Path,
+    gguf_file: str | None = None,
+    task: str = GENERATION,
+    shipped: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    simulated: str | None = None,
+) -> Any:
+    """The model of a task in float32 with eager attention, from local files only.
 
     A quantized checkpoint is dequantized; `simulated` names a quantization that plain weights are
     put through. transformers fills a tensor that is missing from the files with random values and
-    a warning; here that is a `ParityError`.
+    a warning; here that is a `ParityError`, except for a head that an adapter ships whole
+    (`shipped`) and a pooler where only the hidden states are looked at.
     """
     options: dict[str, Any] = {}
-    auto: Any = transformers.AutoModelForCausalLM
+    heads = [shipped[n] for n in ("classifier.weight", "score.weight") if n in shipped]
+    if task in CLASSIFIERS and heads:
+        options["num_labels"] = heads[0][0]
+    auto: Any = getattr(transformers, TASKS[task].auto)
     place: Path | None = folder
     settings = None if gguf_file else quantization_of(folder)
     if settings:
@@ -137,14 +204,19 @@ def load_model(folder: Path, gguf_file: str | None = None, simulated: str | None
         **options,
     )
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if info.get(problem):
-            first = min(str(key) for key in info[problem])
+        keys = [str(k) for k in info.get(problem) or () if not _is_expected(str(k), task, shipped)]
+        if keys:
+            first = min(keys)
             raise ParityError(
                 folder.name, f"transformers loaded it with {problem}: {first}", "every tensor found"
             )
     if simulated:
         simulate(model, simulated, stored_dtype(folder))
     return model.eval()
+
+
+def _is_expected(key: str, task: str, shipped: Mapping[str, tuple[int, ...]]) -> bool:
+    return key in shipped or (task == FEATURES and key.startswith("pooler."))
 
 
 def _with_adapters(model: Any, adapters: tuple[tuple[str, Path], ...]) -> Any:
@@ -168,14 +240,15 @@ def _with_adapters(model: Any, adapters: tuple[tuple[str, Path], ...]) -> Any:
 
 def _check_arrival(model: Any, name: str, title: str, folder: Path) -> None:
     """Every tensor of the adapter's file is in the live model, and nothing random is beside it."""
-    file = folder / "adapter_model.safetensors"
+    file = folder / WEIGHTS
     if not file.is_file():
-        raise ParityError(f"adapter {title}", "no adapter_model.safetensors", "one to compare with")
+        raise ParityError(f"adapter {title}", f"no {WEIGHTS}", "one to compare with")
     shipped = load_file(file)
     live = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     state = model.state_dict()
     for key in sorted(shipped):
-        found = live.get(key, state.get(key))
+        # PEFT saves a resized module of modules_to_save a second time: it must be the same
+        found = live.get(key.replace(".modules_to_save.", "."), state.get(key))
         if found is None or not _same(found, shipped[key]):
             how = "it has no such tensor" if found is None else "its values differ"
             raise ParityError(

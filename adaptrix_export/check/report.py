@@ -26,8 +26,10 @@ def table(report: Mapping[str, Any]) -> Table:
             case["name"],
             str(case["positions"]),
             f"{_number(case['max_abs'])} / {limit['max_abs']:g}",
-            f"{_number(case['mean_kl'])} / {limit['mean_kl']:g}",
-            "n/a" if case["top1"] is None else f"{100 * case['top1']:.2f}%",
+            "n/a"
+            if limit["mean_kl"] is None
+            else f"{_number(case['mean_kl'])} / {limit['mean_kl']:g}",
+            "n/a" if limit["top1"] is None else f"{100 * case['top1']:.2f}%",
             _verdict(case["passed"]),
         )
     replay = report["replay"]

@@ -11,12 +11,17 @@ from numpy.typing import NDArray
 from adaptrix_export.check.compare import Logits
 from adaptrix_export.check.job import Job
 from adaptrix_export.errors import ParityError
+from adaptrix_export.load.task import GENERATION
 
 Ids = NDArray[np.int64]
 
 
 class Subject(Protocol):
-    """A causal LM with a cache."""
+    """A causal LM with a cache (`step`), or a model that answers whole rows (`encode`)."""
+
+    def encode(self, ids: Ids, mask: Ids, types: Ids) -> Logits:
+        """Whole rows: (batch, tokens, width) features or token logits, (batch, 1, labels)."""
+        ...
 
     def step(self, ids: Ids, mask: Ids, positions: Ids, cache: Any) -> tuple[Logits, Any]:
         """Feeds `ids` (batch, new) after `cache` (None at first).
@@ -42,8 +47,10 @@ class OnnxSubject:
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self._outputs = [o.name for o in self._session.get_outputs()]
         known = {"input_ids", "attention_mask", "position_ids"}
+        if "last_hidden_state" in self._outputs:
+            known = {"input_ids", "attention_mask", "token_type_ids"}
         odd = [n for n in self._inputs if n not in known and not n.startswith("past_key_values.")]
-        if odd or "logits" not in self._outputs:
+        if odd or not {"logits", "last_hidden_state"} & set(self._outputs):
             raise ParityError(
                 "model.onnx",
                 f"inputs {odd} beyond the interface" if odd else "no output named logits",
@@ -60,6 +67,11 @@ class OnnxSubject:
             name.replace("present.", "past_key_values.", 1): value for name, value in out.items()
         }
         return logits.astype(np.float32), present
+
+    def encode(self, ids: Ids, mask: Ids, types: Ids) -> Logits:
+        offered = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+        fed = {name: value for name, value in offered.items() if name in self._inputs}
+        return np.asarray(self._session.run(["last_hidden_state"], fed)[0], np.float32)
 
     def _empty(self, batch: int) -> dict[str, Any]:
         """A cache of no tokens: symbolic sizes are the batch (first axis) and the past (others)."""
@@ -78,14 +90,19 @@ class OnnxSubject:
 class TransformersSubject:
     """A merged checkpoint, loaded by transformers as its users load it, but in float32."""
 
-    def __init__(self, folder: Path, threads: int | None) -> None:
+    def __init__(self, folder: Path, threads: int | None, task: str = GENERATION) -> None:
         import torch
 
         from adaptrix_export.check.reference import load_model
 
         if threads is not None:
             torch.set_num_threads(threads)
-        self._model = load_model(folder)
+        self._model = load_model(folder, task=task)
+
+    def encode(self, ids: Ids, mask: Ids, types: Ids) -> Logits:
+        from adaptrix_export.check.reference import encode
+
+        return encode(self._model, ids, mask, types)
 
     def step(self, ids: Ids, mask: Ids, positions: Ids, cache: Any) -> tuple[Logits, Any]:
         import torch
@@ -103,5 +120,6 @@ class TransformersSubject:
 
 def open_subject(job: Job) -> Subject:
     """The artifact of `job` in its runtime."""
-    kinds: dict[str, Any] = {"onnx": OnnxSubject, "safetensors": TransformersSubject}
-    return cast(Subject, kinds[job.target](job.artifact, job.threads))
+    if job.target == "onnx":
+        return OnnxSubject(job.artifact, job.threads)
+    return TransformersSubject(job.artifact, job.threads, job.task)

@@ -8,10 +8,11 @@ embedding and head) stands in `FAMILIES`, one row a model type that differs from
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adaptrix_export.errors import SourceError
+from adaptrix_export.load.task import FEATURES, GENERATION
 from adaptrix_export.plan import Site
 
 
@@ -29,9 +30,31 @@ class Family:
     head: str = "lm_head"
     conv1d: bool = False
     tied: bool = False
+    more_embeddings: tuple[str, ...] = ()  # embeddings beside the one of the tokens
+
+    def bare(self) -> Family:
+        """The same names in the model without a head, which leaves the prefix out."""
+        start = self.prefix + "."
+        return replace(
+            self,
+            embedding=self.embedding.removeprefix(start),
+            more_embeddings=tuple(name.removeprefix(start) for name in self.more_embeddings),
+        )
 
 
-_GPT2 = Family("transformer", "transformer.wte", conv1d=True, tied=True)
+def _bert(prefix: str, *more: str) -> Family:
+    start = f"{prefix}.embeddings"
+    return Family(
+        prefix,
+        f"{start}.word_embeddings",
+        tied=True,
+        more_embeddings=tuple(f"{start}.{name}" for name in ("position_embeddings", *more)),
+    )
+
+
+_GPT2 = Family(
+    "transformer", "transformer.wte", conv1d=True, tied=True, more_embeddings=("transformer.wpe",)
+)
 FAMILIES: dict[str, Family] = {
     "gpt2": _GPT2,
     "gpt_bigcode": Family("transformer", "transformer.wte", tied=True),
@@ -51,6 +74,11 @@ FAMILIES: dict[str, Family] = {
     "cohere2": Family(tied=True),
     "starcoder2": Family(tied=True),
     "smollm3": Family(tied=True),
+    "bert": _bert("bert", "token_type_embeddings"),
+    "roberta": _bert("roberta", "token_type_embeddings"),
+    "xlm-roberta": _bert("roberta", "token_type_embeddings"),
+    "electra": _bert("electra", "token_type_embeddings"),
+    "distilbert": _bert("distilbert"),
 }
 USUAL = Family()
 
@@ -90,8 +118,7 @@ class Architecture:
 
     @property
     def _embeddings(self) -> tuple[str, ...]:
-        positions = {"transformer.wte": "transformer.wpe"}.get(self.family.embedding)
-        return (self.family.embedding, *([positions] if positions else []))
+        return (self.family.embedding, *self.family.more_embeddings)
 
     def middle_layers(self, stack: int = 0) -> tuple[int, ...]:
         """n/4, n/2, 3n/4 of one stack: where the original system injects."""
@@ -108,7 +135,9 @@ def split_path(path: str) -> tuple[str, int | None, str]:
     return path, None, ""
 
 
-def detect(config: Mapping[str, Any], names: Iterable[str], place: str) -> Architecture:
+def detect(
+    config: Mapping[str, Any], names: Iterable[str], place: str, task: str = GENERATION
+) -> Architecture:
     """The architecture of a checkpoint from its config.json and its tensor names.
 
     Raises SourceError when the config lacks a model type or a size that everything needs.
@@ -125,9 +154,10 @@ def detect(config: Mapping[str, Any], names: Iterable[str], place: str) -> Archi
         if not isinstance(sizes.get(key), int):
             raise SourceError(f"{place}: config.json", f"{key} = {sizes.get(key)}", "a number")
     heads = sizes["num_attention_heads"]
+    family = FAMILIES.get(model_type, USUAL)
     return Architecture(
         model_type=model_type,
-        family=FAMILIES.get(model_type, USUAL),
+        family=family.bare() if task == FEATURES else family,
         stacks=stacks,
         hidden_size=sizes["hidden_size"],
         attention_heads=heads,

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adaptrix_export.errors import SourceError, UnsupportedError
 from adaptrix_export.load.architecture import FAMILIES, USUAL, Family, detect
+from adaptrix_export.load.experts import stack_experts
 from adaptrix_export.load.quantized_base import dequantized
 from adaptrix_export.load.source import Source, resolve
+from adaptrix_export.load.task import (
+    FEATURES,
+    GENERATION,
+    KNOWN_HEADS,
+    SEQUENCES,
+    TASKS,
+    TOKENS,
+    adapter_config,
+    choose_task,
+)
 from adaptrix_export.load.tensors import StoredTensor, read_json, read_safetensors
 from adaptrix_export.plan import Base, Tensor
 
@@ -19,8 +30,10 @@ SINGLE = "model.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def open_base(spec: str) -> Base:
+def open_base(spec: str, task: str = "auto", adapters: Iterable[str] = ()) -> Base:
     """Read the headers of the base that `spec` names (see `source.py` for the forms).
+
+    `adapters` are the specs of the adapters to come: they tell the task where `task` is auto.
 
     Raises SourceError for what is missing or damaged, UnsupportedError for what is refused.
     """
@@ -30,16 +43,25 @@ def open_base(spec: str) -> Base:
 
         return open_gguf(source, source.gguf_file)
     config = read_json(source.folder / "config.json")
+    task = choose_task(task, config, [adapter_config(spec) for spec in adapters])
     family = FAMILIES.get(str(config.get("model_type")), USUAL)
     files = weight_files(source)
     stored = [tensor for path in files for tensor in read_safetensors(path).tensors]
     _check_index(source, stored)
-    tensors = named_as_in_model(stored, family, config)
-    if not config.get("quantization_config"):
-        return make_base(source, files, config, tensors)
-    found = dequantized(spec, tensors, config, family)
-    base = make_base(source, files, found.config, found.tensors)
-    return replace(base, rebuilt=True, quantization=found.quantization)
+    unseen: tuple[Tensor, ...] = ()
+    if task == GENERATION:
+        named = named_as_in_model(stored, family, config)
+    else:
+        named, unseen = named_for_task(stored, family, task)
+    _check_pooler(source, str(config.get("model_type")), task, named)
+    tensors: Mapping[str, Tensor] = named
+    quantization: str | None = None
+    if config.get("quantization_config"):
+        found = dequantized(spec, named, config, family)
+        tensors, config, quantization = found.tensors, dict(found.config), found.quantization
+    tensors = stack_experts(tensors, str(config.get("model_type")), source.spec)
+    base = make_base(source, files, config, tensors, task)
+    return replace(base, unseen=unseen, rebuilt=quantization is not None, quantization=quantization)
 
 
 def make_base(
@@ -47,9 +69,10 @@ def make_base(
     files: tuple[Path, ...],
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
+    task: str = GENERATION,
 ) -> Base:
     """Put a Base together once its tensors have the names that transformers gives them."""
-    architecture = detect(config, tensors, source.spec)
+    architecture = detect(config, tensors, source.spec, task)
     return Base(
         spec=source.spec,
         folder=source.folder,
@@ -58,7 +81,8 @@ def make_base(
         config=config,
         tensors=tensors,
         architecture=architecture,
-        tied=_tied(config, architecture.family, tensors),
+        tied=_tied(config, architecture.family, tensors) if task == GENERATION else {},
+        task=task,
     )
 
 
@@ -124,6 +148,44 @@ def named_as_in_model(
         tensor.name if tensor.name.startswith(heads) else add + tensor.name: tensor
         for tensor in stored
     }
+
+
+def _check_pooler(source: Source, kind: str, task: str, tensors: Mapping[str, Tensor]) -> None:
+    """BERT classifies sequences through its pooler: one that the base lacks was drawn at random
+    when the adapter was trained, and was not saved with it."""
+    missing = kind == "bert" and task == SEQUENCES and "bert.pooler.dense.weight" not in tensors
+    if missing:
+        raise UnsupportedError(
+            f"{source.spec}: {task}", "no bert.pooler.dense in the base", "one",
+            "save the base with the pooler that the adapter was trained with",
+        )  # fmt: skip
+
+
+def named_for_task(
+    stored: list[StoredTensor], family: Family, task: str
+) -> tuple[dict[str, StoredTensor], tuple[Tensor, ...]]:
+    """Tensors by their name in the live model of a task, and those that this model lacks.
+
+    A checkpoint saved with any head has the prefix before its body, one of the bare model has
+    not; whichever it is, the bare model names its body without, the others with the prefix.
+    """
+    prefix = family.prefix + "."
+    prefixed = any(tensor.name.startswith(prefix) for tensor in stored)
+    tensors: dict[str, StoredTensor] = {}
+    unseen: list[Tensor] = []
+    for tensor in stored:
+        in_body = tensor.name.startswith(prefix)
+        if not prefixed:
+            in_body = tensor.name.partition(".")[0] not in KNOWN_HEADS
+        rest = tensor.name.removeprefix(prefix) if in_body else tensor.name
+        head = rest.partition(".")[0]
+        if in_body and not (task == TOKENS and head == "pooler"):  # that class has no pooler
+            tensors[rest if task == FEATURES else prefix + rest] = tensor
+        elif not in_body and head in TASKS[task].heads:
+            tensors[rest] = tensor
+        else:
+            unseen.append(tensor)
+    return tensors, tuple(unseen)
 
 
 def _tied(

@@ -12,6 +12,8 @@ offered, and the one not chosen is kept for comparison when it is at hand.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from adaptrix_export.errors import RecipeError
 from adaptrix_export.load.base_model import open_base
 from adaptrix_export.load.quantized_base import COMPUTING
@@ -26,14 +28,17 @@ def open_bases(
     choice: str = AUTO,
     simulated: str | None = None,
     original: str | None = None,
+    *,
+    task: str = "auto",
+    adapters: Sequence[str] = (),
 ) -> tuple[Base, Base | None]:
     """(the base to merge into, the other one if it is at hand).
 
     `choice` is `base_weights`, `simulated` a word of SIMULATED, `original` the spec of the
-    unquantized base. Raises what `open_base` raises, and RecipeError for words that do not go
-    together.
+    unquantized base; `task` and `adapters` as in `open_base`. Raises what that raises, and
+    RecipeError for words that do not go together.
     """
-    base = open_base(spec)
+    base = open_base(spec, task, adapters)
     if base.quantization is None and base.gguf_file is None:
         return _plain(base, choice, simulated, original)
     if simulated is not None:
@@ -73,7 +78,7 @@ def _plain(
 
 def _original(quantized: Base, spec: str) -> Base:
     """The unquantized base, which must have the tensors of the quantized one."""
-    base = open_base(spec)
+    base = open_base(spec, quantized.task)
     if base.quantization is not None or base.gguf_file is not None:
         raise RecipeError("original_base", f"{spec}, {how_stored(base)}", "an unquantized model")
     ours = {name: tensor.shape for name, tensor in quantized.tensors.items()}

@@ -16,11 +16,13 @@ from typing import Any
 import regex
 
 from adaptrix_export.errors import AdapterError, SourceError, UnsupportedError
+from adaptrix_export.load.parameters import take_parameters
 from adaptrix_export.load.peft_keys import PREFIX, FileTensor, canonical
 from adaptrix_export.load.reading import Reading
 from adaptrix_export.load.source import Source
 from adaptrix_export.load.tensors import StoredTensor, read_json, read_safetensors
 from adaptrix_export.load.torch_file import read_torch_file
+from adaptrix_export.load.tuned_adapter import open_tuned
 from adaptrix_export.load.turned import Turned
 from adaptrix_export.load.views import upright
 from adaptrix_export.plan import (
@@ -44,7 +46,7 @@ PATTERN_SECONDS = 1.0  # a rank_pattern key is a regex from a stranger
 # Fields of LoraConfig that the merge obeys, or that only matter while training.
 _OBEYED = {
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "use_dora", "lora_bias", "trainable_token_indices", "layer_replication",
+    "use_dora", "lora_bias", "trainable_token_indices", "layer_replication", "target_parameters",
 }  # fmt: skip
 _HARMLESS = {
     "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type",
@@ -69,6 +71,7 @@ _PARTS = {
     "token_adapter.trainable_tokens_delta": "token_rows",
     "base_layer.weight": "base.weight",
     "base_layer.bias": "base.bias",
+    "original_module.weight": "base.weight",
     "weight": "weight",
     "bias": "bias",
 }
@@ -84,10 +87,13 @@ def open_peft(source: Source, base: Base, place: str, reading: Reading) -> Adapt
     """
     folder = source.folder
     config = read_json(folder / CONFIG)
-    check_config(place, config)
     weights, found, metadata = _weights(place, folder, reading)
+    if config.get("peft_type") != "LORA":
+        return open_tuned(place, source.spec, folder, config, base)
+    check_config(place, config)
     stored, notes = canonical(place, found, base)
     parts = _sort_tensors(place, stored)
+    inside, parts = take_parameters(place, config, base, parts, rank_and_scale)
     sites = {path: base.architecture.site_of(path) for path in sorted(parts)}
     whole = [r for path, site in sites.items() for r in _whole(place, config, site, parts[path])]
     deltas = [d for path, site in sites.items() for d in _deltas(place, config, site, parts[path])]
@@ -97,7 +103,7 @@ def open_peft(source: Source, base: Base, place: str, reading: Reading) -> Adapt
         folder=folder,
         files=(folder / CONFIG, weights),
         config=config,
-        deltas=tuple(sorted(deltas, key=lambda d: (d.site.order, d.parameter))),
+        deltas=tuple(sorted(inside + deltas, key=lambda d: (d.site.order, d.parameter))),
         replacements=tuple(whole),
         notes=notes,
         foreign=bool(notes) or weights.name != WEIGHTS,
@@ -149,12 +155,8 @@ def check_config(place: str, config: Mapping[str, Any]) -> None:
 
 def config_problems(place: str, config: Mapping[str, Any]) -> Iterator[UnsupportedError]:
     """Every field of the config that the merge would get wrong."""
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        yield UnsupportedError(
-            f"{place}: {CONFIG}", f"peft_type {kind!r}", "LORA", "other tuners cannot be built yet"
-        )
-        return
+    if config.get("peft_type") != "LORA":
+        return  # the tuner's own row decides; see `tuned_adapter.py`
     for key, value in sorted(config.items()):
         if key in _OBEYED or key in _HARMLESS or value in (None, False, {}, []):
             continue

@@ -55,6 +55,8 @@ _NAMELESS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("bias",), "bias"),
 )
 
+_SAVED_TWICE = ".modules_to_save."
+
 FileTensor = StoredTensor | Turned
 Words = tuple[str, ...]
 Rename = Callable[[Words], Words | None]
@@ -154,7 +156,13 @@ def canonical(
     named: list[FileTensor] = []
     names: dict[str, str] = {}
     written: dict[str, str] = {}
+    stored = tuple(stored)
+    given = {tensor.name for tensor in stored}
     for tensor in stored:
+        # A module of modules_to_save with a resized vocabulary is saved under both its names;
+        # PEFT reads the plain one, and the check compares the other with that.
+        if _SAVED_TWICE in tensor.name and tensor.name.replace(_SAVED_TWICE, ".") in given:
+            continue
         key, name = _canonical_key(place, tensor.name, modules)
         if key in written:
             raise AdapterError(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from adaptrix_export.load.tensors import DTYPES
-from adaptrix_export.plan import Array, Change, Dora, LowRank, Scaled, Tensor
+from adaptrix_export.plan import Array, Change, Dora, Experts, LowRank, Scaled, Tensor, Tuned
 
 BLOCK = 1 << 19  # values in a block: 4 MB in float64, about what a core's cache holds
 
@@ -44,21 +44,25 @@ def rows_per_block(shape: tuple[int, ...]) -> int:
     return max(1, BLOCK // row)
 
 
-Rows = Callable[[int, int, Array], Array]  # (start, stop, base rows) -> what to add to them
+# (start, stop, rows of the base, the same with the terms before this one added) -> what to add
+Rows = Callable[[int, int, Array, Array], Array]
 
 
-def merged_blocks(change: Change, dtype: str) -> Iterator[Array]:
-    """Blocks of rows of the merged tensor in `dtype`, in order."""
+def merged_blocks(
+    change: Change, dtype: str, first: int = 0, last: int | None = None
+) -> Iterator[Array]:
+    """Blocks of rows `first` to `last`-1 of the merged tensor in `dtype`, in order."""
     source = change.source
     added = [_ADDED[type(term)](change, term) for term in change.terms]
     rows = source.shape[0] if source.shape else 1
+    rows = rows if last is None else last
     step = rows_per_block(source.shape)
-    for start in range(0, rows, step):
+    for start in range(first, rows, step):
         stop = min(rows, start + step)
         base = base_rows(change, start, stop)
         exact = base.copy() if added else base
         for term in added:
-            exact += term(start, stop, base)
+            exact += term(start, stop, base, exact)
         yield to_dtype(exact, dtype)
 
 
@@ -77,20 +81,24 @@ def _low_rank(change: Change, term: LowRank) -> Rows:
     """scale * b @ a, transposed where the base is."""
     left, right = _factors(change, term)
     right *= term.scale
-    return lambda start, stop, base: left[start:stop] @ right
+    return lambda start, stop, base, so_far: left[start:stop] @ right
 
 
 def _dora(change: Change, term: Dora) -> Rows:
-    """(m / |W + scale b a|) * (W + scale b a) - W; the norm runs over the inputs of an output."""
+    """m / |W + scale b a| * (V + scale b a) - V; the norm runs over the inputs of an output.
+
+    V is the base W with the terms of the adapters before this one: PEFT's live layer scales what
+    it has so far, and takes the norm of the base with this adapter alone.
+    """
     left, right = _factors(change, term)
     right *= term.scale
     magnitude = term.magnitude.read().astype(np.float64).reshape(-1)
     if not change.transposed:
 
-        def by_row(start: int, stop: int, base: Array) -> Array:
-            adapted = base + left[start:stop] @ right
-            norm = np.linalg.norm(adapted, axis=1)
-            added: Array = (magnitude[start:stop] / norm)[:, None] * adapted - base
+        def by_row(start: int, stop: int, base: Array, so_far: Array) -> Array:
+            delta = left[start:stop] @ right
+            factor = magnitude[start:stop] / np.linalg.norm(base + delta, axis=1)
+            added: Array = factor[:, None] * (so_far + delta) - so_far
             return added
 
         return by_row
@@ -101,18 +109,48 @@ def _dora(change: Change, term: Dora) -> Rows:
         last = min(change.shape[0], first + step)
         squares += ((base_rows(change, first, last) + left[first:last] @ right) ** 2).sum(axis=0)
     factor = magnitude / np.sqrt(squares)
-    return lambda start, stop, base: factor * (base + left[start:stop] @ right) - base
+
+    def by_column(start: int, stop: int, base: Array, so_far: Array) -> Array:
+        added: Array = factor * (so_far + left[start:stop] @ right) - so_far
+        return added
+
+    return by_column
 
 
 def _scaled(change: Change, term: Scaled) -> Rows:
     vector = term.scale * term.vector.read().astype(np.float64)
-    return lambda start, stop, base: vector[start:stop]
+    return lambda start, stop, base, so_far: vector[start:stop]
+
+
+def _experts(change: Change, term: Experts) -> Rows:
+    """scale * b_e @ a_e, an expert at a time; a parameter of two dimensions is one of its rows."""
+    a, b = term.a.read().astype(np.float64), term.b.read().astype(np.float64)
+    a = term.scale * a.reshape(term.experts, -1, a.shape[1])  # (experts, r, in)
+    b = b.reshape(b.shape[0], -1, term.experts)  # (out, r, experts)
+    if len(change.shape) == 2:
+        return lambda start, stop, base, so_far: b[start:stop, :, 0] @ a[0]
+
+    def by_expert(start: int, stop: int, base: Array, so_far: Array) -> Array:
+        return np.stack([b[:, :, e] @ a[e] for e in range(start, stop)])
+
+    return by_expert
+
+
+def _tuned(change: Change, term: Tuned) -> Rows:
+    """What the tuner's own layer makes of the whole parameter, less the parameter."""
+    from adaptrix_export.lower.tuned import merged_parameter  # needs PyTorch; the rest does not
+
+    whole = base_rows(change, 0, change.shape[0])
+    exact = merged_parameter(term, whole)
+    return lambda start, stop, base, so_far: exact[start:stop] - base
 
 
 _ADDED: dict[type, Callable[[Change, Any], Rows]] = {
     LowRank: _low_rank,
     Dora: _dora,
     Scaled: _scaled,
+    Experts: _experts,
+    Tuned: _tuned,
 }
 
 
@@ -124,9 +162,9 @@ def _factors(change: Change, term: LowRank | Dora) -> tuple[Array, Array]:
     return up, down
 
 
-def merged(change: Change, dtype: str) -> Array:
-    """The whole merged tensor in `dtype`."""
-    blocks = list(merged_blocks(change, dtype))
+def merged(change: Change, dtype: str, first: int = 0, last: int | None = None) -> Array:
+    """Rows `first` to `last`-1 of the merged tensor in `dtype`: by default all."""
+    blocks = list(merged_blocks(change, dtype, first, last))
     return np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
 
 

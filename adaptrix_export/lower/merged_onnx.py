@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from adaptrix_export.load.task import FEATURES
+from adaptrix_export.load.tensors import DTYPES
 from adaptrix_export.lower.artifact import Artifact
+from adaptrix_export.lower.key_mask import wire_key_mask
 from adaptrix_export.lower.merge import merged, plain_blocks
 from adaptrix_export.lower.onnx_graph import Graph, native
 from adaptrix_export.lower.padding import needs_left_padding, wire_left_padding
@@ -31,6 +34,8 @@ def lower_merged_onnx(
         graph = native(plan, provider)
         if needs_left_padding(graph.model):
             wire_left_padding(graph.model)
+        if plan.base.task == FEATURES:
+            wire_key_mask(graph.model)
     weights = dict(sorted(graph.weights.items()))
     hashes = {DATA: _write_data(plan, graph.model, weights, stage / DATA, progress)}
     graph.model.graph.name = plan.base.architecture.model_type
@@ -103,4 +108,10 @@ def _values(plan: Plan, changes: dict[str, Change], expression: Expression) -> A
         stored = plan.base.tensors[plan.base.tied.get(name, name)]
         return np.concatenate(list(plain_blocks(stored, dtype)))
 
-    return evaluate(expression, read).astype(np.float32, copy=False)
+    def rows(name: str, start: int, stop: int) -> Array:
+        if name in changes:
+            return merged(changes[name], dtype, start, stop)
+        stored = plan.base.tensors[plan.base.tied.get(name, name)]
+        return stored.rows(start, stop).astype(DTYPES[dtype])
+
+    return evaluate(expression, read, rows).astype(np.float32, copy=False)

@@ -14,10 +14,17 @@ from math import prod
 from pathlib import Path
 
 from adaptrix_export.load.base_model import INDEX, SINGLE
-from adaptrix_export.load.tensors import SafetensorsFile, StoredTensor, itemsize, read_safetensors
+from adaptrix_export.load.experts import Stacked
+from adaptrix_export.load.tensors import (
+    FLOATS,
+    SafetensorsFile,
+    StoredTensor,
+    itemsize,
+    read_safetensors,
+)
 from adaptrix_export.lower.artifact import Artifact
-from adaptrix_export.lower.merge import merged_blocks, plain_blocks
-from adaptrix_export.lower.weights import tensor
+from adaptrix_export.lower.merge import merged, merged_blocks, plain_blocks
+from adaptrix_export.lower.weights import Expression, tensor
 from adaptrix_export.lower.writer import HashingWriter
 from adaptrix_export.plan import Change, Plan, Tensor
 from adaptrix_export.progress import Progress
@@ -31,10 +38,23 @@ class Entry:
     name: str
     source: Tensor
     change: Change | None
+    # (expert, first row, last row) of a stacked tensor `name` that this stored matrix is
+    piece: tuple[int, int, int] | None = None
+    new: bool = False  # a head that the base does not have
+    seen: bool = True  # part of the live model, so that the check can compare it
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.change.shape if self.change else self.source.shape
+        return self.change.shape if self.change and not self.piece else self.source.shape
+
+    @property
+    def expression(self) -> Expression:
+        """How this stored tensor follows from the live model's."""
+        if self.piece is None:
+            return tensor(self.name)
+        expert, first, last = self.piece
+        one = ["slice", 0, expert, expert + 1, tensor(self.name)]
+        return ["reshape", list(self.shape), ["slice", 1, first, last, one]]
 
     @property
     def resized(self) -> bool:
@@ -71,7 +91,12 @@ def lower_merged_safetensors(plan: Plan, stage: Path, progress: Progress) -> Art
         target="safetensors",
         precision="base",
         hashes=hashes,
-        weights={e.stored_name: tensor(e.name) for f in files for e in f.entries},
+        weights={
+            e.stored_name: e.expression
+            for f in files
+            for e in f.entries
+            if e.seen and e.source.dtype in FLOATS
+        },
         untied=plan.untied(),
         config_changes=plan.config_changes(),
     )
@@ -86,14 +111,26 @@ def plan_files(plan: Plan) -> list[OutputFile]:
         return [OutputFile(SINGLE, (*entries, *added), None)]
     by_path: dict[Path, list[Entry]] = {path: [] for path in plan.base.files}
     for name, stored in plan.base.tensors.items():
+        if isinstance(stored, Stacked):
+            for part, *piece in stored.pieces():
+                expert, first, last = piece
+                entry = Entry(part.name, name, part, changes.get(name), (expert, first, last))
+                by_path[part.path].append(entry)
+            continue
         assert isinstance(stored, StoredTensor)
         # A head that is stored, but shared by the config, holds values that nobody sees.
         source = _shared(plan, name) if name in plan.untied() else stored
         by_path[stored.path].append(Entry(stored.name, name, source, changes.get(name)))
+    for unseen in plan.base.unseen:
+        assert isinstance(unseen, StoredTensor)
+        by_path[unseen.path].append(Entry(unseen.name, unseen.name, unseen, None, seen=False))
     files = []
     for path, entries in by_path.items():
         original = read_safetensors(path)
-        extra = [e for e in added if e.source in original.tensors]
+        order = {stored.name: place for place, stored in enumerate(original.tensors)}
+        entries.sort(key=lambda e: order[e.stored_name])
+        last = path == plan.base.files[-1]
+        extra = [e for e in added if _belongs(e, original, last)]
         same = not extra and not any(e.resized for e in entries)
         files.append(OutputFile(path.name, (*entries, *extra), original if same else None))
     return files
@@ -105,7 +142,12 @@ def _added(plan: Plan, changes: Mapping[str, Change]) -> list[Entry]:
         Entry(name, name, _shared(plan, name), changes.get(name))
         for name in plan.untied()
         if name not in plan.base.tensors
-    ]
+    ] + [Entry(name, name, changes[name].source, changes[name], new=True) for name in plan.added()]
+
+
+def _belongs(entry: Entry, file: SafetensorsFile, last: bool) -> bool:
+    """An added tensor goes beside the one that it was tied to; a new head into the last file."""
+    return entry.source in file.tensors or (last and entry.change is not None and entry.new)
 
 
 def _shared(plan: Plan, name: str) -> Tensor:
@@ -114,6 +156,10 @@ def _shared(plan: Plan, name: str) -> Tensor:
 
 def _write_entry(out: HashingWriter, entry: Entry) -> int:
     source = entry.source
+    if entry.change is not None and entry.piece is not None:
+        expert, first, last = entry.piece
+        whole = merged(entry.change, source.dtype, expert, expert + 1)
+        return out.write_array(whole[0, first:last])
     if entry.change is not None:
         return sum(out.write_array(b) for b in merged_blocks(entry.change, source.dtype))
     if isinstance(source, StoredTensor):

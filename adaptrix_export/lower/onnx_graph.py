@@ -15,10 +15,12 @@ from typing import Any
 import onnx_ir as ir
 
 from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.load.task import FEATURES, GENERATION
 from adaptrix_export.lower.weights import Expression, names
 from adaptrix_export.plan import Plan
 
-TASK = "text-generation"
+# What mobius-onnx can build here: for encoders only the types that were measured to be exact.
+TASKS: dict[str, tuple[str, ...] | None] = {GENERATION: None, FEATURES: ("bert",)}
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,12 @@ def native(plan: Plan, provider: str) -> Graph:
             f"{plan.base.spec}: model type {kind!r}", "no native front end", "a registered type",
             "use --target safetensors",
         )  # fmt: skip
+    _check_task(plan)
     with _native_faults(plan):
         module, config = _native_module(plan, mobius.registry.get(kind))
-        package = mobius.build_from_module(module, config, TASK, execution_provider=provider)
+        package = mobius.build_from_module(
+            module, config, plan.base.task, execution_provider=provider
+        )
         bound = module.preprocess_weights(dict(_recorded(plan)))
     if set(package) != {"model"}:
         raise UnsupportedError(kind, f"components {sorted(package)}", "one graph")
@@ -63,6 +68,16 @@ def native(plan: Plan, provider: str) -> Graph:
     fold(model, weights)
     read = {n for e in weights.values() for n in names(e)}
     return Graph(model, weights, "native", tuple(n for n in plan.base.tensors if n not in read))
+
+
+def _check_task(plan: Plan) -> None:
+    task, kind = plan.base.task, plan.base.architecture.model_type
+    kinds = TASKS.get(task, ())
+    if kinds is not None and kind not in kinds:
+        raise UnsupportedError(
+            f"{plan.base.spec}: task {task} of model type {kind!r}", "no native front end",
+            " or ".join(TASKS), "use --target safetensors",
+        )  # fmt: skip
 
 
 def _native_module(plan: Plan, module_class: Any) -> tuple[Any, Any]:
@@ -124,12 +139,17 @@ def _check_bound(plan: Plan, model: ir.Model, weights: Mapping[str, Expression])
                 "one for each", "is the checkpoint complete?",
             )  # fmt: skip
     read = {n for e in weights.values() for n in names(e)}
-    lost = sorted(set(plan.changes()) - read)
+    lost = sorted(n for n in set(plan.changes()) - read if not _is_beyond(plan, n))
     if lost:
         raise UnsupportedError(
             f"native front end: {lost[0]}", "a changed tensor that the graph does not read",
             "every change in the graph", f"{len(lost)} such tensors; use --target safetensors",
         )  # fmt: skip
+
+
+def _is_beyond(plan: Plan, name: str) -> bool:
+    """A change behind the output: features are the last hidden states, which no pooler touches."""
+    return plan.base.task == FEATURES and name.startswith("pooler.")
 
 
 def share_equal(model: ir.Model, weights: dict[str, Expression]) -> int:

@@ -36,8 +36,14 @@ def names(expression: Expression) -> Iterator[str]:
         yield from names(rest[-1])
 
 
-def evaluate(expression: Expression, read: Callable[[str], Array]) -> Array:
+def evaluate(
+    expression: Expression,
+    read: Callable[[str], Array],
+    rows: Callable[[str, int, int], Array] | None = None,
+) -> Array:
     """The initializer's values, with `read` giving the values of a tensor by name.
+
+    `rows`, where given, reads a run of rows alone: one expert of many.
 
     Works in the dtype that `read` returns. The result may be a view; it is contiguous only if
     the caller makes it so.
@@ -47,8 +53,10 @@ def evaluate(expression: Expression, read: Callable[[str], Array]) -> Array:
         return read(rest[0])
     if kind == "concat":
         axis, parts = rest
-        return np.concatenate([evaluate(part, read) for part in parts], axis=axis)
-    value: Array = evaluate(rest[-1], read)
+        return np.concatenate([evaluate(part, read, rows) for part in parts], axis=axis)
+    if kind == "slice" and rest[0] == 0 and rest[-1][0] == "tensor" and rows is not None:
+        return rows(rest[-1][1], rest[1], rest[2])
+    value: Array = evaluate(rest[-1], read, rows)
     if kind == "transpose":
         return value.transpose(rest[0])
     if kind == "reshape":
