@@ -17,7 +17,7 @@ from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import save, summary
 from adaptrix_export.errors import ParityError
 from adaptrix_export.load import Reading, open_adapter
-from adaptrix_export.load.base_weights import open_bases
+from adaptrix_export.load.base_weights import note_of, open_bases
 from adaptrix_export.load.finite import check_finite
 from adaptrix_export.load.mismatch import fitted
 from adaptrix_export.lower import LOWERINGS
@@ -181,4 +181,5 @@ def notes(plan: Plan, artifact: Artifact) -> tuple[str, ...]:
         f"{name} is adapted, and is not part of the graph, which ends before it"
         for name in sorted(set(plan.changes()) - read)
     )
-    return (*untied, *beyond, *(str(adjustment) for adjustment in plan.adjustments))
+    adjustments = (str(adjustment) for adjustment in plan.adjustments)
+    return (*note_of(plan.base), *untied, *beyond, *adjustments)

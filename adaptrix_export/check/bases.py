@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from adaptrix_export.check.cases import Ask
 from adaptrix_export.check.compare import Logits, distance, rounded
 from adaptrix_export.check.job import Job, OtherBase
 from adaptrix_export.check.prompts import Prompts
@@ -23,10 +24,10 @@ def other_base(plan: Plan) -> OtherBase | None:
     return OtherBase(which(base), base.folder, base.gguf_file, base.simulated)
 
 
-def compare_bases(job: Job, asked: Prompts, chosen: Logits) -> dict[str, Any]:
-    """The report's `base_weights`: the adapters on the other weights, on the prefill prompt.
+def compare_bases(job: Job, ask: Ask, asked: Prompts, chosen: Logits) -> dict[str, Any]:
+    """The report's `base_weights`: the adapters on the other weights, asked the same.
 
-    `chosen` are the reference's logits (positions, vocabulary) on the weights merged into. KL is
+    `chosen` is the reference's answer (positions, vocabulary) on the weights merged into. KL is
     in nats a token, the weights merged into against the others. It judges nothing: which choice
     is better, a task must tell.
     """
@@ -34,7 +35,7 @@ def compare_bases(job: Job, asked: Prompts, chosen: Logits) -> dict[str, Any]:
 
     assert job.other is not None
     reference = Reference.open(job.on_other())
-    other = reference.prefill(list(asked.prefill))
+    other = ask(reference, asked).logits
     reference.close()
     found = distance(chosen, other)
     return {

@@ -51,7 +51,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     the replay, is dropped, and only then is the artifact loaded.
     """
     from adaptrix_export.check.bases import compare_bases
-    from adaptrix_export.check.cases import ask_all, ask_prefill, compare, select
+    from adaptrix_export.check.cases import ask_all, compare, select
     from adaptrix_export.check.prompts import prompts
     from adaptrix_export.check.reference import Reference
     from adaptrix_export.check.replay import coarsest, replay
@@ -74,7 +74,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     compared = {}
     if job.other is not None:
         with progress.stage("reference: the other base weights"):
-            compared["base_weights"] = compare_bases(job, asked, answers[ask_prefill].logits)
+            ask = cases[0].ask
+            compared["base_weights"] = compare_bases(job, ask, asked, answers[ask].logits)
     precision = coarsest(formats) if job.precision == "base" else job.precision
     with progress.stage("artifact: loading"):
         subject = open_subject(job)
