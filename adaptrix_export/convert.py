@@ -258,7 +258,7 @@ def _contents(adapter: Adapter) -> dict[str, Any]:
         return tensor.dtype, tensor.shape, tensor.read().tobytes()
 
     found: dict[str, Any] = {
-        f"{d.name} + {type(t).__name__}": (t.scale, *map(bits, t.tensors))
+        f"{d.name} + {type(t).__name__}": (getattr(t, "scale", None), *map(bits, t.tensors))
         for d in adapter.deltas
         for t in d.terms
     }

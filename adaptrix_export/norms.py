@@ -9,9 +9,9 @@ import numpy as np
 from adaptrix_export.load.finite import blocks
 from adaptrix_export.plan import Delta, Dora, LowRank, Tensor
 
-# |delta| / |W| in the Frobenius norm. Trained LoRAs lie between 1e-3 and 0.2. A delta as large as
-# the weight has replaced it: a wrong alpha, or a training that diverged. Below 1e-6 it is lost in
-# the rounding of a bf16 weight (2^-9) and all but lost in fp32 (2^-24).
+# |delta| / |W| in the Frobenius norm; recipes/adapters/pydoc measures 0.013 to 0.057. A delta as
+# large as the weight has replaced it: a wrong alpha, or a training that diverged. Below 1e-6 it is
+# lost in the rounding of a bf16 weight (2^-9) and nearly so in that of fp32 (2^-24).
 LARGEST = 1.0
 SMALLEST = 1e-6
 

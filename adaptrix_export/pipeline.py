@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from adaptrix_export.check.altered import oracle_folders
+from adaptrix_export.check.bases import other_base
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import save, summary
 from adaptrix_export.errors import ParityError
-from adaptrix_export.load import Reading, open_adapter, open_base
+from adaptrix_export.load import Reading, open_adapter
+from adaptrix_export.load.base_weights import open_bases
 from adaptrix_export.load.finite import check_finite
 from adaptrix_export.load.mismatch import fitted
 from adaptrix_export.lower import LOWERINGS
@@ -89,10 +91,18 @@ def open_plan(recipe: Recipe) -> Plan:
     The adapters are read as they mean on this base; see `load/adjust.py` and `load/mismatch.py`.
     """
     specs = [adapter.source for adapter in recipe.adapters]
-    base = open_base(recipe.base, recipe.task.value, specs)
+    simulated = recipe.simulate.value if recipe.simulate else None
+    base, other = open_bases(
+        recipe.base,
+        recipe.base_weights.value,
+        simulated,
+        recipe.original_base,
+        task=recipe.task.value,
+        adapters=specs,
+    )
     reading = Reading(recipe.allow_pickle, recipe.adaptrix_scaling.value)
     adapters = tuple(open_adapter(a.source, base, a.name, reading) for a in recipe.adapters)
-    return fitted(Plan(base, adapters), recipe.on_mismatch.value)
+    return fitted(Plan(base, adapters, alternative=other), recipe.on_mismatch.value)
 
 
 def passes(recipe: Recipe) -> tuple[Pass, ...]:
@@ -145,6 +155,8 @@ def parity_job(
         level=recipe.parity.level.value,
         decode_steps=recipe.parity.decode_steps,
         text=read_text(text) if text else None,
+        simulated=original.base.simulated,
+        other=other_base(original),
     )
 
 

@@ -138,7 +138,23 @@ class Experts:
         return (self.a, self.b)
 
 
-Term = LowRank | Dora | Scaled | Experts
+@dataclass(frozen=True)
+class Tuned:
+    """What a layer of another PEFT tuner makes of its parameter: only the layer knows the formula.
+
+    `kind` is the adapter's `peft_type`; `tensors` are those of this one module. The layer reads
+    all of its module's parameters, so the term knows the `base` that they are in.
+    """
+
+    folder: Path  # of the adapter, whose config and tensors PEFT loads
+    kind: str
+    path: str  # of the module
+    parameter: str
+    base: Base = field(repr=False, compare=False)
+    tensors: tuple[Tensor, ...] = ()
+
+
+Term = LowRank | Dora | Scaled | Experts | Tuned
 
 
 @dataclass(frozen=True)
@@ -191,11 +207,13 @@ class Adapter:
     foreign: bool = False
     # What the files say beside what is applied: `format`, and that format's own metadata.
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    shared: tuple[Tensor, ...] = ()  # tensors that many sites use, such as VeRA's projections
 
     @property
     def parameters(self) -> int:
         """Number of trained values that the adapter ships."""
         tensors = [t for d in self.deltas for term in d.terms for t in term.tensors]
+        tensors += self.shared
         return sum(prod(t.shape) for t in (*tensors, *(r.tensor for r in self.replacements)))
 
 
@@ -219,9 +237,12 @@ class Base:
     task: str = "text-generation"  # decides the live model, and with it every name
     # Stored, but not part of the live model for this task (another head): kept as they are.
     unseen: tuple[Tensor, ...] = ()
-    # The tensors are no longer one for one those of the files (repeated layers).
+    # The tensors are no longer one for one those of the files (repeated layers, dequantized).
     rebuilt: bool = False
     config_changes: Mapping[str, Any] = field(default_factory=dict)
+    # How the files store the weights, and as what plain files are read: see `base_weights.py`.
+    quantization: str | None = None
+    simulated: str | None = None
 
 
 @dataclass(frozen=True)
@@ -269,6 +290,8 @@ class Plan:
     adapters: tuple[Adapter, ...]
     history: tuple[str, ...] = field(default=())
     adjustments: tuple[Adjustment, ...] = field(default=())
+    # The base weights that were not chosen, when they are at hand: the report tells how far off.
+    alternative: Base | None = None
 
     def after(self, step: object, **changed: Any) -> Plan:
         """This plan with fields changed by `step`, whose repr becomes the history line."""

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from adaptrix_export.check.altered import oracle_folders
+from adaptrix_export.check.bases import other_base
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import summary
 from adaptrix_export.errors import ParityError, SourceError, VerificationError
-from adaptrix_export.load import Reading, open_adapter, open_base
+from adaptrix_export.load import Reading, open_adapter
+from adaptrix_export.load.base_weights import AUTO, open_bases
 from adaptrix_export.load.mismatch import fitted
 from adaptrix_export.package import InputHashes, check_hashes, read_manifest
 from adaptrix_export.plan import Plan
@@ -69,11 +71,19 @@ def _originals(manifest: dict[str, Any], base: str | None, adapters: Sequence[st
             )
         named = [(name, spec) for (name, _), spec in zip(named, adapters, strict=True)]
     specs = [spec for _, spec in named]
-    opened = open_base(base or recipe["base"], recipe.get("task", "auto"), specs)
+    # --base names the very weights merged into; the others are then left out of the report.
+    opened, other = open_bases(
+        base or recipe["base"],
+        recipe.get("base_weights", AUTO),
+        recipe.get("simulate"),
+        None if base else recipe.get("original_base"),
+        task=recipe.get("task", "auto"),
+        adapters=specs,
+    )
     # Artifacts of before these fields were read with their defaults.
     reading = Reading(**{k: recipe[k] for k in READING if k in recipe})
     found = tuple(open_adapter(spec, opened, name, reading) for name, spec in named)
-    return fitted(Plan(opened, found), recipe.get("on_mismatch", "error"))
+    return fitted(Plan(opened, found, alternative=other), recipe.get("on_mismatch", "error"))
 
 
 def _check_inputs(manifest: dict[str, Any], plan: Plan, progress: Progress) -> None:
@@ -103,4 +113,6 @@ def _job(
         task=plan.base.task,
         adapters=adapters,
         decode_steps=parity["decode_steps"],
+        simulated=plan.base.simulated,
+        other=other_base(plan),
     )

@@ -65,6 +65,18 @@ class Provider(_Word):
     CPU = "cpu"
 
 
+class BaseWeights(_Word):
+    AUTO = "auto"
+    DEQUANTIZED = "dequantized"
+    ORIGINAL = "original"
+
+
+class Simulate(_Word):
+    NF4 = "nf4"
+    NF4_DOUBLE = "nf4-double"
+    FP4 = "fp4"  # known, and refused
+
+
 class Precision(_Word):
     AUTO = "auto"
     FP32 = "fp32"
@@ -167,6 +179,23 @@ class Recipe(_Section):
     adapters: tuple[AdapterSpec, ...] = Field(
         min_length=1,
         description="The adapters to merge, in order; `adapter: X` is short for a list of one.",
+    )
+    base_weights: BaseWeights = Field(
+        default=BaseWeights.AUTO,
+        description="What to merge into when training saw a quantized base: dequantized (exactly "
+        "what training saw; the default where `base` is quantized or `simulate` is given) or "
+        "original (the 16-bit weights).",
+    )
+    simulate: Simulate | None = Field(
+        default=None,
+        description="For an unquantized `base`: how bitsandbytes quantized it in training (4 bits, "
+        "blocks of 64, nf4-double with bnb_4bit_use_double_quant). Its Linear layers but the head "
+        "are then rounded in the same way; fp4 is refused.",
+    )
+    original_base: Line | None = Field(
+        default=None,
+        description="For a quantized `base`: the model that it was quantized from, to merge into "
+        f"with `base_weights: original`, and to compare with. {SOURCES[0].upper()}{SOURCES[1:]}.",
     )
     target: Target = Field(
         description="onnx: one graph for ONNX Runtime; safetensors: a merged checkpoint."

@@ -11,6 +11,7 @@ from adaptrix_export.errors import AdapterError, InputError, UnsupportedError
 from adaptrix_export.load.fused import fused_hint
 from adaptrix_export.load.task import TASKS
 from adaptrix_export.load.tensors import FLOATS
+from adaptrix_export.load.tuners import own_sizes
 from adaptrix_export.plan import (
     Adapter,
     Base,
@@ -22,6 +23,7 @@ from adaptrix_export.plan import (
     Scaled,
     Site,
     Term,
+    Tuned,
 )
 
 
@@ -59,7 +61,7 @@ def misfits(plan: Plan) -> Iterator[Misfit]:
             for error in _check_replacement(plan.base, adapter, saved):
                 fits = False
                 yield Misfit(adapter.name, saved.site, error)
-    checks = [_check_conflicts(plan)]
+    checks = [_check_alone(plan), _check_conflicts(plan)]
     if fits:  # only then is it known what becomes of the vocabulary
         checks.append(_check_vocabulary(plan))
     for check in checks:
@@ -124,7 +126,8 @@ def _check_terms(
                     f"{adapter.name}: {path}", f"{what.format(found)}",
                     f"{expected} as in the base", "was this adapter trained on another model?",
                 )  # fmt: skip
-        for tensor in term.tensors:
+        floats = () if isinstance(term, Tuned) else term.tensors  # a tuner may store indices
+        for tensor in floats:
             if tensor.dtype not in FLOATS:
                 yield UnsupportedError(
                     f"{adapter.name}: {tensor.name}", f"dtype {tensor.dtype}", " ".join(FLOATS)
@@ -133,6 +136,8 @@ def _check_terms(
 
 def _sizes(term: Term, outputs: int, inputs: int) -> list[tuple[str, int, int]]:
     """(description, found, expected) of every axis of a term that the base decides."""
+    if isinstance(term, Tuned):
+        return own_sizes(term, outputs, inputs)
     if isinstance(term, Scaled):
         return [("lora_B.bias with {} values", term.vector.shape[0], outputs)]
     sizes = [
@@ -209,6 +214,16 @@ def _check_vocabulary(plan: Plan) -> Iterator[InputError]:
             plan.adapters[0].name, ", ".join(f"{n}: {s} tokens" for n, s in sizes.items()),
             "one vocabulary", "save the adapter with both (save_embedding_layers=True)",
         )  # fmt: skip
+
+
+def _check_alone(plan: Plan) -> Iterator[InputError]:
+    """Only low-rank terms are known to add up; other tuners may multiply, one after the other."""
+    for adapter in plan.adapters if len(plan.adapters) > 1 else ():
+        if any(isinstance(term, Tuned) for delta in adapter.deltas for term in delta.terms):
+            yield UnsupportedError(
+                adapter.name, f"{adapter.config.get('peft_type')} beside another adapter",
+                "LoRA adapters only", "build with this one, then with the next on the result",
+            )  # fmt: skip
 
 
 def _check_conflicts(plan: Plan) -> Iterator[InputError]:

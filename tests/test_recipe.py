@@ -31,8 +31,8 @@ from adaptrix_export.recipe_yaml import parse
 
 GOOD: dict[str, Any] = {"base": "./base", "adapter": "./lora", "target": "onnx", "out": "merged"}
 FIELDS = (
-    "base, adapters, target, out, frontend, task, provider, precision, allow_pickle, "
-    "adaptrix_scaling, parity"
+    "base, adapters, base_weights, simulate, original_base, target, out, frontend, task, "
+    "provider, precision, allow_pickle, adaptrix_scaling, on_mismatch, parity"
 )
 
 

@@ -50,7 +50,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     Order keeps one model in memory at a time: the reference answers every question and serves
     the replay, is dropped, and only then is the artifact loaded.
     """
-    from adaptrix_export.check.cases import ask_all, compare, select
+    from adaptrix_export.check.bases import compare_bases
+    from adaptrix_export.check.cases import ask_all, ask_prefill, compare, select
     from adaptrix_export.check.prompts import prompts
     from adaptrix_export.check.reference import Reference
     from adaptrix_export.check.replay import coarsest, replay
@@ -70,6 +71,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         )
     reference.close()
     del stored
+    compared = {}
+    if job.other is not None:
+        with progress.stage("reference: the other base weights"):
+            compared["base_weights"] = compare_bases(job, asked, answers[ask_prefill].logits)
     precision = coarsest(formats) if job.precision == "base" else job.precision
     with progress.stage("artifact: loading"):
         subject = open_subject(job)
@@ -88,6 +93,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         "tokens": asked.source,
         "cases": entries,
         "replay": replayed,
+        **compared,
         "passed": bool(replayed["passed"] and all(entry["passed"] for entry in entries)),
         "versions": _versions(job.target),
     }

@@ -13,13 +13,24 @@ from adaptrix_export.lower.weights import Expression
 
 
 @dataclass(frozen=True)
+class OtherBase:
+    """The base weights that were not merged into: files as in `Job`, and which they are."""
+
+    weights: str  # "original" or "dequantized"
+    folder: Path
+    gguf_file: str | None = None
+    simulated: str | None = None
+
+
+@dataclass(frozen=True)
 class Job:
     """One artifact, the original files that it was made from, and how hard to look.
 
     `weights` maps an initializer (onnx) or tensor (safetensors) name to the expression over
     transformers' parameter names that made it (`lower/weights.py`). `precision` "base" means that
     each tensor keeps the dtype that its base stores. `text` replaces the built-in prompt;
-    `threads` of None leaves the number to the runtimes.
+    `threads` of None leaves the number to the runtimes. `simulated` names a quantization that the
+    base's weights are put through first; `other` is compared with the base in the report.
     """
 
     target: str  # "onnx" or "safetensors"
@@ -34,6 +45,8 @@ class Job:
     decode_steps: int = 32
     text: str | None = None
     threads: int | None = None
+    simulated: str | None = None
+    other: OtherBase | None = None
 
     def __post_init__(self) -> None:
         for name, found, known in (
@@ -52,6 +65,8 @@ class Job:
         document = asdict(self)
         document["artifact"] = str(self.artifact.resolve())
         document["base_folder"] = str(self.base_folder.resolve())
+        if self.other is not None:
+            document["other"]["folder"] = str(self.other.folder.resolve())
         document["adapters"] = [[name, str(path.resolve())] for name, path in self.adapters]
         return json.dumps(document, sort_keys=True)
 
@@ -61,7 +76,21 @@ class Job:
         document["artifact"] = Path(document["artifact"])
         document["base_folder"] = Path(document["base_folder"])
         document["adapters"] = tuple((name, Path(path)) for name, path in document["adapters"])
+        if document["other"] is not None:
+            other = document["other"]
+            document["other"] = OtherBase(**{**other, "folder": Path(other["folder"])})
         return cls(**document)
+
+    def on_other(self) -> Job:
+        """The same adapters on the other base weights."""
+        assert self.other is not None
+        return replace(
+            self,
+            base_folder=self.other.folder,
+            gguf_file=self.other.gguf_file,
+            simulated=self.other.simulated,
+            other=None,
+        )
 
     @property
     def steps(self) -> int:

@@ -2,7 +2,7 @@
 
 One row a layer kind in `EFFECTS`. Nothing is parsed from adapter files and no formula of the
 lowering is used: factors and scalings are the live layer's own attributes. A layer kind without a
-row is an error, never a guess.
+row is probed (see `probe.py`): what it does to inputs is what it is.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def live_parameter(model: Any, name: str) -> tuple[Any, bool]:
         child = getattr(module, part, None)
         if child is None:
             raise ParityError(name, f"the reference has no module {part!r}")
+        if type(child).__name__ == "LNTuningLayer":
+            return live_parameter(_chosen(child), ".".join(path[position + 1 :]))[0], True
         if _is_tuner_layer(child):
             return _effect(child, name, ".".join(path[position + 1 :]))
         if _is_wrapper(child):
@@ -40,6 +42,11 @@ def _own(module: Any, attribute: str, name: str) -> Any:
     if value is None or not hasattr(value, "double"):
         raise ParityError(name, "the reference has no parameter of that name")
     return value.detach()
+
+
+def _chosen(layer: Any) -> Any:
+    """LN tuning runs a trained copy of the norm in the place of the base's."""
+    return layer.ln_tuning_layers[layer.active_adapters[0]]
 
 
 def _is_tuner_layer(module: Any) -> bool:
@@ -80,9 +87,11 @@ def _effect(layer: Any, name: str, parameter: str) -> tuple[Any, bool]:
     if kind.startswith("lora.ParamWrapper("):
         return _wrapped_parameter(layer, name, parameter)
     effect = EFFECTS.get(kind)
-    if effect is None:
-        raise ParityError(name, f"the oracle has no row for PEFT layer kind {kind!r}")
     base = _own(layer.get_base_layer(), parameter, name).double()
+    if effect is None:
+        from adaptrix_export.check.probe import probed  # PyTorch
+
+        return probed(layer, parameter, name), True
     added = effect(layer, parameter)
     return (base, False) if added is None else (base + added, True)
 

@@ -20,6 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from adaptrix_export.check.compare import Logits
+from adaptrix_export.check.dequantize import (
+    dequantized_state,
+    quantization_of,
+    simulate,
+    stored_dtype,
+)
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.live import live_parameter
 from adaptrix_export.check.subject import Ids
@@ -50,7 +56,7 @@ class Reference:
             torch.set_num_threads(job.threads)
         torch.manual_seed(0)  # nothing should be drawn; if something is, let it be the same thing
         shipped = shipped_whole(job.adapters)
-        model = load_model(job.base_folder, job.gguf_file, job.task, shipped)
+        model = load_model(job.base_folder, job.gguf_file, job.task, shipped, job.simulated)
         resize_vocabulary(model, shipped)
         if job.adapters:
             model = _with_adapters(model, job.adapters)
@@ -160,25 +166,37 @@ def load_model(
     gguf_file: str | None = None,
     task: str = GENERATION,
     shipped: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    simulated: str | None = None,
 ) -> Any:
     """The model of a task in float32 with eager attention, from local files only.
 
-    transformers fills a tensor that is missing from the files with random values and a warning;
-    here that is a `ParityError`, except for a head that an adapter ships whole (`shipped`) and a
-    pooler where only the hidden states are looked at.
+    A quantized checkpoint is dequantized; `simulated` names a quantization that plain weights are
+    put through. transformers fills a tensor that is missing from the files with random values and
+    a warning; here that is a `ParityError`, except for a head that an adapter ships whole
+    (`shipped`) and a pooler where only the hidden states are looked at.
     """
     options: dict[str, Any] = {}
     heads = [shipped[n] for n in ("classifier.weight", "score.weight") if n in shipped]
     if task in CLASSIFIERS and heads:
         options["num_labels"] = heads[0][0]
+    auto: Any = getattr(transformers, TASKS[task].auto)
+    place: Path | None = folder
+    settings = None if gguf_file else quantization_of(folder)
+    if settings:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        del config.quantization_config
+        with torch.device("meta"):
+            skeleton = auto.from_config(config)
+        auto, place = type(skeleton), None  # the class itself takes tensors in place of files
+        options["config"] = config
+        options["state_dict"] = dequantized_state(folder, settings, skeleton)
     if gguf_file:
         options["gguf_file"] = gguf_file
         options["quantization_config"] = transformers.GgufConfig(
             dequantize=True, gguf_file=gguf_file
         )
-    auto: Any = getattr(transformers, TASKS[task].auto)
     model, info = auto.from_pretrained(
-        folder,
+        place,
         dtype=torch.float32,
         attn_implementation="eager",
         local_files_only=True,
@@ -192,6 +210,8 @@ def load_model(
             raise ParityError(
                 folder.name, f"transformers loaded it with {problem}: {first}", "every tensor found"
             )
+    if simulated:
+        simulate(model, simulated, stored_dtype(folder))
     return model.eval()
 
 

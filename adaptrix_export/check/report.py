@@ -41,6 +41,16 @@ def table(report: Mapping[str, Any]) -> Table:
         f"{replay['failed']} failed",
         _verdict(replay["passed"]),
     )
+    if "base_weights" in report:
+        bases = report["base_weights"]
+        shown.add_row(
+            f"{bases['merged_into']} base against {bases['compared_with']}",
+            str(bases["positions"]),
+            _number(bases["max_abs"]),
+            _number(bases["mean_kl"]),
+            "n/a" if bases["top1"] is None else f"{100 * bases['top1']:.2f}%",
+            "for information",
+        )
     if replay["failures"]:
         shown.caption = "\n".join(
             escape(f"{failure['tensor']}: {failure['why']}") for failure in replay["failures"]

@@ -20,11 +20,13 @@ from adaptrix_export.plan import (
     Base,
     Delta,
     Dora,
+    Experts,
     LowRank,
     Plan,
     Replacement,
     Scaled,
     Term,
+    Tuned,
 )
 
 TOKENIZER_BYTES = 256 << 20  # Gemma's tokenizer.json has 33 MB
@@ -135,7 +137,10 @@ def _at(delta: Delta, module: str) -> Delta:
     return replace(delta, site=replace(delta.site, module=module))
 
 
-def _outputs(term: Term) -> int:
+def _outputs(term: Term) -> int | None:
+    """Outputs that the term acts on, or None for a kind that cannot be cut."""
+    if isinstance(term, (Experts, Tuned)):
+        return None
     return (term.vector if isinstance(term, Scaled) else term.b).shape[0]
 
 
@@ -143,6 +148,7 @@ def _cut(term: Term, part: Part) -> Term:
     """The term's outputs `part.start` to `part.stop` - 1."""
     if isinstance(term, Scaled):
         return replace(term, vector=Cut(term.vector, part.start, part.stop))
+    assert isinstance(term, (LowRank, Dora)), term  # of the others, `_outputs` is None
     b = Cut(term.b, part.start, part.stop)
     if isinstance(term, Dora):  # its norm is taken output by output
         return replace(term, b=b, magnitude=Cut(term.magnitude, part.start, part.stop))

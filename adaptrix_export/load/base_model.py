@@ -10,6 +10,7 @@ from typing import Any
 from adaptrix_export.errors import SourceError, UnsupportedError
 from adaptrix_export.load.architecture import FAMILIES, USUAL, Family, detect
 from adaptrix_export.load.experts import stack_experts
+from adaptrix_export.load.quantized_base import dequantized
 from adaptrix_export.load.source import Source, resolve
 from adaptrix_export.load.task import (
     FEATURES,
@@ -42,12 +43,6 @@ def open_base(spec: str, task: str = "auto", adapters: Iterable[str] = ()) -> Ba
 
         return open_gguf(source, source.gguf_file)
     config = read_json(source.folder / "config.json")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedError(
-            f"{spec}: config.json", f"a base quantized with {method}", "plain weights",
-            "merge into the unquantized base",
-        )  # fmt: skip
     task = choose_task(task, config, [adapter_config(spec) for spec in adapters])
     family = FAMILIES.get(str(config.get("model_type")), USUAL)
     files = weight_files(source)
@@ -55,12 +50,18 @@ def open_base(spec: str, task: str = "auto", adapters: Iterable[str] = ()) -> Ba
     _check_index(source, stored)
     unseen: tuple[Tensor, ...] = ()
     if task == GENERATION:
-        tensors = named_as_in_model(stored, family, config)
+        named = named_as_in_model(stored, family, config)
     else:
-        tensors, unseen = named_for_task(stored, family, task)
-    _check_pooler(source, str(config.get("model_type")), task, tensors)
+        named, unseen = named_for_task(stored, family, task)
+    _check_pooler(source, str(config.get("model_type")), task, named)
+    tensors: Mapping[str, Tensor] = named
+    quantization: str | None = None
+    if config.get("quantization_config"):
+        found = dequantized(spec, named, config, family)
+        tensors, config, quantization = found.tensors, dict(found.config), found.quantization
     tensors = stack_experts(tensors, str(config.get("model_type")), source.spec)
-    return replace(make_base(source, files, config, tensors, task), unseen=unseen)
+    base = make_base(source, files, config, tensors, task)
+    return replace(base, unseen=unseen, rebuilt=quantization is not None, quantization=quantization)
 
 
 def make_base(
@@ -133,7 +134,7 @@ def _check_index(source: Source, stored: list[StoredTensor]) -> None:
 
 def named_as_in_model(
     stored: list[StoredTensor], family: Family, config: Mapping[str, Any]
-) -> dict[str, Tensor]:
+) -> dict[str, StoredTensor]:
     """Tensors by their name in the model; each keeps its stored name.
 
     A checkpoint of the bare model (GPT-2's on the hub) leaves out the prefix that the model
@@ -162,7 +163,7 @@ def _check_pooler(source: Source, kind: str, task: str, tensors: Mapping[str, Te
 
 def named_for_task(
     stored: list[StoredTensor], family: Family, task: str
-) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+) -> tuple[dict[str, StoredTensor], tuple[Tensor, ...]]:
     """Tensors by their name in the live model of a task, and those that this model lacks.
 
     A checkpoint saved with any head has the prefix before its body, one of the bare model has
@@ -170,8 +171,8 @@ def named_for_task(
     """
     prefix = family.prefix + "."
     prefixed = any(tensor.name.startswith(prefix) for tensor in stored)
-    tensors: dict[str, Tensor] = {}
-    unseen = []
+    tensors: dict[str, StoredTensor] = {}
+    unseen: list[Tensor] = []
     for tensor in stored:
         in_body = tensor.name.startswith(prefix)
         if not prefixed:

@@ -65,7 +65,7 @@ def _repeated(base: Base, order: list[int]) -> Base:
         tensors=tensors,
         architecture=replace(base.architecture, stacks=stacks),
         rebuilt=True,
-        config_changes=_config(base, order),
+        config_changes={**base.config_changes, **_config(base, order)},
     )
 
 

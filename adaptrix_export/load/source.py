@@ -16,8 +16,10 @@ from pathlib import Path, PurePosixPath
 from adaptrix_export.errors import SourceError
 
 FORMS = "a folder, a .gguf file, hf:org/name@revision or package:NAME/FILE"
-HUB_FILES: tuple[str, ...] = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.gguf")
-HUB_FILES += ("adapter_model.bin", "layer_*.pt")  # of the pickles, only those of adapters
+HUB_FILES = (
+    *("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.gguf"),
+    *("adapter_model.bin", "layer_*.pt"),  # of the pickles, only those of adapters
+)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from adaptrix_export.load.tensors import itemsize
 from adaptrix_export.lower.artifact import Artifact
+from adaptrix_export.lower.tuned import layers_freed
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress
 
@@ -24,13 +25,15 @@ class Lowering:
 def _safetensors(plan: Plan, stage: Path, progress: Progress) -> Artifact:
     from adaptrix_export.lower.merged_safetensors import lower_merged_safetensors
 
-    return lower_merged_safetensors(plan, stage, progress)
+    with layers_freed():
+        return lower_merged_safetensors(plan, stage, progress)
 
 
 def _onnx(plan: Plan, stage: Path, progress: Progress) -> Artifact:
     from adaptrix_export.lower.merged_onnx import lower_merged_onnx
 
-    return lower_merged_onnx(plan, stage, progress)
+    with layers_freed():
+        return lower_merged_onnx(plan, stage, progress)
 
 
 def _bytes(plan: Plan, width: int | None = None) -> int:

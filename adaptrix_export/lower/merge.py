@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from adaptrix_export.load.tensors import DTYPES
-from adaptrix_export.plan import Array, Change, Dora, Experts, LowRank, Scaled, Tensor
+from adaptrix_export.plan import Array, Change, Dora, Experts, LowRank, Scaled, Tensor, Tuned
 
 BLOCK = 1 << 19  # values in a block: 4 MB in float64, about what a core's cache holds
 
@@ -136,11 +136,21 @@ def _experts(change: Change, term: Experts) -> Rows:
     return by_expert
 
 
+def _tuned(change: Change, term: Tuned) -> Rows:
+    """What the tuner's own layer makes of the whole parameter, less the parameter."""
+    from adaptrix_export.lower.tuned import merged_parameter  # needs PyTorch; the rest does not
+
+    whole = base_rows(change, 0, change.shape[0])
+    exact = merged_parameter(term, whole)
+    return lambda start, stop, base, so_far: exact[start:stop] - base
+
+
 _ADDED: dict[type, Callable[[Change, Any], Rows]] = {
     LowRank: _low_rank,
     Dora: _dora,
     Scaled: _scaled,
     Experts: _experts,
+    Tuned: _tuned,
 }
 
 

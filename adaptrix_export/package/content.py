@@ -96,8 +96,9 @@ def _write_config(artifact: Artifact, base: Base, is_graph: bool) -> None:
         if base.gguf_file is not None:
             config = {k: v for k, v in config.items() if k not in _CONFIG_PATH_KEYS}
         _write(path, config)
-    elif artifact.config_changes:
-        _write(path, _read(base.folder / CONFIG) | dict(artifact.config_changes))
+    elif artifact.config_changes or base.rebuilt:
+        # base.config: what the file says, but for a quantization that the weights have left
+        _write(path, dict(base.config) | dict(artifact.config_changes))
     else:
         shutil.copyfile(base.folder / CONFIG, path)
 

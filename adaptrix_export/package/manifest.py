@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptrix_export import __version__
 from adaptrix_export.errors import MachineError, SourceError
+from adaptrix_export.load.base_weights import how_read
 from adaptrix_export.package.hashes import (
     FileHash,
     InputFile,
@@ -90,6 +91,7 @@ def build_manifest(
         "versions": {name: v for name in LIBRARIES if (v := _version(name)) is not None},
         "history": list(plan.history),
         "adjustments": [asdict(adjustment) for adjustment in plan.adjustments],
+        "base_weights": how_read(plan.base),
         "sites": [site.path for site in plan.sites()],
         "untied": list(artifact.untied),
         "weights": {name: list(e) for name, e in artifact.weights.items()},

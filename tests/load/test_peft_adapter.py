@@ -118,7 +118,7 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path, base, edit, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"peft_type": "XLORA"}, "peft_type XLORA"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"bias": "some"}, "bias = 'some'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
