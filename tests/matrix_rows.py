@@ -147,7 +147,6 @@ LORA_REFUSED: tuple[Row, ...] = (
     _refused("QALoRA", {"use_qalora": True}),
     _refused("Arrow", {"arrow_config": {"top_k": 2}}),
     _refused("KaSA", {"kasa_config": {}, "use_kasa": True}),
-    _refused("dora + lora_bias", base=_BIASED, use_dora=True, lora_bias=True, target_modules=["Q"]),
 )
 
 
