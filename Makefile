@@ -1,6 +1,7 @@
 # Every target makes what it needs in .venv first; stamp files make a second run quick.
 #   make demo      build the demo artifact and let it speak        make lint type
 #   make test      everything that is quick                        make bench
+#   make matrix    every adapter kind on every base and target
 #   make test-all  everything                                      make clean
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ QUIET_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 DEMO := build/smollm2-pydoc
 
-.PHONY: demo test test-slow test-all lint type bench clean
+.PHONY: demo test test-slow test-all lint type bench matrix clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
@@ -42,6 +43,9 @@ type: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(QUIET_ENV) $(BIN)/python tests/bench/merge_speed.py
+
+matrix: $(VENV)/.test
+	$(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix --jobs 2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -82,6 +82,11 @@ def _stored(
     """Shape of the base's parameter, or the error that it is missing or no float."""
     name = f"{path}.{parameter}"
     tensor = base.tensors.get(base.tied.get(name, name))
+    if tensor is None and parameter == "bias" and f"{path}.weight" in base.tensors:
+        return UnsupportedError(
+            f"{adapter.name}: {path}", "a trained bias", "a module with a bias in the base",
+            "the merged model's class has no place for it; train without lora_bias or bias",
+        )  # fmt: skip
     if tensor is None:
         return AdapterError(
             f"{adapter.name}: {path}", f"no {parameter} in the base", "a module of the base",

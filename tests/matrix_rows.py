@@ -147,7 +147,6 @@ LORA_REFUSED: tuple[Row, ...] = (
     _refused("QALoRA", {"use_qalora": True}),
     _refused("Arrow", {"arrow_config": {"top_k": 2}}),
     _refused("KaSA", {"kasa_config": {}, "use_kasa": True}),
-    _refused("dora + lora_bias", {"use_dora": True, "lora_bias": True}),
 )
 
 
@@ -195,13 +194,21 @@ TUNERS: tuple[Row, ...] = (
     _tuner("VBLORA", r=2, num_vectors=16, vector_length=16, topk=2),
     _tuner("VERA", r=8),
     _tuner("WAVEFT", n_frequency=50),
-    _tuner("POLY", r=4),
-    Row("PROMPT_TUNING", {"num_virtual_tokens": 4}, tuner="PROMPT_TUNING"),
-    Row("P_TUNING", {"num_virtual_tokens": 4, "encoder_hidden_size": 8}, tuner="P_TUNING"),
-    Row("PREFIX_TUNING", {"num_virtual_tokens": 4}, tuner="PREFIX_TUNING", kinds=LM),
+)
+# What no weight can hold. Poly's forward pass wants task ids, the others need no weight to fail.
+TUNERS_REFUSED: tuple[Row, ...] = tuple(
+    Row(kind, options, tuner=kind, kinds=kinds, must="refused")
+    for kind, options, kinds in (
+        ("POLY", {"r": 4, "target_modules": BOTH}, KINDS),
+        ("PROMPT_TUNING", {"num_virtual_tokens": 4}, KINDS),
+        ("P_TUNING", {"num_virtual_tokens": 4, "encoder_hidden_size": 8}, KINDS),
+        ("PREFIX_TUNING", {"num_virtual_tokens": 4}, LM),
+        ("ADAPTION_PROMPT", {"adapter_len": 4, "adapter_layers": 1}, ("llama",)),
+        ("CPT", {"cpt_token_ids": [1, 2]}, LM),
+    )
 )
 
-ROWS = (*LORA, *LORA_REFUSED, *TUNERS)
+ROWS = (*LORA, *LORA_REFUSED, *TUNERS, *TUNERS_REFUSED)
 
 
 def named(value: Any, names: dict[str, str]) -> Any:

@@ -76,7 +76,7 @@ def save_adapter(base: Path, folder: Path, seed: int = 1, **options: Any) -> Pat
     settings = {"r": 4, "lora_alpha": 7, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     peft = get_peft_model(model, LoraConfig(**{**settings, **options}))
     for name, parameter in peft.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding_A" in name:  # the factors that begin as zeros
             torch.nn.init.normal_(parameter, std=0.05)
         elif "modules_to_save" in name:
             parameter.data += 0.02 * torch.randn_like(parameter)
