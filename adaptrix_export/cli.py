@@ -98,9 +98,18 @@ def main() -> None:
 @click.option("--target", metavar="onnx|safetensors", help="What to make.")
 @click.option("--out", metavar="DIR", help="The folder to publish; it must not exist yet.")
 @click.option("--frontend", metavar="auto|native", help="What draws the base's graph.")
-@click.option("--task", metavar="auto|text-generation|...", help="What the model is for.")
+@click.option(
+    "--task",
+    metavar="auto|text-generation|feature-extraction|text-classification|token-classification",
+    help="What the model is for.",
+)
 @click.option("--provider", metavar="cpu", help="Execution provider that the graph is made for.")
 @click.option("--precision", metavar="auto|fp32", help="Number format of the weights.")
+@click.option(
+    "--base-weights", metavar="auto|dequantized|original", help="Of a quantized base, which."
+)
+@click.option("--simulate", metavar="nf4|nf4-double", help="Quantize a plain base and back first.")
+@click.option("--original-base", metavar="SOURCE", help="The unquantized model of a quantized one.")
 @click.option("--allow-pickle", is_flag=True, default=None, help="Read adapter_model.bin.")
 @click.option(
     "--adaptrix-scaling", metavar="alpha_over_rank|stored|one",

@@ -60,11 +60,11 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
     progress = progress or Silent()
     original = open_plan(recipe)
     plan = verify(original)
-    check_finite(plan, progress)
     for step in passes(recipe):
         plan = verify(step(plan))
     lowering = LOWERINGS[recipe.target.value]
     with staging(recipe.out, lowering.estimate(plan)) as stage:
+        check_finite(plan, progress)
         inputs = InputHashes(original)
         artifact = lowering.lower(plan, stage, progress)
         write_package(artifact, plan)

@@ -257,6 +257,7 @@ BUILDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", BUILDS)
 def test_a_build_from_every_format(tmp_path, pair, form):
     base, lora = pair

@@ -100,7 +100,7 @@ FAULTS = {
 def test_negative_controls_publish_nothing(tmp_path, llama, monkeypatch, target, fault):
     """A fault in lowering is caught by the proof: exit 1, a rejected report, no artifact."""
     good = merge.merged_blocks
-    monkeypatch.setattr(merge, "merged_blocks", lambda c, d: good(FAULTS[fault](c), d))
+    monkeypatch.setattr(merge, "merged_blocks", lambda c, *rest: good(FAULTS[fault](c), *rest))
     monkeypatch.setattr(
         "adaptrix_export.lower.merged_safetensors.merged_blocks", merge.merged_blocks
     )

@@ -62,6 +62,7 @@ def test_a_trained_qlora_merges_into_what_its_training_saw(tmp_path, models):
     assert outcome.report["replay"]["worst"]["ulps"] <= 0.5001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["safetensors", "onnx"])
 def test_both_targets_of_a_quantized_base_are_proved(tmp_path, models, target):
     _, quantized, _, adapter = models
@@ -104,6 +105,7 @@ def test_simulated_weights_are_those_of_the_stored_checkpoint(tmp_path, kind):
         assert np.array_equal(ours.tensors[name].read(), tensor.read()), name
 
 
+@pytest.mark.slow
 def test_a_simulated_base_is_proved_and_compared_with_the_original(tmp_path, models):
     plain, _, _, adapter = models
     outcome = build(recipe(plain, adapter, tmp_path / "out", simulate="nf4-double"))
@@ -132,6 +134,7 @@ def test_the_original_weights_are_merged_into_when_named(tmp_path, models):
     assert (tmp_path / "c" / name).read_bytes() != (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["nibbles", "offset"])
 def test_a_wrong_reading_of_the_base_fails_parity(tmp_path, models, monkeypatch, fault):
     _, quantized, _, adapter = models

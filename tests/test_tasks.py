@@ -59,6 +59,7 @@ def test_an_encoder_is_proved_on_padded_batches(tmp_path, bert, target):
     assert found["parity"]["passed"]
 
 
+@pytest.mark.slow
 def test_an_encoder_that_forgets_its_mask_is_not_published(tmp_path, bert, monkeypatch):
     """Negative control: the graph as mobius makes it is right for one row only."""
     monkeypatch.setattr("adaptrix_export.lower.merged_onnx.wire_key_mask", lambda model: 0)
@@ -70,6 +71,7 @@ def test_an_encoder_that_forgets_its_mask_is_not_published(tmp_path, bert, monke
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_classifier_brings_its_head(tmp_path):
     base = save_base("bert", tmp_path / "base", num_hidden_layers=2, shard="100KB")
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=5)

@@ -125,6 +125,7 @@ def test_a_split_adapter_on_a_fused_base(tmp_path, twins, options):
     assert again["parity"]["passed"] and again["parity"]["adjustments"]
 
 
+@pytest.mark.slow
 def test_a_split_build_is_proved(tmp_path, twins):
     adapter = save_adapter(
         twins[0], tmp_path / "a", target_modules=FUSED, rank_pattern={"qkv_proj": 2}
@@ -202,7 +203,8 @@ def test_renames_of_transformers_5(tmp_path):
     save_file(inside, base / "model.safetensors", {"format": "pt"})
     edit_tensors(adapter, lambda t: rename(t, "model.", "language_model.model."))
     plan = verify(plan_of(base, adapter))
-    assert [a.kind for a in plan.adjustments] == ["renamed"] * 2
+    (note,) = plan.adapters[0].notes  # the key parser knows this rename
+    assert "model.language_model" in note
     paths = [site.path for site in plan.sites()]
     assert paths == [f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(2)]
     # an adapter of the text model alone is no adapter of the model around it
@@ -309,6 +311,7 @@ def test_misfits_are_an_error_or_dropped_and_listed(tmp_path):
     assert difference(live(base, whole), tmp_path / "out") > 1e-3  # negative control
 
 
+@pytest.mark.slow
 def test_the_proof_sees_a_site_that_was_dropped_too_much(tmp_path, monkeypatch):
     """Negative control: one more site gone than the oracle knows of."""
     from dataclasses import replace

