@@ -160,7 +160,6 @@ _OWN_TARGETS = ("TRAINABLE_TOKENS", "ADAPTION_PROMPT", "SHADOW")
 # Sizes divide those of the models in tiny.py: 64 and 96 wide.
 TUNERS: tuple[Row, ...] = (
     _tuner("ADALORA", init_r=4, target_r=2, total_step=10),
-    _tuner("ADAMSS", r=8, num_subspaces=2),
     _tuner("BEFT"),
     _tuner("BOFT", boft_block_size=4),
     _tuner("C3A", block_size=8),
@@ -206,6 +205,12 @@ TUNERS_REFUSED: tuple[Row, ...] = tuple(
         ("ADAPTION_PROMPT", {"adapter_len": 4, "adapter_layers": 1}, ("llama",)),
         ("CPT", {"cpt_token_ids": [1, 2]}, LM),
     )
+)
+
+# The same, saved as a LoRA and renamed: to make one takes data, other adapters or scikit-learn.
+TUNERS_REFUSED += tuple(
+    _only(KINDS, _refused(kind, {"peft_type": kind}))
+    for kind in ("ADAMSS", "CARTRIDGE", "MULTITASK_PROMPT_TUNING", "XLORA")
 )
 
 ROWS = (*LORA, *LORA_REFUSED, *TUNERS, *TUNERS_REFUSED)
