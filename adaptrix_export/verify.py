@@ -12,12 +12,14 @@ from adaptrix_export.load.fused import fused_hint
 from adaptrix_export.load.task import TASKS
 from adaptrix_export.load.tensors import FLOATS
 from adaptrix_export.load.tuners import own_sizes
+from adaptrix_export.load.views import Flattened
 from adaptrix_export.plan import (
     Adapter,
     Base,
     Delta,
     Dora,
     Experts,
+    LowRank,
     Plan,
     Replacement,
     Scaled,
@@ -107,7 +109,11 @@ def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> Iterator[InputEr
         outputs, inputs = shape[-2:]  # added to the parameter as it is stored
         yield from _check_terms(base, adapter, delta, outputs, inputs)
         return
-    dims = 2 if delta.parameter == "weight" else 1
+    factors = [term.a for term in delta.terms if isinstance(term, LowRank)]
+    kernels = [a.source.shape[1:] for a in factors if isinstance(a, Flattened)]
+    if kernels and all(kernel == shape[1:] for kernel in kernels):
+        shape = (shape[0], prod(shape[1:]))
+    dims = 1 if delta.parameter == "bias" else 2
     if len(shape) != dims:
         yield UnsupportedError(
             f"{adapter.name}: {delta.name}", f"shape {list(shape)}", f"{dims} dimensions"

@@ -86,6 +86,11 @@ def _effect(layer: Any, name: str, parameter: str) -> tuple[Any, bool]:
     kind = kind_of(layer)
     if kind.startswith("lora.ParamWrapper("):
         return _wrapped_parameter(layer, name, parameter)
+    if parameter.startswith("out_proj."):  # MultiheadAttention's: its `merge` adds it twice
+        inside = layer.get_base_layer().out_proj
+        once, changed = live_parameter(layer.get_base_layer(), parameter)
+        own = _own(inside.get_base_layer(), parameter.removeprefix("out_proj."), name).double()
+        return 2 * once - own, changed
     effect = EFFECTS.get(kind)
     base = _own(layer.get_base_layer(), parameter, name).double()
     if effect is None:
@@ -126,6 +131,25 @@ def _lora_conv1d(layer: Any, parameter: str) -> Any:
     """The same, laid out (in, out) as GPT-2's Conv1D stores its weight."""
     added = _lora_linear(layer, parameter)
     return added.T if parameter == "weight" and added is not None else added
+
+
+def _lora_convolution(layer: Any, parameter: str) -> Any:
+    """scaling * B @ A over the flattened kernels, in the kernel's own shape; one group."""
+    if parameter != "weight":
+        return None
+    weight, total = layer.get_base_layer().weight, None
+    for adapter in layer.active_adapters:
+        if adapter in layer.lora_A:
+            a = layer.lora_A[adapter].weight.detach().double().flatten(1)
+            b = layer.lora_B[adapter].weight.detach().double().flatten(1)
+            term = layer.scaling[adapter] * (b @ a).view(weight.shape)
+            total = term if total is None else total + term
+    return total
+
+
+def _lora_attention(layer: Any, parameter: str) -> Any:
+    """scaling * B @ A on the fused input projection of MultiheadAttention."""
+    return _lora_linear(layer, "weight") if parameter == "in_proj_weight" else None
 
 
 def _lora_embedding(layer: Any, parameter: str) -> Any:
@@ -211,6 +235,11 @@ EFFECTS: dict[str, Effect] = {
     "lora.Linear(Linear)": _lora_linear,
     "lora.Linear(Conv1D)": _lora_conv1d,
     "lora.Embedding(Embedding)": _lora_embedding,
+    "lora.Conv1d(Conv1d)": _lora_convolution,
+    "lora.Conv2d(Conv2d)": _lora_convolution,
+    "lora.Conv3d(Conv3d)": _lora_convolution,
+    "lora.MultiheadAttention(MultiheadAttention)": _lora_attention,
+    "lora.Linear(NonDynamicallyQuantizableLinear)": _lora_linear,  # its output projection
     "lora.Linear(Linear)+DoraLinearVariant": _dora(turned=False),
     "lora.Linear(Conv1D)+DoraLinearVariant": _dora(turned=True),
     "lora.Embedding(Embedding)+DoraEmbeddingVariant": _dora(turned=True),

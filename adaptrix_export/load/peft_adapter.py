@@ -24,7 +24,7 @@ from adaptrix_export.load.tensors import StoredTensor, read_json, read_safetenso
 from adaptrix_export.load.torch_file import read_torch_file
 from adaptrix_export.load.tuned_adapter import open_tuned
 from adaptrix_export.load.turned import Turned
-from adaptrix_export.load.views import upright
+from adaptrix_export.load.views import Flattened, upright
 from adaptrix_export.plan import (
     Adapter,
     Base,
@@ -94,9 +94,15 @@ def open_peft(source: Source, base: Base, place: str, reading: Reading) -> Adapt
     stored, notes = canonical(place, found, base)
     parts = _sort_tensors(place, stored)
     inside, parts = take_parameters(place, config, base, parts, rank_and_scale)
+    parts = _attention_paths(base, parts)
     sites = {path: base.architecture.site_of(path) for path in sorted(parts)}
     whole = [r for path, site in sites.items() for r in _whole(place, config, site, parts[path])]
-    deltas = [d for path, site in sites.items() for d in _deltas(place, config, site, parts[path])]
+    fused = {path: _FUSED for path in sites if f"{path}.{_FUSED}" in base.tensors}
+    deltas = [
+        _as_attention_runs(base, delta)
+        for path, site in sites.items()
+        for delta in _deltas(place, config, site, parts[path], fused.get(path, "weight"))
+    ]
     return Adapter(
         name=place,
         spec=source.spec,
@@ -242,7 +248,35 @@ def _unknown(place: str, key: str, expected: str) -> AdapterError:
     )  # fmt: skip
 
 
-def _deltas(place: str, config: Mapping[str, Any], site: Site, parts: Parts) -> list[Delta]:
+_FUSED = "in_proj_weight"  # what MultiheadAttention stores q, k and v in
+
+
+def _attention_paths(base: Base, parts: dict[str, Parts]) -> dict[str, Parts]:
+    """PEFT keeps the output projection of a MultiheadAttention inside its own layer:
+    `attn.base_layer.out_proj` is the base's `attn.out_proj`."""
+    inner = ".base_layer.out_proj"
+    return {
+        path.removesuffix(inner) + ".out_proj"
+        if path.endswith(inner) and f"{path.removesuffix(inner)}.{_FUSED}" in base.tensors
+        else path: held
+        for path, held in parts.items()
+    }
+
+
+def _as_attention_runs(base: Base, delta: Delta) -> Delta:
+    """PEFT's MultiheadAttention merges its output projection twice whenever it runs, in training
+    as well (`merge` of PEFT 0.21, with and without `safe_merge`): the live model has twice the
+    delta there, and so has ours."""
+    owner, _, last = delta.site.path.rpartition(".")
+    if last != "out_proj" or f"{owner}.{_FUSED}" not in base.tensors:
+        return delta
+    doubled = (replace(t, scale=2 * t.scale) for t in delta.terms if isinstance(t, LowRank))
+    return replace(delta, terms=tuple(doubled))
+
+
+def _deltas(
+    place: str, config: Mapping[str, Any], site: Site, parts: Parts, weight: str = "weight"
+) -> list[Delta]:
     """What the factors in the file add to one module's weight and bias."""
     if not any(part in parts for part in _FACTORS):
         return []
@@ -252,13 +286,11 @@ def _deltas(place: str, config: Mapping[str, Any], site: Site, parts: Parts) -> 
         raise AdapterError(f"{place}: {path}", f"no {missing}", "both factors", "save it again")
     a: Tensor = parts["a"]
     b: Tensor = parts["b"]
-    if len(a.shape) != 2 or len(b.shape) != 2:
-        raise UnsupportedError(
-            f"{place}: {path}", f"factors of shape {a.shape} and {b.shape}", "matrices",
-            "convolutions cannot be built yet",
-        )  # fmt: skip
     rank, scale = rank_and_scale(place, path, config)
-    a, b = upright(a, b, rank)
+    if len(a.shape) == len(b.shape) == 2:
+        a, b = upright(a, b, rank)
+    else:
+        a, b = _of_convolution(place, path, parts, rank)
     if a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterError(
             f"{place}: {path}", f"rank {a.shape[0]} in lora_A and {b.shape[1]} in lora_B",
@@ -270,7 +302,7 @@ def _deltas(place: str, config: Mapping[str, Any], site: Site, parts: Parts) -> 
     if "magnitude" in parts:
         deltas.append(Delta(site, (Dora(a, b, scale, parts["magnitude"]),)))
     else:
-        deltas.append(Delta(site, (LowRank(a, b, scale),)))
+        deltas.append(Delta(site, (LowRank(a, b, scale),), weight))
     if "b_bias" in parts:
         if "magnitude" in parts:
             raise UnsupportedError(
@@ -279,6 +311,20 @@ def _deltas(place: str, config: Mapping[str, Any], site: Site, parts: Parts) -> 
             )  # fmt: skip
         deltas.append(Delta(site, (Scaled(parts["b_bias"], scale),), "bias"))
     return deltas
+
+
+def _of_convolution(place: str, path: str, parts: Parts, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors (r, in, k...) and (out, r, 1...) as matrices: their product, laid out as the
+    kernel is, is what PEFT adds. Raises UnsupportedError for DoRA and for groups."""
+    a, b = parts["a"], parts["b"]
+    plain = len(a.shape) == len(b.shape) and b.shape[1:] == (rank, *(1,) * (len(b.shape) - 2))
+    if not plain or "magnitude" in parts:
+        found = "DoRA" if plain else f"factors of shape {a.shape} and {b.shape}"
+        raise UnsupportedError(
+            f"{place}: {path}", f"{found} on a convolution", "plain LoRA, one group",
+            "merge this adapter with PEFT and build the merged model",
+        )  # fmt: skip
+    return Flattened(a), Flattened(b)
 
 
 def _check_flag(

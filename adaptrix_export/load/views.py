@@ -7,6 +7,7 @@ is changed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,21 @@ class Transposed(_View):
 
     def rows(self, start: int, stop: int) -> Array:
         return self.source.read()[:, start:stop].T
+
+
+@dataclass(frozen=True)
+class Flattened(_View):
+    """A convolution's factor (n, m, k, ...) as a matrix (n, m * k * ...)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.source.shape[0], prod(self.source.shape[1:]))
+
+    def read(self) -> Array:
+        return self.source.read().reshape(self.shape)
+
+    def rows(self, start: int, stop: int) -> Array:
+        return self.source.rows(start, stop).reshape(stop - start, -1)
 
 
 @dataclass(frozen=True)

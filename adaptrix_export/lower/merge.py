@@ -78,10 +78,10 @@ def base_rows(change: Change, start: int, stop: int) -> Array:
 
 
 def _low_rank(change: Change, term: LowRank) -> Rows:
-    """scale * b @ a, transposed where the base is."""
+    """scale * b @ a, transposed where the base is, in the shape of a convolution's kernel."""
     left, right = _factors(change, term)
     right *= term.scale
-    return lambda start, stop, base, so_far: left[start:stop] @ right
+    return lambda start, stop, base, so_far: (left[start:stop] @ right).reshape(base.shape)
 
 
 def _dora(change: Change, term: Dora) -> Rows:
