@@ -287,6 +287,7 @@ def test_a_scale_that_is_ignored_gives_another_model(tmp_path, pair, monkeypatch
     assert (logits(live(base, tmp_path / "out")) - logits(live(base, lora))).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_stock_adapter_is_its_own_oracle(tmp_path, pair):
     base, lora = pair
     outcome = build(

@@ -171,6 +171,7 @@ def test_verify_finds_what_changed(tmp_path, llama):
         verify_artifact(out)
 
 
+@pytest.mark.slow
 def test_verify_proves_again_and_notices_a_forged_manifest(tmp_path, llama):
     """Weights changed and the manifest made to fit: hashes pass, parity does not."""
     from adaptrix_export.package import hash_file

@@ -199,6 +199,7 @@ def test_a_config_that_speaks_of_another_checkpoint_is_refused(tmp_path, models)
         open_base(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [[16, 32], [24, 40], None])
 def test_fp8_reads_as_transformers_reads_it(tmp_path, models, tile):
     """Against transformers' own `Fp8Dequantize` where the tiles divide the matrix."""

@@ -46,6 +46,7 @@ def bert(tmp_path_factory):
     return base, save_trained(model, folder / "a", target_modules="all-linear")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["safetensors", "onnx"])
 def test_an_encoder_is_proved_on_padded_batches(tmp_path, bert, target):
     outcome = build(recipe(*bert, target, tmp_path / "out"))

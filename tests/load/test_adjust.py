@@ -241,6 +241,7 @@ def tokenizer(folder: Path, tokens: int) -> None:
     made_of.save(str(folder / "tokenizer.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [320, 300, 296])
 def test_padding_rows_of_the_vocabulary(tmp_path, rows):
     """The adapter's model had `rows` tokens, the base has 300, the tokenizer 290."""
