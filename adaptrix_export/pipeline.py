@@ -35,7 +35,8 @@ from adaptrix_export.package import (
 from adaptrix_export.passes.compose import Compose
 from adaptrix_export.plan import Pass, Plan
 from adaptrix_export.progress import Progress, Silent
-from adaptrix_export.recipe import ParityLevel, Recipe
+from adaptrix_export.recipe import Recipe
+from adaptrix_export.recipe_words import ParityLevel
 from adaptrix_export.verify import verify
 
 REPORT = "report.json"

@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 
 import adaptrix_export
 from adaptrix_export import recipe, terminal
-from adaptrix_export.cli import build as build_command
 from adaptrix_export.cli import main
+from adaptrix_export.commands.build import build as build_command
 from adaptrix_export.errors import AdapterError, ParityError, VerificationError
 from adaptrix_export.pipeline import Outcome
 from tests.tiny import save_adapter, save_base

@@ -1,0 +1,16 @@
+"""Command `schema`: the JSON Schema of a recipe."""
+
+from __future__ import annotations
+
+import click
+
+from adaptrix_export import failures
+from adaptrix_export.commands.options import examples
+
+
+@click.command(epilog=examples("schema > recipe.schema.json"))
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from adaptrix_export.recipe import recipe_schema
+
+    failures.print_json(recipe_schema())

@@ -1,0 +1,35 @@
+"""Command `verify`: a published artifact checked again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from adaptrix_export import failures
+from adaptrix_export.commands.options import examples, shared_options
+
+
+@click.command(
+    short_help="Check a published artifact.",
+    epilog=examples("verify build/smollm2-pydoc", "verify build/smollm2-pydoc --json"),
+)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--base", metavar="SOURCE", help="Where the base is now, if it was moved.")
+@click.option("--adapter", "adapters", multiple=True, metavar="SOURCE", help="The same; repeat it.")
+@shared_options
+def verify(artifact: Path, base: str | None, adapters: tuple[str, ...], as_json: bool) -> None:
+    """Check a published ARTIFACT: its hashes, and parity when base and adapters are at hand."""
+    from adaptrix_export.published import verify_artifact
+    from adaptrix_export.terminal import progress
+
+    with progress() as telling:
+        found = verify_artifact(artifact, telling, base, adapters)
+    if as_json:
+        failures.print_json(found)
+        return
+    if found["parity"] is not None:
+        failures.print_table(found["parity"])
+    if found["note"]:
+        click.echo(f"note: {found['note']}")
+    click.echo(f"verified {artifact}, {found['files']} files")
