@@ -23,7 +23,7 @@ import numpy as np
 
 from adaptrix_export.errors import SourceError, UnsupportedError
 from adaptrix_export.load.four_bit import BLOCK_SIZES, LEVELS, scaled_levels, unpack
-from adaptrix_export.load.tensors import DTYPES, FLOATS, StoredTensor
+from adaptrix_export.load.tensors import DTYPES, FLOATS, ByRows, StoredTensor
 from adaptrix_export.plan import Array, Tensor
 
 STATE = ".quant_state.bitsandbytes__"
@@ -45,7 +45,7 @@ class Nested:
 
 
 @dataclass(frozen=True)
-class FourBitTensor:
+class FourBitTensor(ByRows):
     """An NF4 or FP4 matrix that reads as the dtype that it had when it was quantized."""
 
     name: str
@@ -56,9 +56,6 @@ class FourBitTensor:
     packed: StoredTensor  # as bytes, one dimension
     absmax: StoredTensor
     nested: Nested | None = None
-
-    def read(self) -> Array:
-        return self.rows(0, self.shape[0])
 
     def rows(self, start: int, stop: int) -> Array:
         row = prod(self.shape[1:])
@@ -80,7 +77,7 @@ class FourBitTensor:
 
 
 @dataclass(frozen=True)
-class EightBitTensor:
+class EightBitTensor(ByRows):
     """An LLM.int8 matrix: `number * SCB of its row / 127` in float32, rounded to `dtype`."""
 
     name: str
@@ -91,9 +88,6 @@ class EightBitTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.stored.shape
-
-    def read(self) -> Array:
-        return self.rows(0, self.shape[0])
 
     def rows(self, start: int, stop: int) -> Array:
         numbers = self.stored.rows(start, stop).astype(np.float32)

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from adaptrix_export.errors import SourceError, UnsupportedError
-from adaptrix_export.load.tensors import DTYPES, FLOATS, StoredTensor
+from adaptrix_export.load.tensors import DTYPES, FLOATS, ByRows, StoredTensor
 from adaptrix_export.plan import Array, Tensor
 
 SCALE, ACTIVATION = "_scale_inv", "activation_scale"
 
 
 @dataclass(frozen=True)
-class Fp8Tensor:
+class Fp8Tensor(ByRows):
     """`tile` is (rows, columns) that share a scale; None: all share one."""
 
     name: str
@@ -33,9 +33,6 @@ class Fp8Tensor:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.stored.shape
-
-    def read(self) -> Array:
-        return self.rows(0, self.shape[0])
 
     def rows(self, start: int, stop: int) -> Array:
         numbers = self.stored.rows(start, stop).astype(np.float32)

@@ -14,6 +14,7 @@ import numpy as np
 
 from adaptrix_export.errors import SourceError, UnsupportedError
 from adaptrix_export.load.gguf_header import GgufHeader, GgufTensor, read_gguf, stored_bytes
+from adaptrix_export.load.tensors import ByRows
 from adaptrix_export.plan import Array
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ _BLOCK = {
 
 
 @dataclass(frozen=True)
-class DequantizedTensor:
+class DequantizedTensor(ByRows):
     """A GGUF tensor that reads as float32; `heads` > 0 undoes the row order of that many heads."""
 
     name: str
@@ -69,9 +70,6 @@ class DequantizedTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.stored.shape
-
-    def read(self) -> Array:
-        return self.rows(0, self.shape[0])
 
     def rows(self, start: int, stop: int) -> Array:
         if not self.heads:

@@ -20,7 +20,7 @@ from adaptrix_export.load.bitsandbytes import (
     read_bitsandbytes,
 )
 from adaptrix_export.load.fp8 import Fp8Tensor, read_fp8
-from adaptrix_export.load.tensors import StoredTensor
+from adaptrix_export.load.tensors import ByRows, StoredTensor
 from adaptrix_export.plan import Array, Tensor
 
 COMPUTING = ", computing in"
@@ -116,7 +116,7 @@ def _kind(tensor: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Turned:
+class Turned(ByRows):
     """A matrix that is stored transposed: bitsandbytes turns a Conv1D into a Linear."""
 
     source: FourBitTensor | EightBitTensor | Fp8Tensor
@@ -132,9 +132,6 @@ class Turned:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.source.shape[::-1]
-
-    def read(self) -> Array:
-        return self.rows(0, self.shape[0])
 
     def rows(self, start: int, stop: int) -> Array:
         return _whole(self.source)[:, start:stop].T

@@ -20,7 +20,7 @@ from adaptrix_export.load.four_bit import (
     nf4_numbers,
     scaled_levels,
 )
-from adaptrix_export.load.tensors import DTYPES
+from adaptrix_export.load.tensors import DTYPES, ByRows
 from adaptrix_export.plan import Array, Base, Site, Tensor
 
 BLOCK = 64  # what bitsandbytes and transformers quantize with
@@ -31,7 +31,7 @@ _READ = 1 << 22  # values at a time while the scales of a tensor are collected
 
 
 @dataclass(frozen=True)
-class SimulatedTensor:
+class SimulatedTensor(ByRows):
     """`source` in NF4 and back; of the same dtype, since that is bitsandbytes' rule."""
 
     source: Tensor
@@ -49,9 +49,6 @@ class SimulatedTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.source.shape
-
-    def read(self) -> Array:
-        return self.rows(0, self.shape[0])
 
     def rows(self, start: int, stop: int) -> Array:
         if self.turned:

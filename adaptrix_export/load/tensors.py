@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -41,6 +42,18 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 FLOATS = ("F64", "F32", "F16", "BF16")  # what a delta can be added to
 MAX_HEADER = 100 << 20  # the library's own limit, in bytes
+
+
+class ByRows(ABC):
+    """A `plan.Tensor` that is decoded row by row: all of it is all of its rows."""
+
+    shape: Any  # tuple[int, ...], as a field or as a property
+
+    def read(self) -> Array:
+        return self.rows(0, self.shape[0])
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Array: ...
 
 
 @dataclass(frozen=True)
