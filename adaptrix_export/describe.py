@@ -8,6 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from adaptrix_export.plan import Adapter, Base, Dora, LowRank, Plan, Tensor, Tuned
+from adaptrix_export.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,20 +21,30 @@ BITS = {
 }  # fmt: skip
 
 
-def inspect(base: str, adapters: Sequence[str]) -> dict[str, Any]:
-    """Open a base and adapters by their specs and describe them.
+def inspect(
+    base: str, adapters: Sequence[str], layers: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Open a base and adapters by their specs and describe them; `layers` adds the layer map.
 
     Raises what opening raises, and AdapterError for an adapter that does not fit the base.
     """
+    from adaptrix_export.layer_map import layer_map
     from adaptrix_export.load import open_adapter, open_base
     from adaptrix_export.load.adjust import adjusted
+    from adaptrix_export.load.replication import repeat_layers
     from adaptrix_export.verify import verify
 
     opened = open_base(base, adapters=adapters)
     found = [open_adapter(adapter, opened) for adapter in adapters]
     # one by one: they are not to be merged together
-    plans = [verify(adjusted(Plan(opened, (adapter,)))) for adapter in found]
-    return describe(opened, [plan.adapters[0] for plan in plans])
+    plans = [verify(adjusted(repeat_layers(Plan(opened, (adapter,))))) for adapter in found]
+    facts = describe(opened, [plan.adapters[0] for plan in plans])
+    if layers:
+        # one of the adapters may repeat layers: the deepest model has room for all of them
+        bases = [opened, *(plan.base for plan in plans)]
+        deepest = max(bases, key=lambda b: [stack.count for stack in b.architecture.stacks])
+        facts["layer_map"] = layer_map(deepest, plans, progress or Silent())
+    return facts
 
 
 def describe(base: Base, adapters: Sequence[Adapter]) -> dict[str, Any]:
@@ -132,8 +143,12 @@ def rendered(facts: Mapping[str, Any]) -> RenderableType:
     """`describe`'s facts for a terminal."""
     from rich.console import Group
 
+    from adaptrix_export import layer_map
+
     parts: list[RenderableType] = [_base_table(facts["base"]), _module_table(facts["modules"])]
     parts += [_adapter_table(adapter) for adapter in facts["adapters"]]
+    if "layer_map" in facts:
+        parts.append(layer_map.rendered(facts["layer_map"]))
     return Group(*parts)
 
 
