@@ -9,8 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from adaptrix_export.load.task import FEATURES
 from adaptrix_export.package.genai import GRAPH, genai_config, token_ids
 from adaptrix_export.package.model_config import portable_config
+from adaptrix_export.package.sentence import copy_sentence_files
 
 if TYPE_CHECKING:
     from adaptrix_export.lower.artifact import Artifact
@@ -61,7 +63,7 @@ def write_package(artifact: Artifact, plan: Plan) -> None:
     safetensors: config.json as in the base, byte for byte unless the merge changed keys of it.
     onnx: a config.json that transformers 4 and 5 read alike, and genai_config.json where the
     graph is a decoder. Tokenizer files are the base's own; a GGUF base has them made from its
-    metadata.
+    metadata. A sentence encoder keeps the modules that sentence-transformers puts behind it.
     """
     stage, base = artifact.folder, plan.base
     is_graph = artifact.target.startswith("onnx")
@@ -69,6 +71,8 @@ def write_package(artifact: Artifact, plan: Plan) -> None:
         _tokenizer_from_gguf(base, stage)
     else:
         _copy(base.folder, stage)
+        if base.task == FEATURES:
+            copy_sentence_files(base.folder, stage)
         if is_graph:
             _complete_tokenizer(base, stage)
     if is_graph or base.gguf_file is not None:
