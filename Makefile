@@ -1,7 +1,10 @@
 # Every target makes what it needs in .venv first; stamp files make a second run quick.
 #   make demo      build the demo artifact and let it speak        make lint type
 #   make test      everything that is quick                        make bench
+#   make gates     whether context preservation reduces forgetting, in a table
 #   make matrix    every adapter kind on every base and target
+#   make fidelity  what redistribution keeps, strategy by strategy; hours
+#   make zoo       a random replica of every model type, built and compared
 #   make test-all  everything                                      make clean
 
 PYTHON ?= python3
@@ -21,7 +24,7 @@ DEMO := build/smollm2-pydoc
 export PYTHONDONTWRITEBYTECODE :=
 export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/byte-code
 
-.PHONY: demo test test-slow test-all lint type bench matrix clean
+.PHONY: demo test test-slow test-all lint type bench matrix fidelity zoo gates clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
@@ -47,9 +50,20 @@ type: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(QUIET_ENV) $(BIN)/python tests/bench/merge_speed.py
+	$(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python tests/bench/switching.py
+	$(QUIET_ENV) $(BIN)/python -m tests.bench.gates
+
+gates: $(VENV)/.test
+	$(QUIET_ENV) $(BIN)/python -m tests.gate_table
 
 matrix: $(VENV)/.test
 	$(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix --jobs 2
+
+fidelity: $(VENV)/.test
+	$(QUIET_ENV) $(BIN)/python -m tests.fidelity
+
+zoo: $(VENV)/.test
+	$(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo --jobs 2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

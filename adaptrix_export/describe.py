@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from adaptrix_export.plan import Adapter, Base, Dora, LowRank, Plan, Tensor, Tuned
+from adaptrix_export.plan import Adapter, Base, Dora, LowRank, Plan, Tensor, Tuned, leaves
 from adaptrix_export.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _modules(base: Base) -> list[dict[str, Any]]:
 
 def _adapter(adapter: Adapter) -> dict[str, Any]:
     config = adapter.config
-    terms = [term for delta in adapter.deltas for term in delta.terms]
+    terms = [term for delta in adapter.deltas for term in leaves(delta.terms)]
     tensors = [tensor for term in terms for tensor in term.tensors]
     tensors += [saved.tensor for saved in adapter.replacements]
     sites = [delta.site for delta in adapter.deltas]

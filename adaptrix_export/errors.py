@@ -9,6 +9,7 @@
     │   └── OutputError                the output place cannot be used
     ├── ProofError            exit 1   a check failed; nothing was published
     │   ├── ParityError
+    │   ├── FidelityError              a redistribution kept less than was asked for
     │   └── VerificationError          a published artifact no longer is what its manifest says
     └── MachineError          exit 3   the machine failed us: disk full, out of memory, a crash
 
@@ -75,6 +76,12 @@ class ProofError(AdaptrixError):
 
 class ParityError(ProofError):
     """`report` is the whole parity report, when there is one."""
+
+    report: dict[str, Any] | None = None
+
+
+class FidelityError(ProofError):
+    """`report` holds what was measured."""
 
     report: dict[str, Any] | None = None
 

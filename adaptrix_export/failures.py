@@ -56,11 +56,19 @@ def print_json(document: Any) -> None:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """The parity report as a table on stdout."""
-    from adaptrix_export.check.report import table
+    """A report's tables on stdout: what a redistribution kept, parity, and gates."""
+    from adaptrix_export.check.report import gates_table, table
+    from adaptrix_export.fidelity_table import fidelity_table
     from adaptrix_export.terminal import show
 
+    for name, told in report.get("fidelity", {}).items():
+        show(fidelity_table(name, told))
+    if "cases" not in report:
+        return
     show(table(report))
+    gates = gates_table(report)
+    if gates is not None:
+        show(gates)
 
 
 def _known(error: Exception) -> AdaptrixError | None:

@@ -6,7 +6,7 @@ turns one into bytes. Shapes are written as PyTorch has them: a Linear weight is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -17,6 +17,7 @@ from numpy import dtype, ndarray
 
 if TYPE_CHECKING:
     from adaptrix_export.load.architecture import Architecture
+    from adaptrix_export.passes.composition import Composition
 
 
 Array = ndarray[Any, dtype[Any]]
@@ -122,13 +123,15 @@ class Experts:
 
     What `target_parameters` trains. `a` is (experts * r, in) with the expert slowest, `b` is
     (out, r * experts) with the expert fastest, as PEFT's ParamWrapper lays them out. Added to the
-    parameter as it is stored, whatever its module does with it.
+    parameter as it is stored, whatever its module does with it. `turned`: the parameter is
+    (experts, in, out), and gains the transpose.
     """
 
     a: Tensor
     b: Tensor
     scale: float
     experts: int
+    turned: bool = False
 
     @property
     def rank(self) -> int:
@@ -155,7 +158,48 @@ class Tuned:
     tensors: tuple[Tensor, ...] = ()
 
 
-Term = LowRank | Dora | Scaled | Experts | Tuned
+@dataclass(frozen=True)
+class Part:
+    """One adapter's share in a `Composed` term: its own terms at the parameter, and its weight."""
+
+    adapter: str
+    terms: tuple[LowRank | Dora | Scaled | Experts | Tuned, ...]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Composed:
+    """One delta made of several adapters' deltas, each as it acts alone on the base.
+
+    `method` is a row of `passes/methods.py`, which says what the options mean to it; `name` is the
+    parameter's, of which random draws depend. Evaluated by `lower/composed.py`.
+    """
+
+    method: str
+    name: str
+    parts: tuple[Part, ...]
+    density: float | None = None
+    rank: int | None = None
+    election: str = "total"
+    seed: int = 0
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(t for part in self.parts for term in part.terms for t in term.tensors)
+
+
+Leaf = LowRank | Dora | Scaled | Experts | Tuned
+Term = Leaf | Composed
+
+
+def leaves(terms: Iterable[Term]) -> Iterator[Leaf]:
+    """The terms that read tensors: those inside a composition in its place."""
+    for term in terms:
+        if isinstance(term, Composed):
+            for part in term.parts:
+                yield from part.terms
+        else:
+            yield term
 
 
 @dataclass(frozen=True)
@@ -260,6 +304,7 @@ class Change:
     transposed: bool
     terms: tuple[Term, ...] = ()
     rows: tuple[Replacement, ...] = ()
+    blend: float = 1.0  # share of the terms' sum that is added
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -284,6 +329,24 @@ class Adjustment:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """What becomes of the adapters' contribution d at one site, beside the base's output y0.
+
+    With m the token's mask: "clamp" gives y0 + m min(1, tau |y0| / |d|) d, "mask" y0 + m d, and
+    "blend" y0 + weight d, which a weight can hold; the first two depend on the data.
+    """
+
+    site: Site
+    mode: str
+    tau: float | None = None
+    weight: float | None = None
+
+    @property
+    def depends_on_data(self) -> bool:
+        return self.mode != "blend"
+
+
+@dataclass(frozen=True)
 class Plan:
     """Base, adapters, and what the passes did, in order."""
 
@@ -291,8 +354,15 @@ class Plan:
     adapters: tuple[Adapter, ...]
     history: tuple[str, ...] = field(default=())
     adjustments: tuple[Adjustment, ...] = field(default=())
+    # What passes measured, by the name of its section in the report.
+    measured: Mapping[str, Any] = field(default_factory=dict)
     # The base weights that were not chosen, when they are at hand: the report tells how far off.
     alternative: Base | None = None
+    pooling: str | None = None  # "mean" or "cls": a graph of features gives one vector a row, too
+    # How several adapters became one, unless they simply add up: the oracle then needs to know.
+    composition: Composition | None = None
+    gates: tuple[Gate, ...] = field(default=())
+    gate_stats: bool = False  # the graph tells how far its gates were open
 
     def after(self, step: object, **changed: Any) -> Plan:
         """This plan with fields changed by `step`, whose repr becomes the history line."""
@@ -303,6 +373,24 @@ class Plan:
         found = {d.site for a in self.adapters for d in a.deltas}
         found |= {r.site for a in self.adapters for r in a.replacements}
         return tuple(sorted(found, key=lambda s: s.order))
+
+    def gated(self) -> dict[Site, Gate]:
+        """The sites that cannot be merged, because their gates depend on the data; in order."""
+        found = (gate for gate in self.gates if gate.depends_on_data)
+        return {gate.site: gate for gate in sorted(found, key=lambda g: g.site.order)}
+
+    def merged(self) -> Plan:
+        """What is merged of this plan: all but the deltas of its gated sites."""
+        gated = self.gated()
+        if not gated:
+            return self
+        adapters = (
+            replace(a, deltas=tuple(d for d in a.deltas if d.site not in gated))
+            for a in self.adapters
+        )
+        return replace(self, adapters=tuple(adapters), gates=tuple(
+            gate for gate in self.gates if not gate.depends_on_data
+        ))  # fmt: skip
 
     def changes(self) -> dict[str, Change]:
         """Tensor name -> what happens to it. Two adapters on one site add up.
@@ -321,12 +409,14 @@ class Plan:
             home = self.base.tied.get(saved.name, saved.name)
             shared[home] = _replaced(shared.get(home) or self._start(home, saved.site, {}), saved)
         own: dict[str, Change] = {}
+        blends = {g.site: g.weight for g in self.gates if g.weight is not None}
         for saved in (r for r in replacements if not r.shared):
             start = own.get(saved.name) or self._start(saved.name, saved.site, shared)
             own[saved.name] = _replaced(start, saved)
         for delta in (d for a in self.adapters for d in a.deltas):
             change = own.get(delta.name) or self._start(delta.name, delta.site, shared)
-            own[delta.name] = replace(change, terms=change.terms + delta.terms)
+            blend = blends.get(delta.site, 1.0)
+            own[delta.name] = replace(change, terms=change.terms + delta.terms, blend=blend)
         for name in self.untied():  # keeps what it shared, also where that was changed for all
             if name not in own and self.base.tied[name] in shared:
                 site = self.base.architecture.site_of(name.rpartition(".")[0])
@@ -376,7 +466,7 @@ class Plan:
 
     def _head_changes(self) -> dict[str, Any]:
         """A classifier that the adapter ships: the class of the model, and a label for each row."""
-        from adaptrix_export.load.task import CLASSIFIERS, class_name
+        from adaptrix_export.load.task import CLASSIFIERS, LABELS, class_name
 
         base = self.base
         if base.task not in CLASSIFIERS:
@@ -385,7 +475,7 @@ class Plan:
         name = class_name(base.config, base.task)
         if name and [name] != base.config.get("architectures"):
             changed["architectures"] = [name]
-        heads = [c for n, c in self.changes().items() if n in ("classifier.weight", "score.weight")]
+        heads = [c for n, c in self.changes().items() if n in LABELS]
         labels = heads[0].shape[0] if heads else 0
         if labels and labels != len(base.config.get("id2label") or (0, 1)):
             changed["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}

@@ -8,16 +8,18 @@ from typing import Any
 
 from adaptrix_export.check.altered import oracle_folders
 from adaptrix_export.check.bases import other_base
-from adaptrix_export.check.job import Job
+from adaptrix_export.check.job import GateSpec, Job
 from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import summary
 from adaptrix_export.errors import ParityError, SourceError, VerificationError
 from adaptrix_export.load import Reading, open_adapter
 from adaptrix_export.load.base_weights import AUTO, open_bases
 from adaptrix_export.load.mismatch import fitted
+from adaptrix_export.lower.approximate import approximated, told
 from adaptrix_export.package import InputHashes, check_hashes, read_manifest
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress, Silent
+from adaptrix_export.redistributed import PEFT, kept_plan, of_peft_folder, with_oracle
 
 READING = ("allow_pickle", "adaptrix_scaling")  # fields of a recipe
 
@@ -52,8 +54,16 @@ def verify_artifact(
             raise
         return {**result, "note": f"parity was not checked again: {error}"}
     _check_inputs(manifest, plan, progress)
-    with oracle_folders(plan) as folders:
-        report = folders.told(prove(_job(folder, manifest, plan, folders.adapters), progress))
+    asked = kept_plan(plan, folder)
+    if manifest["target"] == PEFT:
+        asked = of_peft_folder(plan, manifest, folder)
+    slots = manifest["recipe"].get("slots") or {}
+    with (
+        approximated(asked, slots.get("rank"), progress) as (proved, losses),
+        oracle_folders(proved, composed=bool(manifest.get("composition"))) as folders,
+    ):
+        report = folders.told(prove(_job(folder, manifest, proved, folders.adapters), progress))
+    report = told(with_oracle(report, asked), losses)
     if not report["passed"]:
         failure = ParityError(str(folder), summary(report), "parity", "build it again")
         failure.report = report
@@ -103,6 +113,7 @@ def _job(
     folder: Path, manifest: dict[str, Any], plan: Plan, adapters: tuple[tuple[str, Path], ...]
 ) -> Job:
     parity = manifest["recipe"]["parity"]
+    pooling = manifest["recipe"].get("pooling", "none")
     return Job(
         target=manifest["target"],
         artifact=folder,
@@ -115,4 +126,7 @@ def _job(
         decode_steps=parity["decode_steps"],
         simulated=plan.base.simulated,
         other=other_base(plan),
+        pooling=None if pooling == "none" else pooling,
+        composition=manifest.get("composition"),
+        gates=tuple(GateSpec(**gate) for gate in (manifest.get("context") or {}).get("gates", ())),
     )

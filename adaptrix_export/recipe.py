@@ -9,17 +9,12 @@ Every failure is a `RecipeError`: place, found, expected, remedy.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -28,14 +23,28 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from adaptrix_export.errors import RecipeError
+from adaptrix_export.recipe_compose import check_compose
 from adaptrix_export.recipe_errors import misuse, one_of, refusal, shown
+from adaptrix_export.recipe_redistribute import Redistribution
+from adaptrix_export.recipe_sections import (
+    SOURCES,
+    AdapterSpec,
+    ComposeSpec,
+    Context,
+    Line,
+    LinePath,
+    Parity,
+    Section,
+    Slots,
+)
 from adaptrix_export.recipe_words import (
+    CONTEXT_MODES,
     PRECISIONS,
     AdaptrixScaling,
     BaseWeights,
     Frontend,
     OnMismatch,
-    ParityLevel,
+    Pooling,
     Precision,
     Provider,
     Simulate,
@@ -45,72 +54,9 @@ from adaptrix_export.recipe_words import (
 from adaptrix_export.recipe_yaml import parse
 
 MAX_BYTES = 1_000_000  # of a recipe file; a long one is a few hundred
-SOURCES = "a folder, a .gguf file, hf:org/name@revision or package:NAME/FILE"
 
 
-def _one_line(text: str) -> str:
-    if not text.strip() or not text.isprintable():
-        raise refusal(repr(text), "a name on one line")
-    return text
-
-
-def _path(path: object) -> object:
-    """Before pydantic makes a Path of it, which turns nothing into the current folder."""
-    _one_line("" if path is None else str(path))
-    return path
-
-
-Line = Annotated[str, AfterValidator(_one_line)]
-LinePath = Annotated[Path, BeforeValidator(_path)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class AdapterSpec(_Section):
-    """One adapter. A plain string stands for `{source: that string}`."""
-
-    source: Line = Field(description=f"The adapter: {SOURCES}.")
-    name: str = Field(
-        default="",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="What to call it; by default the last part of its source.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill(cls, data: Any) -> Any:
-        if isinstance(data, str):
-            data = {"source": data}
-        if not isinstance(data, (dict, cls)):
-            raise refusal(shown(data), "a source, or {source: ..., name: ...}")
-        if isinstance(data, dict) and "name" not in data and isinstance(data.get("source"), str):
-            data = {**data, "name": default_name(data["source"])}
-        return data
-
-
-class Parity(_Section):
-    """The proof that the artifact computes what PyTorch and PEFT compute."""
-
-    level: ParityLevel = Field(
-        default=ParityLevel.FULL,
-        description="full: every case; fast: fewer and shorter cases; off: none, and the artifact "
-        "is marked unverified.",
-    )
-    text: LinePath | None = Field(
-        default=None, description="A UTF-8 text file to compare on, instead of the built-in text."
-    )
-    decode_steps: int = Field(
-        default=32,
-        ge=1,
-        le=4096,
-        strict=True,
-        description="Tokens that are decoded greedily with the cache and compared one by one.",
-    )
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """One build: a base, its adapters, and what to make of them."""
 
     base: Line = Field(description=f"The base model: {SOURCES}.")
@@ -136,15 +82,31 @@ class Recipe(_Section):
         f"with `base_weights: original`, and to compare with. {SOURCES[0].upper()}{SOURCES[1:]}.",
     )
     target: Target = Field(
-        description="onnx: one graph for ONNX Runtime; safetensors: a merged checkpoint."
+        description="onnx: one graph for ONNX Runtime; onnx-switchable: the base's graph, and a "
+        "file for each adapter; safetensors: a merged checkpoint; peft: the adapter itself, "
+        "composed or redistributed, as a PEFT folder."
     )
     out: LinePath = Field(description="The folder to publish; it must not exist yet.")
+    rows: bool = Field(
+        default=False,
+        strict=True,
+        description="For onnx-switchable: every row of a batch chooses its own adapter, by the "
+        "input adapter_ids; all adapters are then inside the graph.",
+    )
+    slots: Slots | None = Field(
+        default=None, description="For onnx-switchable: adapters that are not plain LoRA."
+    )
     frontend: Frontend = Field(
         default=Frontend.AUTO, description="What draws the base's graph, for onnx targets."
     )
     task: Task = Field(
         default=Task.AUTO,
         description="What the model is for; auto reads it from the configs of adapters and base.",
+    )
+    pooling: Pooling = Field(
+        default=Pooling.NONE,
+        description="For feature-extraction with onnx: one vector a row as a further output, "
+        "sentence_embedding; the mean of its tokens, or cls, the first of them.",
     )
     provider: Provider = Field(
         default=Provider.CPU, description="The execution provider that the graph is made for."
@@ -168,6 +130,15 @@ class Recipe(_Section):
         default=OnMismatch.ERROR,
         description="What becomes of sites that do not fit the base; drop leaves them out and "
         "lists each one.",
+    )
+    redistribute: Redistribution | None = Field(
+        default=None, description="Move the adapters onto a few layers before anything is made."
+    )
+    compose: ComposeSpec = Field(
+        default=ComposeSpec(), description="What becomes of several adapters."
+    )
+    context: Context | None = Field(
+        default=None, description="Context preservation; without it every adapter acts in full."
     )
     parity: Parity = Field(
         default=Parity(), description="How the artifact is proved before it is published."
@@ -202,7 +173,15 @@ class Recipe(_Section):
                 "other precisions are not written yet",
                 key="precision",
             )
+        self._check_context()
+        if self.pooling is not Pooling.NONE and self.target is not Target.ONNX:
+            raise refusal(
+                f"pooling {self.pooling} with target {self.target}", "target onnx",
+                "a checkpoint holds weights alone", key="pooling",
+            )  # fmt: skip
+        self._slots_fit()
         names = [adapter.name for adapter in self.adapters]
+        check_compose(self.compose, names)
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise refusal(
@@ -212,14 +191,41 @@ class Recipe(_Section):
                 key="adapters",
             )
 
+    def _check_context(self) -> None:
+        """What depends on the data cannot be held by weights."""
+        if self.context is None or self.context.mode in CONTEXT_MODES.get(self.target, ()):
+            return
+        able = [t for t, modes in CONTEXT_MODES.items() if self.context.mode in modes]
+        raise refusal(
+            f"mode {self.context.mode} with target {self.target}",
+            f"target {one_of(able)}",
+            "it depends on the data, which a checkpoint cannot hold; mode blend is merged exactly",
+            key="context",
+        )
 
-def default_name(source: str) -> str:
-    """`hf:org/name@revision` -> name; `folder/pydoc/` -> pydoc; `package:p/a.gguf` -> a."""
-    path = source.partition("@")[0] if source.startswith("hf:") else source
-    last = re.split(r"[/\\:]", path.rstrip("/\\"))[-1].removesuffix(".gguf")
-    if last in ("", ".", ".."):
-        last = Path(path).resolve().name
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._") or "adapter"
+    def _slots_fit(self) -> None:
+        """What goes with slots for adapters, and what only with them."""
+        if self.target is not Target.ONNX_SWITCHABLE:
+            for key, given in (("rows", self.rows), ("slots", self.slots)):
+                if given:
+                    raise refusal(
+                        f"{key} with target {self.target}", str(Target.ONNX_SWITCHABLE), key=key
+                    )
+        elif self.compose != ComposeSpec():
+            raise refusal(
+                f"compose with target {self.target}", "adapters that stay apart",
+                "mixes are made while it runs, or use target onnx", key="compose",
+            )  # fmt: skip
+        elif self.redistribute is not None:
+            raise refusal(
+                f"redistribute with target {self.target}", "another target",
+                "redistribute each adapter first, and build from those", key="redistribute",
+            )  # fmt: skip
+        elif self.context is not None:
+            raise refusal(
+                f"context with target {self.target}", "no context, or target onnx",
+                "gates are not put behind slots yet", key="context",
+            )  # fmt: skip
 
 
 def load_recipe(
@@ -295,6 +301,7 @@ def recipe_schema() -> dict[str, Any]:
     properties = schema["properties"]
     properties["adapters"]["items"] = either
     properties["adapter"] = {**either, "description": "Short for `adapters` with one in it."}
+    properties["compose"] = {"anyOf": [{"type": "string"}, properties["compose"]]}
     schema["required"].remove("adapters")
     schema["oneOf"] = [{"required": ["adapters"]}, {"required": ["adapter"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
@@ -305,6 +312,8 @@ def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     if (parents or [last])[0] in ("adapter", "adapters"):
         _list_adapters(document, keep=bool(parents))
+    if parents and parents[0] == "compose" and isinstance(document.get("compose"), str):
+        document["compose"] = {"method": document["compose"]}
     if parents and parents[0] == "adapter":
         parents = ["adapters", "0", *parents[1:]]
     here: Any = document

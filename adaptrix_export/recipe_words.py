@@ -14,12 +14,15 @@ class _Word(str, Enum):
 
 class Target(_Word):
     ONNX = "onnx"
+    ONNX_SWITCHABLE = "onnx-switchable"
     SAFETENSORS = "safetensors"
+    PEFT = "peft"
 
 
 class Frontend(_Word):
     AUTO = "auto"
     NATIVE = "native"
+    TRACED = "traced"
 
 
 class Task(_Word):
@@ -28,6 +31,13 @@ class Task(_Word):
     FEATURE_EXTRACTION = "feature-extraction"
     TEXT_CLASSIFICATION = "text-classification"
     TOKEN_CLASSIFICATION = "token-classification"  # noqa: S105  # a task, no password
+    TEXT2TEXT_GENERATION = "text2text-generation"
+
+
+class Pooling(_Word):
+    NONE = "none"
+    MEAN = "mean"
+    CLS = "cls"
 
 
 class Provider(_Word):
@@ -55,6 +65,10 @@ class Precision(_Word):
     INT4 = "int4"
 
 
+class Approximation(_Word):
+    SVD = "svd"
+
+
 class AdaptrixScaling(_Word):
     ALPHA_OVER_RANK = "alpha_over_rank"
     STORED = "stored"
@@ -66,14 +80,45 @@ class OnMismatch(_Word):
     DROP = "drop"
 
 
+class Strategy(_Word):
+    SELECT = "select"
+    FOLD = "fold"
+    FIT = "fit"
+    DISTILL = "distill"
+
+
+class Election(_Word):
+    TOTAL = "total"
+    FREQUENCY = "frequency"
+
+
+class ContextMode(_Word):
+    CLAMP = "clamp"
+    MASK = "mask"
+    BLEND = "blend"
+
+
+class ContextScope(_Word):
+    SITE = "site"
+    LAYER = "layer"
+
+
 class ParityLevel(_Word):
     FULL = "full"
     FAST = "fast"
     OFF = "off"
 
 
+# Which modes of context preservation each target can hold: only `blend` fits into weights.
+CONTEXT_MODES: dict[Target, tuple[ContextMode, ...]] = {
+    Target.ONNX: tuple(ContextMode),
+    Target.SAFETENSORS: (ContextMode.BLEND,),
+}
+
 # What each target can be written in today; the other words are known, and refused.
 PRECISIONS: dict[Target, tuple[Precision, ...]] = {
     Target.ONNX: (Precision.AUTO, Precision.FP32),
+    Target.ONNX_SWITCHABLE: (Precision.AUTO, Precision.FP32),
     Target.SAFETENSORS: (Precision.AUTO,),
+    Target.PEFT: (Precision.AUTO,),
 }

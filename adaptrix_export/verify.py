@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 
 from adaptrix_export.errors import AdapterError, InputError, UnsupportedError
 from adaptrix_export.load.fused import fused_hint
@@ -19,13 +19,15 @@ from adaptrix_export.plan import (
     Delta,
     Dora,
     Experts,
+    Gate,
+    Leaf,
     LowRank,
     Plan,
     Replacement,
     Scaled,
     Site,
-    Term,
     Tuned,
+    leaves,
 )
 
 
@@ -63,7 +65,7 @@ def misfits(plan: Plan) -> Iterator[Misfit]:
             for error in _check_replacement(plan.base, adapter, saved):
                 fits = False
                 yield Misfit(adapter.name, saved.site, error)
-    checks = [_check_alone(plan), _check_conflicts(plan)]
+    checks = [_check_conflicts(plan), _check_gates(plan), _check_shared(plan)]
     if fits:  # only then is it known what becomes of the vocabulary
         checks.append(_check_vocabulary(plan))
     for check in checks:
@@ -105,11 +107,14 @@ def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> Iterator[InputEr
     if isinstance(shape, InputError):
         yield shape
         return
-    if any(isinstance(term, Experts) for term in delta.terms):
+    stacked = [term for term in leaves(delta.terms) if isinstance(term, Experts)]
+    if stacked:
         outputs, inputs = shape[-2:]  # added to the parameter as it is stored
+        if stacked[0].turned:
+            outputs, inputs = inputs, outputs
         yield from _check_terms(base, adapter, delta, outputs, inputs)
         return
-    factors = [term.a for term in delta.terms if isinstance(term, LowRank)]
+    factors = [term.a for term in leaves(delta.terms) if isinstance(term, LowRank)]
     kernels = [a.source.shape[1:] for a in factors if isinstance(a, Flattened)]
     if kernels and all(kernel == shape[1:] for kernel in kernels):
         shape = (shape[0], prod(shape[1:]))
@@ -130,7 +135,7 @@ def _check_terms(
 ) -> Iterator[InputError]:
     path = delta.site.path
     vocabulary = _resized(base, adapter, path)
-    for term in delta.terms:
+    for term in leaves(delta.terms):
         for what, found, expected in _sizes(term, outputs, inputs):
             if found != expected and found != vocabulary:
                 yield AdapterError(
@@ -145,7 +150,7 @@ def _check_terms(
                 )
 
 
-def _sizes(term: Term, outputs: int, inputs: int) -> list[tuple[str, int, int]]:
+def _sizes(term: Leaf, outputs: int, inputs: int) -> list[tuple[str, int, int]]:
     """(description, found, expected) of every axis of a term that the base decides."""
     if isinstance(term, Tuned):
         return own_sizes(term, outputs, inputs)
@@ -202,7 +207,11 @@ def _check_replacement(base: Base, adapter: Adapter, saved: Replacement) -> Iter
 def _is_new_head(base: Base, saved: Replacement) -> bool:
     """A classifier that the base does not have: trained from nothing, and shipped whole."""
     known = saved.name in base.tensors or saved.name in base.tied
-    return not known and not saved.shared and saved.site.path in TASKS[base.task].heads
+    return (
+        not known
+        and not saved.shared
+        and saved.site.path.partition(".")[0] in TASKS[base.task].heads
+    )
 
 
 def _vocabulary(base: Base) -> tuple[str, ...]:
@@ -227,14 +236,14 @@ def _check_vocabulary(plan: Plan) -> Iterator[InputError]:
         )  # fmt: skip
 
 
-def _check_alone(plan: Plan) -> Iterator[InputError]:
-    """Only low-rank terms are known to add up; other tuners may multiply, one after the other."""
-    for adapter in plan.adapters if len(plan.adapters) > 1 else ():
-        if any(isinstance(term, Tuned) for delta in adapter.deltas for term in delta.terms):
-            yield UnsupportedError(
-                adapter.name, f"{adapter.config.get('peft_type')} beside another adapter",
-                "LoRA adapters only", "build with this one, then with the next on the result",
-            )  # fmt: skip
+def _check_shared(plan: Plan) -> Iterator[InputError]:
+    """T5 scales its logits by what config.json says of the tie, so a merge cannot break it up."""
+    if plan.base.architecture.family.aliases and plan.untied():
+        yield UnsupportedError(
+            plan.adapters[0].name, f"a change of {plan.untied()[0]} alone",
+            "the embedding of an encoder-decoder shared as it is",
+            "train on the modules of the layers",
+        )  # fmt: skip
 
 
 def _check_conflicts(plan: Plan) -> Iterator[InputError]:
@@ -257,3 +266,86 @@ def _check_conflicts(plan: Plan) -> Iterator[InputError]:
     names = [adapter.name for adapter in plan.adapters]
     if len(set(names)) != len(names):
         yield AdapterError("adapters", f"names {', '.join(names)}", "each once", "name them apart")
+
+
+MIN_TAU = 1e-5  # below, a clamp's rounding allowance is no longer small beside it
+MODES = ("clamp", "mask", "blend")
+
+
+def _check_gates(plan: Plan) -> Iterator[InputError]:
+    """Each gate is on a site of its own that can be gated, and its numbers make sense."""
+    if plan.gates and plan.composition is not None:
+        yield UnsupportedError(
+            "context", f"adapters composed by {plan.composition.method}", "one, or their plain sum",
+            "leave the context out, or compose with method cat and every weight 1",
+        )  # fmt: skip
+    count = Counter(gate.site for gate in plan.gates)
+    for gate in plan.gates:
+        error = ungateable(plan, gate.site, gate.mode) or _misset(gate)
+        if error is None and count[gate.site] > 1:
+            error = AdapterError(f"context: {gate.site.path}", "two gates", "one a site")
+        if error is not None:
+            yield error
+
+
+def _misset(gate: Gate) -> InputError | None:
+    place = f"context: {gate.site.path}"
+    if gate.mode not in MODES:
+        return UnsupportedError(place, f"mode {gate.mode!r}", " or ".join(MODES))
+    tau, weight = gate.tau, gate.weight
+    if gate.mode == "clamp" and (tau is None or not (isfinite(tau) and tau >= MIN_TAU)):
+        return AdapterError(place, f"tau {tau}", f"a number from {MIN_TAU:g} on")
+    if gate.mode == "blend" and (weight is None or not isfinite(weight)):
+        return AdapterError(place, f"weight {weight}", "a finite number")
+    return None
+
+
+def ungateable(plan: Plan, site: Site, mode: str) -> InputError | None:
+    """Why a site cannot have a gate of this mode; None where it can.
+
+    A gate has the base's output on one side and what the adapters add on the other, so the weight
+    must still be the base's, and for a mode that depends on the data the addition must be low-rank
+    and the site read token by token.
+    """
+    place = f"context: {site.path}"
+    deltas = [d for a in plan.adapters for d in a.deltas if d.site == site]
+    if not deltas:
+        return AdapterError(place, "no adapter changes it", "a site of an adapter")
+    if any(r.site == site and r.parameter == "weight" for a in plan.adapters
+           for r in a.replacements):  # fmt: skip
+        return UnsupportedError(
+            place, "a weight that an adapter replaces whole", "one that it adds to", _UNGATED
+        )
+    if mode == "blend":
+        return None
+    if site.layer is None:
+        return UnsupportedError(place, f"a {mode} gate outside the layers", "a layer's module",
+                                _UNGATED)  # fmt: skip
+    kinds = {type(term).__name__ for d in deltas for term in d.terms if type(term) is not LowRank}
+    if kinds:
+        return UnsupportedError(
+            place, f"a {mode} gate on {' and '.join(sorted(kinds))}", "low-rank additions only",
+            _UNGATED,
+        )  # fmt: skip
+    shape = plan.base.tensors[f"{site.path}.weight"].shape
+    if len(shape) != 2:
+        return UnsupportedError(place, f"a weight of shape {list(shape)}", "two dimensions",
+                                _UNGATED)  # fmt: skip
+    for term in (term for d in deltas for term in d.terms):
+        assert isinstance(term, LowRank)
+        outputs, inputs = _sizes_of(plan.base, site)
+        if (term.b.shape[0], term.a.shape[1]) != (outputs, inputs):
+            return AdapterError(
+                place, f"a delta of shape {[term.b.shape[0], term.a.shape[1]]}",
+                f"{[outputs, inputs]} as the base's output needs", _UNGATED,
+            )  # fmt: skip
+    return None
+
+
+_UNGATED = "name other layers in context.tau, or merge it with on_mismatch: drop"
+
+
+def _sizes_of(base: Base, site: Site) -> tuple[int, int]:
+    """(outputs, inputs) of a module with a weight of two dimensions."""
+    outputs, inputs = base.tensors[f"{site.path}.weight"].shape
+    return (inputs, outputs) if base.architecture.is_transposed(site) else (outputs, inputs)

@@ -11,7 +11,7 @@ from adaptrix_export.load import open_adapter, open_base
 from adaptrix_export.lower.artifact import Artifact
 from adaptrix_export.lower.merged_onnx import lower_merged_onnx
 from adaptrix_export.package import write_package
-from adaptrix_export.plan import Plan
+from adaptrix_export.plan import Pass, Plan
 from adaptrix_export.progress import Silent
 from tests.tiny import VOCAB, save_adapter, save_base
 
@@ -53,10 +53,12 @@ def plan_of(base: Path, *adapters: Path) -> Plan:
     return Plan(opened, tuple(open_adapter(str(a), opened) for a in adapters))
 
 
-def packaged(kind: str, folder: Path) -> tuple[Artifact, Plan]:
+def packaged(kind: str, folder: Path, *passes: Pass) -> tuple[Artifact, Plan]:
     """A random model of `kind` with a LoRA merged in, as an onnx artifact in `folder`/out."""
     base = save_base_with_tokenizer(kind, folder / "base")
     plan = plan_of(base, save_adapter(base, folder / "adapter"))
+    for step in passes:
+        plan = step(plan)
     (folder / "out").mkdir()
     artifact = lower_merged_onnx(plan, folder / "out", Silent())
     write_package(artifact, plan)

@@ -205,7 +205,7 @@ def compare(trained: Trained, target: str, out: Path) -> tuple[float, str]:
     )
     original = open_plan(recipe)
     plan = verify(original)
-    for step in passes(recipe):
+    for step in passes(recipe, Silent()):
         plan = verify(step(plan))
     out.mkdir()
     artifact = LOWERINGS[target].lower(plan, out, Silent())

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import adaptrix_export
-from adaptrix_export import recipe, terminal
+from adaptrix_export import recipe, recipe_words, terminal
 from adaptrix_export.cli import main
 from adaptrix_export.commands.build import build as build_command
 from adaptrix_export.errors import AdapterError, ParityError, VerificationError
@@ -95,7 +95,19 @@ def test_the_module_runs() -> None:
 
 
 def test_the_commands_are_these() -> None:
-    assert COMMANDS == ["build", "convert", "inspect", "run", "schema", "validate", "verify"]
+    assert COMMANDS == [
+        "add-adapter",
+        "build",
+        "conflicts",
+        "convert",
+        "drift",
+        "inspect",
+        "redistribute",
+        "run",
+        "schema",
+        "validate",
+        "verify",
+    ]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -109,19 +121,21 @@ def test_each_command_is_documented(name: str) -> None:
 def test_each_flag_of_build_tells_the_words_it_takes() -> None:
     shown = {param.name: param.metavar or "" for param in build_command.params}
     kinds = (
-        ("target", recipe.Target),
-        ("frontend", recipe.Frontend),
-        ("task", recipe.Task),
-        ("provider", recipe.Provider),
-        ("parity", recipe.ParityLevel),
-        ("adaptrix_scaling", recipe.AdaptrixScaling),
-        ("on_mismatch", recipe.OnMismatch),
+        ("target", recipe_words.Target),
+        ("frontend", recipe_words.Frontend),
+        ("task", recipe_words.Task),
+        ("provider", recipe_words.Provider),
+        ("parity", recipe_words.ParityLevel),
+        ("adaptrix_scaling", recipe_words.AdaptrixScaling),
+        ("on_mismatch", recipe_words.OnMismatch),
     )
     for name, words in kinds:
         assert shown[name] == "|".join(words), name
-    possible = dict.fromkeys(p for row in recipe.PRECISIONS.values() for p in row)
+    possible = dict.fromkeys(p for row in recipe_words.PRECISIONS.values() for p in row)
     assert shown["precision"] == "|".join(possible)
-    assert set(recipe.Recipe.model_fields) <= set(shown)
+    assert set(recipe.Recipe.model_fields) - {"context", "redistribute"} | {"tau", "layers"} <= set(
+        shown
+    )
 
 
 def test_flags_and_settings_reach_the_recipe(
@@ -153,7 +167,7 @@ def test_flags_and_settings_reach_the_recipe(
             frontend=recipe.Frontend.NATIVE,
             task=recipe.Task.TEXT_GENERATION,
             precision=recipe.Precision.FP32,
-            parity=recipe.Parity(level=recipe.ParityLevel.FAST, decode_steps=7),
+            parity=recipe.Parity(level=recipe_words.ParityLevel.FAST, decode_steps=7),
         )
     ]
     assert "prefill" in done.stdout
@@ -293,10 +307,16 @@ def test_verify_fails_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
 class FakeSession:
     """What `run` needs of a Session: a word is a token."""
 
-    def __init__(self, folder: Path) -> None:
-        self.tokenizer = self
+    def __init__(self, folder: Path, provider: str) -> None:
+        self.tokenizer, self.used, self.provider = self, None, provider
 
-    def stream(self, asked: Any, *rest: Any) -> Any:
+    def use(self, adapter: dict[str, float]) -> None:
+        self.used = adapter
+
+    def stats(self) -> dict[str, Any]:
+        return {"adapter": self.used, "provider": self.provider}
+
+    def stream(self, asked: Any, *rest: Any, **how: Any) -> Any:
         if isinstance(asked, str):
             return iter(["a", " b"])
         return iter([f"<{token}>" for token in rest[0]])
@@ -306,15 +326,25 @@ class FakeSession:
 
     encode_chat = encode
 
-    def generate_ids(self, ids: list[int], count: int) -> list[int]:
-        return ids * count
+    def generate_ids(self, ids: list[int], count: int, sampling: Any) -> list[int]:
+        return ids * count + [sampling.seed] * bool(sampling.temperature)
 
 
 def test_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adaptrix_export.runtime.session.Session", FakeSession)
+    monkeypatch.setattr("adaptrix_export.runtime.Session", FakeSession)
     assert invoke("run", "art", "--prompt", "hi").stdout == "a b\n"
     done = invoke("run", "art", "--prompt", "hi", "--max-new-tokens", "3", "--json")
-    assert json.loads(done.stdout) == {"prompt": "hi", "text": "<2><2><2>", "tokens": [2, 2, 2]}
+    answer = {"prompt": "hi", "text": "<2><2><2>", "tokens": [2, 2, 2]}
+    assert json.loads(done.stdout) == {**answer, "stats": {"adapter": {}, "provider": "auto"}}
+    mix = ("--adapter", "a=0.5", "--adapter", "b", "--provider", "cpu")
+    drawn = invoke(
+        "run", "art", "--prompt", "hi", "--max-new-tokens", "1", "--json", *mix,
+        "--temperature", "0.7", "--seed", "9",
+    )  # fmt: skip
+    assert json.loads(drawn.stdout)["tokens"] == [2, 9]
+    used = {"adapter": {"a": 0.5, "b": 1.0}, "provider": "cpu"}
+    assert json.loads(drawn.stdout)["stats"] == used
+    assert invoke("run", "art", "--prompt", "hi", "--adapter", "a=x").exit_code == 2
     assert invoke("run", "art", "--prompt", "hi", "--max-new-tokens", "0").exit_code == 2
 
 

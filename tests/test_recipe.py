@@ -13,27 +13,19 @@ from hypothesis import strategies as st
 from adaptrix_export.errors import RecipeError
 from adaptrix_export.recipe import (
     MAX_BYTES,
-    PRECISIONS,
-    AdapterSpec,
-    Parity,
-    ParityLevel,
-    Precision,
     Recipe,
-    Target,
-    default_name,
     load_recipe,
     make_recipe,
     read_document,
     recipe_schema,
     with_overrides,
 )
+from adaptrix_export.recipe_sections import AdapterSpec, Parity, default_name
+from adaptrix_export.recipe_words import PRECISIONS, ParityLevel, Precision, Target
 from adaptrix_export.recipe_yaml import parse
 
 GOOD: dict[str, Any] = {"base": "./base", "adapter": "./lora", "target": "onnx", "out": "merged"}
-FIELDS = (
-    "base, adapters, base_weights, simulate, original_base, target, out, frontend, task, "
-    "provider, precision, allow_pickle, adaptrix_scaling, on_mismatch, parity"
-)
+FIELDS = ", ".join(Recipe.model_fields)
 
 
 def written(folder: Path, text: str) -> Path:
@@ -139,7 +131,10 @@ def test_every_source_gives_a_valid_name(source: str) -> None:
             "adapters.0.nam: unknown key, expected one of source, name; did you mean 'name'?",
         ),
         ({"adapters": ["x"]}, "adapter: adapter beside adapters, expected one of the two"),
-        ({"target": "onx"}, "target: 'onx', expected one of onnx, safetensors; did you mean"),
+        (
+            {"target": "onx"},
+            "target: 'onx', expected one of onnx, onnx-switchable, safetensors, peft; did you mean",
+        ),
         ({"provider": "cuda"}, "provider: 'cuda', expected cpu"),
         ({"precision": "int4"}, "precision: int4 with target onnx, expected one of auto, fp32"),
         ({"precision": "fp32", "target": "safetensors"}, "fp32 with target safetensors, expected"),

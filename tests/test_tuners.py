@@ -18,6 +18,7 @@ from adaptrix_export.load.tuners import REPLACING as REPLACING_ROWS
 from adaptrix_export.lower import LOWERINGS, tuned
 from adaptrix_export.lower.merge import merged
 from adaptrix_export.lower.peft_layers import Skeleton
+from adaptrix_export.passes.compose import Compose
 from adaptrix_export.pipeline import build
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
@@ -221,9 +222,11 @@ def test_what_does_not_fit_is_named(tmp_path, bases):
         artifact_logits(plan_of(base, adapter), tmp_path / "out2")
 
 
-def test_two_adapters_of_which_one_is_no_lora_are_refused(tmp_path, bases):
+def test_two_adapters_of_which_one_is_no_lora_are_no_plain_sum(tmp_path, bases):
     base = open_base(str(bases["llama"]))
     folder = save_tuned(bases["llama"], tmp_path / "a", "IA3", **LINEAR["IA3"])
     one, two = (open_adapter(str(folder), base, name) for name in ("one", "two"))
-    with pytest.raises(UnsupportedError, match="IA3 beside another adapter"):
-        verify(Plan(base, (one, two)))
+    plan = verify(Plan(base, (one, two)))
+    with pytest.raises(UnsupportedError, match="IA3 beside another adapter.*method linear adds"):
+        Compose()(plan)
+    verify(Compose("linear")(plan))

@@ -21,6 +21,7 @@ from adaptrix_export.convert import PeftFolders, peft_folders
 from adaptrix_export.plan import Adapter, Base, Delta, Dora, LowRank, Plan, Scaled, Tensor
 
 PREFIX = "base_model.model."
+PLAIN_ORACLE = "stock transformers + PEFT on the original files"
 ORACLE = "stock transformers + PEFT on the original base and the adapters as adjusted"
 _NO_TARGET = "dummy-target-modules"  # what PEFT calls an adapter without any
 _MOVES = ("renamed", "split", "stacked")
@@ -35,17 +36,20 @@ class OracleFolders:
     adapters: Folders
     plan: Plan
     converted: PeftFolders
+    composed: bool = False  # by a plan, which the report's oracle says already
 
     def told(self, report: dict[str, Any]) -> dict[str, Any]:
         """The report with what was adjusted in it, and the oracle by its right name."""
         if self.plan.adjustments:
             adjusted = [str(a) for a in self.plan.adjustments]
-            report = {**report, "oracle": ORACLE, "adjustments": adjusted}
+            oracle = report["oracle"].replace(PLAIN_ORACLE, ORACLE)  # what follows it holds, too
+            oracle += " (the adapters as adjusted)" * self.composed
+            report = {**report, "oracle": oracle, "adjustments": adjusted}
         return self.converted.told(report)
 
 
 @contextmanager
-def oracle_folders(plan: Plan) -> Iterator[OracleFolders]:
+def oracle_folders(plan: Plan, composed: bool = False) -> Iterator[OracleFolders]:
     """Folders for the oracle: an adapter's own where PEFT can read it; else written anew, in
     PEFT's form or as adjusted.
 
@@ -70,7 +74,7 @@ def oracle_folders(plan: Plan) -> Iterator[OracleFolders]:
                 folder = Path(scratch) / f"{number}-{part}"
                 write_folder(plan.base, adapter, folder, part, patterns)
                 folders.append((adapter.name, folder))
-        yield OracleFolders(tuple(folders), plan, converted)
+        yield OracleFolders(tuple(folders), plan, converted, composed)
 
 
 def _parts(adapter: Adapter) -> int:

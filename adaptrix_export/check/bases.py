@@ -31,10 +31,11 @@ def compare_bases(job: Job, ask: Ask, asked: Prompts, chosen: Logits) -> dict[st
     in nats a token, the weights merged into against the others. It judges nothing: which choice
     is better, a task must tell.
     """
+    from adaptrix_export.check.executed import Executed
     from adaptrix_export.check.reference import Reference
 
     assert job.other is not None
-    reference = Reference.open(job.on_other())
+    reference = (Executed if job.composition else Reference).open(job.on_other())
     other = ask(reference, asked).logits
     reference.close()
     found = distance(chosen, other)

@@ -6,16 +6,16 @@ artifact. The reference answers first and is unloaded; the artifact then gets th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from adaptrix_export.check.compare import Logits, distance, rounded
 from adaptrix_export.check.encoded import (
-    Encoding,
     encode_left_padded,
+    encode_pooled,
     encode_prefill,
     encode_right_padded,
     encode_rows,
@@ -23,15 +23,27 @@ from adaptrix_export.check.encoded import (
 from adaptrix_export.check.job import Tolerance
 from adaptrix_export.check.prompts import Prompts
 from adaptrix_export.check.subject import Ids, Subject
-from adaptrix_export.load.task import FEATURES, GENERATION, SEQUENCES, TOKENS
+from adaptrix_export.check.translated import (
+    Translating,
+    one_row,
+    translate_chunked,
+    translate_left_padded,
+    translate_prefill,
+    translate_right_padded,
+    translate_states,
+)
+from adaptrix_export.load.task import FEATURES, GENERATION, SEQ2SEQ, SEQUENCES, TOKENS
 
 
-class Asked(Protocol):
+class Asked(Translating, Protocol):
     """What a case needs of the reference; `reference.Reference` is one."""
+
+    def translated(self, ids: Ids, steps: int) -> tuple[list[int], Logits]: ...
 
     def prefill(self, ids: list[int]) -> Logits: ...
     def greedy(self, ids: list[int], steps: int) -> tuple[list[int], Logits]: ...
     def encode(self, ids: Ids, mask: Ids, types: Ids) -> Logits: ...
+    def pool(self, ids: Ids, mask: Ids, types: Ids, kind: str) -> Logits: ...
 
 
 @dataclass(frozen=True)
@@ -72,18 +84,18 @@ def ask_rows(reference: Asked, prompts: Prompts) -> Answer:
 
 
 def play_prefill(subject: Subject, prompts: Prompts, answer: Answer) -> Logits:
-    return _feed(subject, [prompts.prefill])
+    return feed(subject, [prompts.prefill])
 
 
 def play_chunked(subject: Subject, prompts: Prompts, answer: Answer) -> Logits:
     cut = max(1, len(prompts.prefill) * 3 // 5)  # uneven, so that no length fits by accident
-    return _feed(subject, [prompts.prefill[:cut], prompts.prefill[cut:]])
+    return feed(subject, [prompts.prefill[:cut], prompts.prefill[cut:]])
 
 
 def play_greedy(subject: Subject, prompts: Prompts, answer: Answer) -> Logits:
     """Fed the reference's own tokens: where every argmax agrees, free-running decoding does too."""
     chunks = [prompts.decode, *((token,) for token in answer.tokens[:-1])]
-    return _feed(subject, chunks)[len(prompts.decode) - 1 :]
+    return feed(subject, chunks)[len(prompts.decode) - 1 :]
 
 
 def play_left_padded(subject: Subject, prompts: Prompts, answer: Answer) -> Logits:
@@ -103,7 +115,7 @@ CASES: tuple[Case, ...] = (
 )
 
 
-def _encoded(name: str, question: Callable[[Encoding, Prompts], Logits], full: bool) -> Case:
+def _encoded(name: str, question: Callable[[Any, Prompts], Logits], full: bool) -> Case:
     """The same question for both sides."""
     return Case(
         name,
@@ -119,19 +131,60 @@ _ENCODED = (
     _encoded("right-padded batch", encode_right_padded, True),
 )
 _BY_ROW = (_encoded("prefill", encode_prefill, False), _encoded("rows", encode_rows, True))
+
+
+def _ask_translated(reference: Asked, prompts: Prompts) -> Answer:
+    """Tokens are those fed, the start token first."""
+    tokens, logits = reference.translated(one_row(prompts.decode)[0], prompts.steps)
+    return Answer(logits, tuple(tokens))
+
+
+def _play_translated(subject: Any, prompts: Prompts, answer: Answer) -> Logits:
+    found: Logits = subject.translate(*one_row(prompts.decode), [[t] for t in answer.tokens])[0]
+    return found
+
+
+_TRANSLATED = (
+    _encoded("encoder", translate_states, False),
+    _encoded("prefill", translate_prefill, False),
+    Case(
+        "chunked prefill",
+        lambda reference, prompts: Answer(translate_prefill(reference, prompts)),
+        lambda subject, prompts, answer: translate_chunked(cast(Translating, subject), prompts),
+        onnx_only=True,
+        full_only=True,
+    ),
+    Case("greedy decode", _ask_translated, _play_translated),
+    _encoded("left-padded batch", translate_left_padded, True),
+    _encoded("right-padded batch", translate_right_padded, True),
+)
+_POOLED = _encoded("sentence embedding", encode_pooled, False)
 TASK_CASES: dict[str, tuple[Case, ...]] = {
     GENERATION: CASES,
     FEATURES: _ENCODED,
     TOKENS: _ENCODED,
-    SEQUENCES: _BY_ROW,
+    SEQUENCES: _ENCODED,
+    SEQ2SEQ: _TRANSLATED,
 }
 
 
-def select(target: str, level: str, task: str = GENERATION) -> tuple[Case, ...]:
-    """The cases for a target, a level and a task, in report order."""
+def select(
+    target: str,
+    level: str,
+    task: str = GENERATION,
+    *,
+    pooling: str | None = None,
+    batches: bool = True,
+) -> tuple[Case, ...]:
+    """The cases for a target, a level and a task, in report order.
+
+    `pooling` says that the artifact makes one vector a row, too; without `batches` a classifier
+    of sequences is asked row by row.
+    """
+    cases = TASK_CASES[task] if task != SEQUENCES or batches else _BY_ROW
     return tuple(
         case
-        for case in TASK_CASES[task]
+        for case in (*cases, *((_POOLED,) if pooling else ()))
         if not (case.onnx_only and target != "onnx") and not (case.full_only and level != "full")
     )
 
@@ -167,7 +220,7 @@ def compare(
     }
 
 
-def _feed(subject: Subject, chunks: Iterable[tuple[int, ...]]) -> Logits:
+def feed(subject: Subject, chunks: Iterable[tuple[int, ...]]) -> Logits:
     """One unpadded row, chunk after chunk through the cache. Returns (tokens, vocabulary)."""
     logits: list[Logits] = []
     cache, past = None, 0
@@ -190,13 +243,10 @@ def _padded(subject: Subject, prompts: Prompts, *, left: bool) -> Logits:
     (tokens of all rows, vocabulary).
     """
     lengths = [len(row) - prompts.cached for row in prompts.rows]
-    width = max(lengths)
-    starts = [width - n if left else 0 for n in lengths]
-    ids, mask = np.zeros((2, len(lengths), width), dtype=np.int64)
-    for r, (row, start, n) in enumerate(zip(prompts.rows, starts, lengths, strict=True)):
-        ids[r, start : start + n] = row[:n]
-        mask[r, start : start + n] = 1
-    out, cache = subject.step(ids, mask, _positions(mask), None)
+    rows = [row[:n] for row, n in zip(prompts.rows, lengths, strict=True)]
+    ids, mask, positions = padded_batch(rows, left=left)
+    starts = [max(lengths) - n if left else 0 for n in lengths]
+    out, cache = subject.step(ids, mask, positions, None)
     logits = [
         [out[r, start : start + n]]
         for r, (start, n) in enumerate(zip(starts, lengths, strict=True))
@@ -208,6 +258,17 @@ def _padded(subject: Subject, prompts: Prompts, *, left: bool) -> Logits:
         for r, part in enumerate(logits):
             part.append(out[r])
     return np.concatenate([piece for part in logits for piece in part])
+
+
+def padded_batch(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Ids, Ids, Ids]:
+    """Ids, mask and positions (rows, longest) of rows padded with token 0 on one side."""
+    width = max(len(row) for row in rows)
+    ids, mask = np.zeros((2, len(rows), width), dtype=np.int64)
+    for r, row in enumerate(rows):
+        start = width - len(row) if left else 0
+        ids[r, start : start + len(row)] = row
+        mask[r, start : start + len(row)] = 1
+    return ids, mask, _positions(mask)
 
 
 def _positions(mask: Ids) -> Ids:

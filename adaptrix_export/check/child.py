@@ -15,11 +15,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
+from adaptrix_export.check.altered import PLAIN_ORACLE
 from adaptrix_export.check.job import Job, tolerance_of
 from adaptrix_export.errors import AdaptrixError
 from adaptrix_export.progress import Progress
 
-ORACLE = "stock transformers + PEFT on the original files"
+GATED = ", with the plan's gates as forward hooks on its layers"
+
+EXECUTED = (
+    "PyTorch executing the plan: each adapter's delta as stock PEFT runs it alone, "
+    "composed in float64"
+)
 
 
 class Lines:
@@ -50,28 +56,42 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     Order keeps one model in memory at a time: the reference answers every question and serves
     the replay, is dropped, and only then is the artifact loaded.
     """
+    if job.target == "onnx-switchable":
+        from adaptrix_export.check.switched import run_switched
+
+        report = run_switched(job, progress)
+        told = {"target": job.target, "level": job.level, "task": job.task}
+        return {**report, **told, "versions": _versions(job.target)}
     from adaptrix_export.check.bases import compare_bases
     from adaptrix_export.check.cases import ask_all, compare, select
+    from adaptrix_export.check.dense import open_dense
+    from adaptrix_export.check.executed import Executed
+    from adaptrix_export.check.gate_cases import ask_gates, compare_gates
     from adaptrix_export.check.prompts import prompts
     from adaptrix_export.check.reference import Reference
     from adaptrix_export.check.replay import coarsest, replay
     from adaptrix_export.check.stored import open_stored
     from adaptrix_export.check.subject import open_subject
 
-    cases = select(job.target, job.level, job.task)
     with progress.stage("reference: loading base and adapters"):
-        reference = Reference.open(job)
-        asked = prompts(job, reference.vocabulary, reference.positions)
+        reference = (Executed if job.composition else Reference).open(job)
+        cases = select(
+            job.target, job.level, job.task, pooling=job.pooling, batches=reference.pad is not None
+        )
+        asked = prompts(job, reference.vocabulary, reference.positions, reference.pad)
     with progress.stage("reference: logits"):
         answers = ask_all(cases, reference, asked)
     with progress.stage("replaying weights", len(job.weights), "tensors") as advance:
-        stored = open_stored(job.target, job.artifact)
+        stored = open_dense(job) if job.target == "peft" else open_stored(job.target, job.artifact)
         replayed, formats = replay(
-            stored, dict(job.weights), reference.live, job.precision, advance
+            stored, dict(job.weights), reference.live, job.precision, advance, reference.room
         )
+    compared: dict[str, Any] = {}
+    if job.gates:
+        with progress.stage("reference: gates"):
+            opened = ask_gates(job, reference, asked)
     reference.close()
     del stored
-    compared = {}
     if job.other is not None:
         with progress.stage("reference: the other base weights"):
             ask = cases[0].ask
@@ -84,8 +104,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         for case in cases:
             entries.append(compare(case, subject, asked, answers[case.ask], limits))
             advance(1)
+    if job.gates:
+        compared["context"] = compare_gates(job, subject, asked, opened)
     return {
-        "oracle": ORACLE,
+        "oracle": (EXECUTED if job.composition else PLAIN_ORACLE) + GATED * bool(job.gates),
         "target": job.target,
         "level": job.level,
         "precision": job.precision,
@@ -95,14 +117,22 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         "cases": entries,
         "replay": replayed,
         **compared,
-        "passed": bool(replayed["passed"] and all(entry["passed"] for entry in entries)),
+        "passed": bool(
+            replayed["passed"]
+            and all(entry["passed"] for entry in entries)
+            and compared.get("context", {}).get("passed", True)
+        ),
         "versions": _versions(job.target),
     }
 
 
 def _versions(target: str) -> dict[str, str]:
     names = ["numpy", "peft", "torch", "transformers"]
-    names += ["onnx-ir", "onnxruntime", "onnxruntime-gpu"] if target == "onnx" else ["safetensors"]
+    names += (
+        ["onnx-ir", "onnxruntime", "onnxruntime-gpu"]
+        if target.startswith("onnx")
+        else ["safetensors"]
+    )
     found: dict[str, str] = {}
     for name in sorted(names):
         try:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from adaptrix_export.errors import ParityError
 from adaptrix_export.load.task import FEATURES, TASKS
 from adaptrix_export.lower.weights import Expression
+from adaptrix_export.plan import Gate
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,26 @@ class OtherBase:
 
 
 @dataclass(frozen=True)
+class GateSpec:
+    """A gate of the plan (`plan.Gate`) in words: `site` is the module's path."""
+
+    site: str
+    mode: str
+    tau: float | None = None
+    weight: float | None = None
+
+    @property
+    def depends_on_data(self) -> bool:
+        return self.mode != "blend"
+
+
+def gate_specs(gates: Iterable[Gate]) -> tuple[GateSpec, ...]:
+    """A plan's gates for the check, those that depend on the data in the order of `Plan.gated`."""
+    ordered = sorted(gates, key=lambda gate: gate.site.order)
+    return tuple(GateSpec(g.site.path, g.mode, g.tau, g.weight) for g in ordered)
+
+
+@dataclass(frozen=True)
 class Job:
     """One artifact, the original files that it was made from, and how hard to look.
 
@@ -33,7 +55,7 @@ class Job:
     base's weights are put through first; `other` is compared with the base in the report.
     """
 
-    target: str  # "onnx" or "safetensors"
+    target: str  # "onnx", "onnx-switchable", "safetensors" or "peft"
     artifact: Path
     base_folder: Path
     precision: str  # "fp32", "fp16", "bf16" or "base"
@@ -47,10 +69,15 @@ class Job:
     threads: int | None = None
     simulated: str | None = None
     other: OtherBase | None = None
+    pooling: str | None = None  # "mean" or "cls": the artifact gives one vector a row, too
+    composition: Mapping[str, Any] | None = None  # `Composition.as_dict`; None: all simply active
+    gates: tuple[GateSpec, ...] = ()  # in the order of the plan's sites
+    # Where `NAME.onnx_adapter` files are, if not in the artifact: one that is to be added to it.
+    adapter_folder: Path | None = None
 
     def __post_init__(self) -> None:
         for name, found, known in (
-            ("target", self.target, ("onnx", "safetensors")),
+            ("target", self.target, ("onnx", "onnx-switchable", "safetensors", "peft")),
             ("task", self.task, tuple(TASKS)),
             ("level", self.level, ("full", "fast")),
             ("precision", self.precision, (*TOLERANCES, "base")),
@@ -65,6 +92,8 @@ class Job:
         document = asdict(self)
         document["artifact"] = str(self.artifact.resolve())
         document["base_folder"] = str(self.base_folder.resolve())
+        if self.adapter_folder is not None:
+            document["adapter_folder"] = str(self.adapter_folder.resolve())
         if self.other is not None:
             document["other"]["folder"] = str(self.other.folder.resolve())
         document["adapters"] = [[name, str(path.resolve())] for name, path in self.adapters]
@@ -75,10 +104,13 @@ class Job:
         document = json.loads(text)
         document["artifact"] = Path(document["artifact"])
         document["base_folder"] = Path(document["base_folder"])
+        if document["adapter_folder"] is not None:
+            document["adapter_folder"] = Path(document["adapter_folder"])
         document["adapters"] = tuple((name, Path(path)) for name, path in document["adapters"])
         if document["other"] is not None:
             other = document["other"]
             document["other"] = OtherBase(**{**other, "folder": Path(other["folder"])})
+        document["gates"] = tuple(GateSpec(**gate) for gate in document["gates"])
         return cls(**document)
 
     def on_other(self) -> Job:

@@ -37,6 +37,45 @@ def live_parameter(model: Any, name: str) -> tuple[Any, bool]:
     return _own(module, path[-1], name).double(), False
 
 
+def live_delta(model: Any, name: str, base: Any) -> tuple[Any, Any]:
+    """What the active adapters add to the parameter `name`, and the layer that does, or Nones.
+
+    `base` is the fp64 value without them. A formula of `EFFECTS` gives the delta itself, without
+    the rounding of a sum with the base. None, too, for a parameter that is replaced.
+    """
+    module, path = model, name.split(".")
+    for position, part in enumerate(path[:-1]):
+        module = getattr(module, part)
+        if _is_wrapper(module) or type(module).__name__ == "LNTuningLayer":
+            return None, None
+        if _is_tuner_layer(module):
+            parameter = ".".join(path[position + 1 :])
+            kind = kind_of(module)
+            if kind in EFFECTS and not parameter.startswith("out_proj."):
+                return EFFECTS[kind](module, parameter), module
+            value, changed = live_parameter(model, name)
+            return (value - base, module) if changed else (None, None)
+    return None, None
+
+
+def live_factors(layer: Any) -> list[tuple[Any, Any, float]] | None:
+    """(B, A, scaling) in fp64 of each active adapter of a plain LoRA layer; None for others."""
+    kinds = ("lora.Linear(Linear)", "lora.Linear(Conv1D)", "lora.Embedding(Embedding)")
+    if kind_of(layer) not in kinds:
+        return None
+    found = []
+    for adapter in layer.active_adapters:
+        if adapter in layer.lora_embedding_A:
+            a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        elif adapter in layer.lora_A:
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        else:
+            continue
+        scale = float(layer.scaling[adapter])
+        found.append((b.detach().double(), a.detach().double(), scale))
+    return found
+
+
 def _own(module: Any, attribute: str, name: str) -> Any:
     value = getattr(module, attribute, None)
     if value is None or not hasattr(value, "double"):
@@ -104,9 +143,16 @@ def _effect(layer: Any, name: str, parameter: str) -> tuple[Any, bool]:
 def kind_of(layer: Any) -> str:
     """`tuner.Class(BaseLayer)`, with `+Variant` for each LoRA variant (DoRA, ...) in use."""
     tuner = type(layer).__module__.split(".")[2]  # peft.tuners.<tuner>.layer
-    base = type(layer.get_base_layer()).__name__
+    base = plain_kind(layer.get_base_layer())
     variants = {type(v).__name__ for v in getattr(layer, "lora_variant", {}).values()}
     return f"{tuner}.{type(layer).__name__}({base})" + "".join(f"+{v}" for v in sorted(variants))
+
+
+def plain_kind(module: Any) -> str:
+    """The class that says how a weight is stored: a model's own Linear or Embedding, which only
+    does something more with it, is one."""
+    names = [c.__name__ for c in type(module).__mro__]
+    return next((name for name in ("Linear", "Embedding") if name in names[1:]), names[0])
 
 
 def _lora_linear(layer: Any, parameter: str) -> Any:
@@ -220,6 +266,8 @@ def _wrapped_parameter(layer: Any, name: str, parameter: str) -> tuple[Any, bool
             step = len(a) // count
             added = [scale * (b[:, e::count] @ a[e * step : (e + 1) * step]) for e in range(count)]
             delta = added[0] if value.dim() == 2 else _stacked(added)
+            if value.dim() == 3 and getattr(layer.get_base_layer(), "is_transposed", False):
+                delta = delta.transpose(1, 2)
             value, changed = value + delta, True
         layer = layer.base_layer
     return value, changed
@@ -239,7 +287,6 @@ EFFECTS: dict[str, Effect] = {
     "lora.Conv2d(Conv2d)": _lora_convolution,
     "lora.Conv3d(Conv3d)": _lora_convolution,
     "lora.MultiheadAttention(MultiheadAttention)": _lora_attention,
-    "lora.Linear(NonDynamicallyQuantizableLinear)": _lora_linear,  # its output projection
     "lora.Linear(Linear)+DoraLinearVariant": _dora(turned=False),
     "lora.Linear(Conv1D)+DoraLinearVariant": _dora(turned=True),
     "lora.Embedding(Embedding)+DoraEmbeddingVariant": _dora(turned=True),

@@ -34,25 +34,36 @@ def prove(job: Job, progress: Progress, timeout_s: float = TIMEOUT_S) -> dict[st
     the child crashed, was killed or ran past `timeout_s`.
     """
     with tempfile.TemporaryDirectory(prefix="adaptrix-parity-") as scratch:
-        folder = Path(scratch)
-        (folder / "job.json").write_text(job.to_json(), encoding="utf-8")
-        with (folder / "stderr").open("wb") as stderr:
-            code, late = _run(folder, stderr, progress, timeout_s)
-        report = folder / "report.json"
-        if code != 0 or late or not report.is_file():
-            raise _crash(code, late, timeout_s, folder / "stderr")
-        document = json.loads(report.read_text(encoding="utf-8"))
+        return run_child(CHILD, job.to_json(), Path(scratch), progress, timeout_s)
+
+
+def run_child(
+    module: str, job: str, folder: Path, progress: Progress, timeout_s: float
+) -> dict[str, Any]:
+    """The report of `python -m module job.json report.json`, run in the empty `folder`.
+
+    Raises the child's own error, and ParityError when it left neither.
+    """
+    (folder / "job.json").write_text(job, encoding="utf-8")
+    with (folder / "stderr").open("wb") as stderr:
+        code, late = _run(module, folder, stderr, progress, timeout_s)
+    report = folder / "report.json"
+    if code != 0 or late or not report.is_file():
+        raise _crash(code, late, timeout_s, folder / "stderr")
+    document = json.loads(report.read_text(encoding="utf-8"))
     if "error" in document:
         raise _revived(document["error"])
     verdict: dict[str, Any] = document["report"]
     return verdict
 
 
-def _run(folder: Path, stderr: IO[bytes], progress: Progress, timeout_s: float) -> tuple[int, bool]:
+def _run(
+    module: str, folder: Path, stderr: IO[bytes], progress: Progress, timeout_s: float
+) -> tuple[int, bool]:
     """Runs the child in its own empty folder: its exit code, and whether it was too late."""
     late = threading.Event()
     child = subprocess.Popen(
-        [sys.executable, "-m", CHILD, "job.json", "report.json"],
+        [sys.executable, "-m", module, "job.json", "report.json"],
         cwd=folder,  # python -m looks there first: not at whatever lies where the user stands
         env=_environment(),
         stdin=subprocess.DEVNULL,

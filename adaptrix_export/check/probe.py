@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from adaptrix_export.check.live import plain_kind
 from adaptrix_export.errors import ParityError
 from adaptrix_export.lower.in_double import in_double, tensors_of
 
@@ -26,7 +27,7 @@ def probed(layer: Any, parameter: str, name: str) -> Any:
     Raises ParityError for a kind of layer that cannot be probed, and for one that is not affine.
     """
     base = layer.get_base_layer()
-    kind = type(base).__name__
+    kind = plain_kind(base)
     with in_double(tensors_of(layer)):
         if kind == "Embedding" and parameter == "weight":
             tokens = torch.arange(base.weight.shape[0])

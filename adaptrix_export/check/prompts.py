@@ -45,9 +45,11 @@ class Prompts:
     steps: int
     rows: tuple[tuple[int, ...], ...]
     cached: int
+    pad: int | None = None  # the model's own
+    pooling: str | None = None
 
 
-def prompts(job: Job, vocabulary: int, positions: int | None) -> Prompts:
+def prompts(job: Job, vocabulary: int, positions: int | None, pad: int | None = None) -> Prompts:
     """Prompts for a model with `vocabulary` tokens and at most `positions` of them in a sequence.
 
     Raises `ParityError` when the tokenizer makes ids that the model does not have, or when the
@@ -58,7 +60,7 @@ def prompts(job: Job, vocabulary: int, positions: int | None) -> Prompts:
         raise ParityError("model", f"{room} positions", "at least 4, to prefill and then decode")
     steps = min(job.steps, room // 2)
     cached = min(CACHED, room // 2)
-    source, ids = _token_ids(job, vocabulary)
+    source, ids = token_ids(job, vocabulary)
     rows = _rows(ids, [min(length, room - cached) + cached for length in ROWS])
     return Prompts(
         source=source,
@@ -68,6 +70,8 @@ def prompts(job: Job, vocabulary: int, positions: int | None) -> Prompts:
         steps=steps,
         rows=rows,
         cached=cached,
+        pad=pad,
+        pooling=job.pooling,
     )
 
 
@@ -80,7 +84,8 @@ def _rows(ids: tuple[int, ...], lengths: list[int]) -> tuple[tuple[int, ...], ..
     )
 
 
-def _token_ids(job: Job, vocabulary: int) -> tuple[str, tuple[int, ...]]:
+def token_ids(job: Job, vocabulary: int) -> tuple[str, tuple[int, ...]]:
+    """What the ids are ("text" or "seeded token ids"), and the ids of the job's text."""
     folder, gguf_file = _tokenizer_place(job)
     if folder is None:
         drawn = np.random.default_rng(0).integers(0, vocabulary, size=2 * PREFILL)

@@ -6,7 +6,7 @@ Only the child process imports this module; it needs torch, transformers and pef
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -26,11 +26,14 @@ from adaptrix_export.check.dequantize import (
     simulate,
     stored_dtype,
 )
-from adaptrix_export.check.job import Job
+from adaptrix_export.check.encoded import pooled
+from adaptrix_export.check.gated import LiveGates, Statistics
+from adaptrix_export.check.job import GateSpec, Job
 from adaptrix_export.check.live import live_parameter
 from adaptrix_export.check.subject import Ids
+from adaptrix_export.check.translated import Chunks, LiveTranslator
 from adaptrix_export.errors import ParityError
-from adaptrix_export.load.task import CLASSIFIERS, FEATURES, GENERATION, TASKS
+from adaptrix_export.load.task import CLASSIFIERS, FEATURES, GENERATION, LABELS, TASKS
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -43,11 +46,12 @@ class Reference:
     model, equal in value, or construction raises `ParityError`.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, gates: Sequence[GateSpec] = ()) -> None:
         self._model = model
         self._plain: Any = model  # the transformers model, its modules replaced by PEFT's
         if isinstance(model, peft.PeftModel):
             self._plain = model.get_base_model()
+        self._gates = LiveGates(self._plain, gates) if gates else None
 
     @classmethod
     def open(cls, job: Job) -> Reference:
@@ -55,12 +59,8 @@ class Reference:
         if job.threads is not None:
             torch.set_num_threads(job.threads)
         torch.manual_seed(0)  # nothing should be drawn; if something is, let it be the same thing
-        shipped = shipped_whole(job.adapters)
-        model = load_model(job.base_folder, job.gguf_file, job.task, shipped, job.simulated)
-        resize_vocabulary(model, shipped)
-        if job.adapters:
-            model = _with_adapters(model, job.adapters)
-        return cls(model.eval())
+        model = adapted_model(job.base_folder, job.gguf_file, job.task, job.adapters, job.simulated)
+        return cls(model, job.gates)
 
     @property
     def vocabulary(self) -> int:
@@ -73,6 +73,12 @@ class Reference:
         found = getattr(self._plain.config.get_text_config(), "max_position_embeddings", None)
         return int(found) if found else None
 
+    @property
+    def pad(self) -> int | None:
+        """The token that fills up a row, or None where the config names none."""
+        found = getattr(self._plain.config, "pad_token_id", None)
+        return None if found is None else int(found)
+
     def prefill(self, ids: list[int]) -> Logits:
         """One forward pass over one unpadded row. Returns float32 logits (len(ids), vocabulary)."""
         with torch.inference_mode():
@@ -82,6 +88,20 @@ class Reference:
     def encode(self, ids: Ids, mask: Ids, types: Ids) -> Logits:
         """Whole rows without a cache; see the function of that name."""
         return encode(self._model, ids, mask, types)
+
+    def pool(self, ids: Ids, mask: Ids, types: Ids, kind: str) -> Logits:
+        """One vector a row, of the hidden states that `encode` gives: (batch, 1, width)."""
+        return pooled(self.encode(ids, mask, types), mask, kind)
+
+    def states(self, ids: Ids, mask: Ids) -> Logits:
+        """An encoder-decoder's encoder; see `translated.py`."""
+        return LiveTranslator(self._model).states(ids, mask)
+
+    def translate(self, ids: Ids, mask: Ids, chunks: Chunks) -> Logits:
+        return LiveTranslator(self._model).translate(ids, mask, chunks)
+
+    def translated(self, ids: Ids, steps: int) -> tuple[list[int], Logits]:
+        return LiveTranslator(self._model).greedy(ids, steps)
 
     def greedy(self, ids: list[int], steps: int) -> tuple[list[int], Logits]:
         """`steps` tokens after `ids`, each the argmax, through the cache; no end token stops it.
@@ -108,13 +128,67 @@ class Reference:
 
     def live(self, name: str) -> tuple[NDArray[np.float64], bool]:
         """`live_weight(name)`, and whether any adapter acts on it."""
-        value, changed = live_parameter(self._plain, name)
+        gated = self._gates.parameter(name) if self._gates else None
+        value, changed = gated or live_parameter(self._plain, name)
         return value.numpy(), changed
+
+    def watch(self, site: str, hook: Any) -> Any:
+        """A forward hook on the live layer at a site; the handle that removes it."""
+        return self._plain.get_submodule(site).register_forward_hook(hook)
+
+    def room(self, name: str) -> float:
+        """How far rounding alone may have moved the last `live_weight(name)`, absolute."""
+        return 0.0
+
+    def gate_statistics(self, ask: Callable[[Reference], object]) -> Statistics:
+        """Of every gate, over all tokens that `ask` passes through this model."""
+        assert self._gates is not None
+        self._gates.forget()
+        ask(self)
+        found = self._gates.statistics()
+        self._gates.forget()
+        return found
+
+    def delta(self, site: str) -> tuple[NDArray[np.float64] | None, float]:
+        """What adapters add to the weight of a linear module, fp64 (outputs, inputs), and the size
+        of the weight's largest value; None where no adapter acts on it."""
+        value, changed = live_parameter(self._plain, f"{site}.weight")
+        if not changed:
+            return None, 0.0
+        layer = self._plain.get_submodule(site).get_base_layer()
+        own = layer.weight.detach().double()
+        added = value - own
+        if type(layer).__name__ == "Conv1D":
+            added = added.T
+        return added.numpy(), float(own.abs().max())
+
+    def adapted(self) -> set[str]:
+        """Paths of the modules that some adapter acts on."""
+        return {n for n, m in self._plain.named_modules() if hasattr(m, "get_base_layer")}
 
     def close(self) -> None:
         """Gives the memory back, so that the artifact can be loaded in its place."""
-        self._model = self._plain = None
+        self._model = self._plain = self._gates = None
         gc.collect()
+
+
+def adapted_model(
+    folder: Path,
+    gguf_file: str | None,
+    task: str,
+    adapters: tuple[tuple[str, Path], ...],
+    simulated: str | None,
+) -> Any:
+    """The model of a task with every adapter (name, PEFT folder) active and proved to be there.
+
+    Raises ParityError for files that transformers or PEFT do not load whole.
+    """
+    shipped = shipped_whole(adapters)
+    model = load_model(folder, gguf_file, task, shipped, simulated)
+    resize_vocabulary(model, shipped)
+    if adapters:
+        model = with_adapters(model, adapters)
+    return model.eval()
 
 
 def encode(model: Any, ids: Ids, mask: Ids, types: Ids) -> Logits:
@@ -176,7 +250,7 @@ def load_model(
     (`shipped`) and a pooler where only the hidden states are looked at.
     """
     options: dict[str, Any] = {}
-    heads = [shipped[n] for n in ("classifier.weight", "score.weight") if n in shipped]
+    heads = [shipped[n] for n in LABELS if n in shipped]
     if task in CLASSIFIERS and heads:
         options["num_labels"] = heads[0][0]
     auto: Any = getattr(transformers, TASKS[task].auto)
@@ -219,7 +293,7 @@ def _is_expected(key: str, task: str, shipped: Mapping[str, tuple[int, ...]]) ->
     return key in shipped or (task == FEATURES and key.startswith("pooler."))
 
 
-def _with_adapters(model: Any, adapters: tuple[tuple[str, Path], ...]) -> Any:
+def with_adapters(model: Any, adapters: tuple[tuple[str, Path], ...]) -> Any:
     """Loads each adapter through PEFT, proves that it arrived, and activates all of them."""
     # Names of our own: a user's may hold a dot, or be part of a key ("lora"), which PEFT confuses.
     # The first one is PEFT's own default, under which it also accepts keys that spell the name.

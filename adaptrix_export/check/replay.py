@@ -35,6 +35,7 @@ class Outcome:
     elements: int = 0
     changed: int = 0
     worst: tuple[float, str] = (0.0, "")
+    room: float = 0.0  # the largest absolute allowance for a badly conditioned value
     failures: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self, unmapped: list[str]) -> dict[str, Any]:
@@ -43,6 +44,7 @@ class Outcome:
             "elements": self.elements,
             "changed": self.changed,
             "worst": {"tensor": self.worst[1], "ulps": rounded(self.worst[0], ULP_DIGITS)},
+            **({"room": rounded(self.room, 3)} if self.room else {}),
             "failed": len(self.failures),
             "failures": self.failures[:LISTED],
             "unmapped": unmapped,
@@ -56,19 +58,21 @@ def replay(
     live: Live,
     precision: str = "base",
     advance: Callable[[int], None] = lambda amount: None,
+    room: Callable[[str], float] = lambda name: 0.0,
 ) -> tuple[dict[str, Any], set[str]]:
     """Each tensor of `weights`, read back, against its expression over live fp64 weights.
 
     A changed tensor must lie within half an ulp of its own format around the fp64 value; an
     untouched one must equal the base, rounded to nearest even where the format is narrower. No
     tensor may be stored coarser than `precision` says ("base" says nothing: the live model has
-    been widened to fp32). Holds one tensor at a time. Returns the report's `replay`
-    part and the formats met.
+    been widened to fp32). `room` says of a tensor just read how far rounding alone may have moved
+    its value: singular vectors that are nearly interchangeable are badly conditioned. Holds
+    one tensor at a time. Returns the report's `replay` part and the formats met.
     """
     outcome, formats = Outcome(), set[str]()
     read = _LastRead(live)
     for name in _by_first_read(weights):
-        kind = _replay_one(outcome, stored, name, weights[name], read, FORMATS.get(precision))
+        kind = _replay_one(outcome, stored, name, weights[name], read, FORMATS.get(precision), room)
         formats |= {kind} if kind else set()
         advance(1)
     unmapped = [
@@ -107,6 +111,7 @@ def _replay_one(
     expression: Expression,
     read: _LastRead,
     promised: FloatFormat | None,
+    room: Callable[[str], float],
 ) -> str | None:
     outcome.tensors += 1
     if name not in stored:
@@ -126,7 +131,9 @@ def _replay_one(
     outcome.elements += artifact.size
     outcome.changed += touched
     exact = not touched and "affine" not in _kinds(expression)
-    ulps, wrong = _measure(artifact, expected, kind, exact)
+    allowed = sum(room(source) for source in set(names(expression)))
+    outcome.room = max(outcome.room, allowed)
+    ulps, wrong = _measure(artifact, expected, kind, exact, allowed)
     if ulps > outcome.worst[0]:
         outcome.worst = (ulps, name)
     if wrong:
@@ -158,11 +165,12 @@ def _fail(
 
 
 def _measure(
-    artifact: NDArray[Any], expected: NDArray[Any], kind: FloatFormat, exact: bool
+    artifact: NDArray[Any], expected: NDArray[Any], kind: FloatFormat, exact: bool, allowed: float
 ) -> tuple[float, int]:
     """The largest error in ulps and the number of values that are wrong, NaN and Inf included."""
     # two reductions, where abs() would copy the whole tensor
     noise = NOISE_OF_LARGEST * float(max(expected.max(initial=0.0), -expected.min(initial=0.0)))
+    noise += allowed
     room = 1 + NOISE_OF_VALUE * 2.0**kind.bits
     worst, wrong = 0.0, 0
     for found, wanted in _blocks(artifact, expected):

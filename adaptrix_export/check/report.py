@@ -41,6 +41,24 @@ def table(report: Mapping[str, Any]) -> Table:
         f"{replay['failed']} failed",
         _verdict(replay["passed"]),
     )
+    for name, adapter in report.get("adapters", {}).items():
+        shown.add_row(
+            f"{name}: factors",
+            f"{adapter['slots']} slots",
+            f"{_number(adapter['worst'])} of a rounding",
+            "n/a",
+            f"{len(adapter['failures'])} failed",
+            _verdict(adapter["passed"]),
+        )
+    for name, loss in report.get("approximated", {}).items():
+        shown.add_row(
+            f"{name}: approximated",
+            f"rank {loss['rank']}",
+            f"{100 * loss['error']:.2g}% of the delta lost",
+            "n/a",
+            f"{100 * loss['worst']:.2g}% at worst",
+            "for information",
+        )
     if "base_weights" in report:
         bases = report["base_weights"]
         shown.add_row(
@@ -51,11 +69,42 @@ def table(report: Mapping[str, Any]) -> Table:
             "n/a" if bases["top1"] is None else f"{100 * bases['top1']:.2f}%",
             "for information",
         )
+    for check in report.get("context", {}).get("checks", ()):
+        _add_gates(shown, check)
     if replay["failures"]:
         shown.caption = "\n".join(
             escape(f"{failure['tensor']}: {failure['why']}") for failure in replay["failures"]
         )
         shown.caption_style, shown.caption_justify = "red", "left"
+    return shown
+
+
+def _add_gates(shown: Table, check: Mapping[str, Any]) -> None:
+    """A row for one comparison of the gates."""
+    where = f"{check['tokens']}" if "tokens" in check else f"{check['count']} nodes"
+    worst = _number(check["max_abs"]) if "max_abs" in check else ""
+    shown.add_row(f"gates: {check['name']}", where, worst, "", "", _verdict(check["passed"]))
+
+
+def gates_table(report: Mapping[str, Any]) -> Table | None:
+    """A line a gated site, with the oracle's statistics on the long prompt; None without gates."""
+    from rich.table import Table
+
+    sites = report.get("context", {}).get("sites", ())
+    if not sites:
+        return None
+    shown = Table(title="context preservation")
+    for heading in ("site", "mode", "tau or weight", "gate mean", "gate min", "clamped"):
+        shown.add_column(heading, justify="left" if heading in ("site", "mode") else "right")
+    for line in sites:
+        number = line.get("tau", line.get("weight"))
+        shown.add_row(
+            line["site"],
+            line["mode"],
+            "" if number is None else f"{number:.4g}",
+            *(f"{line[key]:.3f}" if key in line else "" for key in ("gate_mean", "gate_min")),
+            f"{100 * line['clamped']:.1f}%" if "clamped" in line else "",
+        )
     return shown
 
 
@@ -73,10 +122,20 @@ def summary(report: Mapping[str, Any]) -> str:
         for case in report["cases"]
         if not case["passed"]
     ]
+    failed += [
+        f"gates: {check['name']}"
+        for check in report.get("context", {}).get("checks", ())
+        if not check["passed"]
+    ]
     if not replay["passed"]:
         first = replay["failures"][0]
         sites = ", ".join(first["sites"])
         failed.append(f"weight replay of {replay['failed']} tensors, first at {sites}")
+    failed += [
+        f"factors of {name}, first at {adapter['failures'][0]}"
+        for name, adapter in report.get("adapters", {}).items()
+        if not adapter["passed"]
+    ]
     return "parity failed: " + "; ".join(failed)
 
 

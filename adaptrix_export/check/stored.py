@@ -69,16 +69,26 @@ def open_stored(target: str, folder: Path) -> StoredTensors:
 def _open_onnx(folder: Path) -> StoredTensors:
     import onnx_ir as ir
 
-    model = ir.load(inside(folder, "model.onnx"))
     tensors: dict[str, Any] = {}
-    for name, value in model.graph.initializers.items():
-        constant = value.const_value
-        if constant is None:
-            raise ParityError("model.onnx", f"initializer {name!r} has no values")
-        if isinstance(constant, ir.ExternalTensor):
-            _check_extent(inside(folder, str(constant.location)), constant, name)
-        tensors[name] = constant.numpy
+    places: dict[str, tuple[Any, ...]] = {}
+    for file in _graphs(folder):
+        for name, value in ir.load(inside(folder, file)).graph.initializers.items():
+            constant = value.const_value
+            if constant is None:
+                raise ParityError(file, f"initializer {name!r} has no values")
+            if isinstance(constant, ir.ExternalTensor):
+                _check_extent(inside(folder, str(constant.location)), constant, name)
+                place = (constant.location, constant.offset, tuple(constant.shape.numpy()))
+                if places.setdefault(name, place) != place:
+                    raise ParityError(file, f"another initializer {name!r} than the other graph's")
+            tensors[name] = constant.numpy
     return StoredTensors(tensors)
+
+
+def _graphs(folder: Path) -> list[str]:
+    """One graph, or those of an encoder-decoder."""
+    parts = ["encoder_model.onnx", "decoder_model_merged.onnx"]
+    return parts if (folder / parts[0]).is_file() else ["model.onnx"]
 
 
 def _check_extent(path: Path, tensor: Any, name: str) -> None:

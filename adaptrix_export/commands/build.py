@@ -17,20 +17,33 @@ from adaptrix_export.commands.options import examples, shared_options
         "build recipes/smollm2-pydoc.yaml",
         "build --base ./base --adapter ./lora --target onnx --out ./merged",
         "build recipe.yaml --out ./other --set parity.decode_steps=64",
+        "build --base ./base --adapter ./lora --target onnx --tau 0.25 --out ./clamped",
+        "build --base ./base --adapter ./a --adapter ./b --target onnx --out ./ab "
+        "--compose ties --weight a=0.7",
+        "build --base ./base --adapter ./a --adapter ./b --target onnx-switchable --out ./many",
         "build --base hf:org/name@main --adapter ./lora --target safetensors --out ./merged",
     ),
 )
 @click.argument("recipe", required=False, type=click.Path(path_type=Path), metavar="[RECIPE.yaml]")
 @click.option("--base", metavar="SOURCE", help="Folder, .gguf, hf:org/name@revision, package:P/F.")
 @click.option("--adapter", "adapters", multiple=True, metavar="SOURCE", help="May be repeated.")
-@click.option("--target", metavar="onnx|safetensors", help="What to make.")
+@click.option("--target", metavar="onnx|onnx-switchable|safetensors|peft", help="What to make.")
+@click.option(
+    "--rows", is_flag=True, default=None, help="onnx-switchable: an adapter for each row."
+)
+@click.option(
+    "--approximate", "slots", metavar="svd:RANK",
+    help="onnx-switchable: what is not plain LoRA as the nearest one.",
+)  # fmt: skip
 @click.option("--out", metavar="DIR", help="The folder to publish; it must not exist yet.")
-@click.option("--frontend", metavar="auto|native", help="What draws the base's graph.")
+@click.option("--frontend", metavar="auto|native|traced", help="What draws the base's graph.")
 @click.option(
     "--task",
-    metavar="auto|text-generation|feature-extraction|text-classification|token-classification",
+    metavar="auto|text-generation|feature-extraction|text-classification|token-classification|"
+    "text2text-generation",
     help="What the model is for.",
 )
+@click.option("--pooling", metavar="none|mean|cls", help="One vector a text, for encoders.")
 @click.option("--provider", metavar="cpu", help="Execution provider that the graph is made for.")
 @click.option("--precision", metavar="auto|fp32", help="Number format of the weights.")
 @click.option(
@@ -43,8 +56,15 @@ from adaptrix_export.commands.options import examples, shared_options
     "--adaptrix-scaling", metavar="alpha_over_rank|stored|one",
     help="The scale of an original Adaptrix folder.",
 )  # fmt: skip
+@click.option("--layers", metavar="auto|5|7,15,22", help="Move the adapters onto these layers.")
+@click.option("--strategy", metavar="select|fold|fit|distill", help="How they are moved there.")
+@click.option("--compose", metavar="METHOD", help="How several adapters become one.")
+@click.option(
+    "--weight", "weights", multiple=True, metavar="NAME=W", help="Of an adapter, by its name."
+)
 @click.option("--parity", metavar="full|fast|off", help="How much to prove before publishing.")
 @click.option("--on-mismatch", metavar="error|drop", help="For sites that do not fit the base.")
+@click.option("--tau", metavar="NUMBER|calibrated", help="Clamp every site: context.tau.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any key of a recipe.")
 @shared_options
 def build(recipe: Path | None, settings: tuple[str, ...], as_json: bool, **options: Any) -> None:
@@ -55,8 +75,19 @@ def build(recipe: Path | None, settings: tuple[str, ...], as_json: bool, **optio
     from adaptrix_export.recipe import make_recipe, read_document
     from adaptrix_export.terminal import progress
 
-    dotted = {"parity": "parity.level"}
+    dotted = {
+        "parity": "parity.level",
+        "layers": "redistribute.layers",
+        "strategy": "redistribute.strategy",
+        "compose": "compose.method",
+        "weights": "compose.weights",
+        "tau": "context.tau",
+    }
     given = {name: value for name, value in options.items() if value not in (None, ())}
+    if "weights" in given:
+        given["weights"] = dict(_weight(text) for text in given["weights"])
+    if "slots" in given:
+        given["slots"] = _approximation(given["slots"])
     flags = {dotted.get(name, name): value for name, value in given.items()}
     document = read_document(recipe) if recipe else {}
     wanted = make_recipe(document, str(recipe or "build"), flags, settings)
@@ -72,13 +103,42 @@ def build(recipe: Path | None, settings: tuple[str, ...], as_json: bool, **optio
                 "report": outcome.report,
                 "manifest": outcome.manifest,
                 "notes": outcome.notes,
+                **outcome.measured,
             }
         )
         return
+    if "conflicts" in outcome.measured:
+        from adaptrix_export.passes.conflict_tables import pair_table
+        from adaptrix_export.terminal import show
+
+        show(pair_table(outcome.measured["conflicts"]))
+    if "choice" in outcome.measured:
+        click.echo(f"compose: auto chose {outcome.manifest['history'][-1]}")
     if outcome.report is None:
+        failures.print_table({"fidelity": outcome.manifest.get("fidelity", {})})
         click.echo("UNVERIFIED: parity was off; the manifest says so, too")
     else:
         failures.print_table(outcome.report)
     for note in outcome.notes:
         click.echo(f"note: {note}")
     click.echo(f"published {outcome.out}")
+
+
+def _weight(text: str) -> tuple[str, float]:
+    """`name=0.7` apart."""
+    name, equals, weight = text.rpartition("=")
+    try:
+        number = float(weight) if name and equals else None
+    except ValueError:
+        number = None
+    if number is None:
+        raise click.BadParameter(f"{text!r} is not NAME=W, W a number", param_hint="--weight")
+    return name, number
+
+
+def _approximation(text: str) -> dict[str, object]:
+    """`svd:32` apart."""
+    method, _, rank = text.partition(":")
+    if not rank.isdecimal():
+        raise click.BadParameter(f"{text!r} is not svd:RANK", param_hint="--approximate")
+    return {"approximate": method, "rank": int(rank)}

@@ -18,6 +18,7 @@ from adaptrix_export.plan import (
     Adapter,
     Adjustment,
     Base,
+    Composed,
     Delta,
     Dora,
     Experts,
@@ -139,7 +140,7 @@ def _at(delta: Delta, module: str) -> Delta:
 
 def _outputs(term: Term) -> int | None:
     """Outputs that the term acts on, or None for a kind that cannot be cut."""
-    if isinstance(term, (Experts, Tuned)):
+    if isinstance(term, (Experts, Tuned, Composed)):
         return None
     return (term.vector if isinstance(term, Scaled) else term.b).shape[0]
 

@@ -2,85 +2,19 @@
 
 The sizes come from the model's config through optimum's `NormalizedConfigManager` where it knows
 the type; the stacks come from the tensor names; what neither says (Conv1D weights, the names of
-embedding and head) stands in `FAMILIES`, one row a model type that differs from the usual.
+embedding and head) stands in `families.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from adaptrix_export.errors import SourceError
+from adaptrix_export.load.families import Family, family_of
 from adaptrix_export.load.task import FEATURES, GENERATION
 from adaptrix_export.plan import Site
-
-
-@dataclass(frozen=True)
-class Family:
-    """Names that transformers gives to the parts of a causal language model of one type.
-
-    `prefix` is the `base_model_prefix` that checkpoints of the bare model leave out; `conv1d`
-    says that the stack's weights are stored (in, out); `tied` is what the config class assumes
-    when config.json does not say.
-    """
-
-    prefix: str = "model"
-    embedding: str = "model.embed_tokens"
-    head: str = "lm_head"
-    conv1d: bool = False
-    tied: bool = False
-    more_embeddings: tuple[str, ...] = ()  # embeddings beside the one of the tokens
-
-    def bare(self) -> Family:
-        """The same names in the model without a head, which leaves the prefix out."""
-        start = self.prefix + "."
-        return replace(
-            self,
-            embedding=self.embedding.removeprefix(start),
-            more_embeddings=tuple(name.removeprefix(start) for name in self.more_embeddings),
-        )
-
-
-def _bert(prefix: str, *more: str) -> Family:
-    start = f"{prefix}.embeddings"
-    return Family(
-        prefix,
-        f"{start}.word_embeddings",
-        tied=True,
-        more_embeddings=tuple(f"{start}.{name}" for name in ("position_embeddings", *more)),
-    )
-
-
-_GPT2 = Family(
-    "transformer", "transformer.wte", conv1d=True, tied=True, more_embeddings=("transformer.wpe",)
-)
-FAMILIES: dict[str, Family] = {
-    "gpt2": _GPT2,
-    "gpt_bigcode": Family("transformer", "transformer.wte", tied=True),
-    "gpt_neo": Family("transformer", "transformer.wte", tied=True),
-    "gptj": Family("transformer", "transformer.wte"),
-    "codegen": Family("transformer", "transformer.wte"),
-    "openai-gpt": Family("transformer", "transformer.tokens_embed", conv1d=True, tied=True),
-    "bloom": Family("transformer", "transformer.word_embeddings", tied=True),
-    "falcon": Family("transformer", "transformer.word_embeddings", tied=True),
-    "mpt": Family("transformer", "transformer.wte", tied=True),
-    "gpt_neox": Family("gpt_neox", "gpt_neox.embed_in", "embed_out"),
-    "opt": Family("model", "model.decoder.embed_tokens", tied=True),
-    "gemma": Family(tied=True),
-    "gemma2": Family(tied=True),
-    "gemma3_text": Family(tied=True),
-    "cohere": Family(tied=True),
-    "cohere2": Family(tied=True),
-    "starcoder2": Family(tied=True),
-    "smollm3": Family(tied=True),
-    "bert": _bert("bert", "token_type_embeddings"),
-    "roberta": _bert("roberta", "token_type_embeddings"),
-    "xlm-roberta": _bert("roberta", "token_type_embeddings"),
-    "electra": _bert("electra", "token_type_embeddings"),
-    "distilbert": _bert("distilbert"),
-}
-USUAL = Family()
 
 
 @dataclass(frozen=True)
@@ -114,11 +48,11 @@ class Architecture:
 
     def is_transposed(self, site: Site) -> bool:
         """Whether the base stores this site's weight as (in, out): Conv1D, and embeddings."""
-        return site.path in self._embeddings or (self.family.conv1d and site.layer is not None)
+        return self.is_embedding(site) or (self.family.conv1d and site.layer is not None)
 
-    @property
-    def _embeddings(self) -> tuple[str, ...]:
-        return (self.family.embedding, *self.family.more_embeddings)
+    def is_embedding(self, site: Site) -> bool:
+        """Whether the site is a table of rows that are looked up, not multiplied with."""
+        return site.path in self.family.embeddings
 
     def middle_layers(self, stack: int = 0) -> tuple[int, ...]:
         """n/4, n/2, 3n/4 of one stack: where the original system injects."""
@@ -154,7 +88,7 @@ def detect(
         if not isinstance(sizes.get(key), int):
             raise SourceError(f"{place}: config.json", f"{key} = {sizes.get(key)}", "a number")
     heads = sizes["num_attention_heads"]
-    family = FAMILIES.get(model_type, USUAL)
+    family = family_of(model_type)
     return Architecture(
         model_type=model_type,
         family=family.bare() if task == FEATURES else family,
@@ -182,10 +116,16 @@ def _stacks(names: Iterable[str]) -> tuple[Stack, ...]:
 # Config names that differ by family, where NormalizedConfigManager does not know the type.
 _SPELLINGS = {
     "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
-    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
+    "num_attention_heads": (
+        "num_attention_heads",
+        "n_head",
+        "num_heads",
+        "n_heads",
+        "attention_heads",
+    ),
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
     "vocab_size": ("vocab_size",),
-    "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx"),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
 }
 
 

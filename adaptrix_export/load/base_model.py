@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from adaptrix_export.errors import SourceError, UnsupportedError
-from adaptrix_export.load.architecture import FAMILIES, USUAL, Family, detect
+from adaptrix_export.load.architecture import detect
 from adaptrix_export.load.experts import stack_experts
+from adaptrix_export.load.families import FAMILIES, FUSED_ON_DISK, Family, family_of
 from adaptrix_export.load.quantized_base import dequantized
 from adaptrix_export.load.source import Source, resolve
 from adaptrix_export.load.task import (
     FEATURES,
     GENERATION,
     KNOWN_HEADS,
-    SEQUENCES,
+    POOLERS,
+    SEQ2SEQ,
     TASKS,
     TOKENS,
     adapter_config,
@@ -43,17 +45,21 @@ def open_base(spec: str, task: str = "auto", adapters: Iterable[str] = ()) -> Ba
 
         return open_gguf(source, source.gguf_file)
     config = read_json(source.folder / "config.json")
-    task = choose_task(task, config, [adapter_config(spec) for spec in adapters])
-    family = FAMILIES.get(str(config.get("model_type")), USUAL)
+    trained = [adapter_config(spec) for spec in adapters]
+    task = choose_task(task, config, trained)
+    _check_known_layout(source, config)
+    family = family_of(config.get("model_type"))
     files = weight_files(source)
     stored = [tensor for path in files for tensor in read_safetensors(path).tensors]
     _check_index(source, stored)
     unseen: tuple[Tensor, ...] = ()
-    if task == GENERATION:
+    if task == SEQ2SEQ:
+        named = {family.live_name(tensor.name): tensor for tensor in stored}
+    elif task == GENERATION:
         named = named_as_in_model(stored, family, config)
     else:
         named, unseen = named_for_task(stored, family, task)
-    _check_pooler(source, str(config.get("model_type")), task, named)
+    _check_pooler(source, str(config.get("model_type")), task, named, trained)
     tensors: Mapping[str, Tensor] = named
     quantization: str | None = None
     if config.get("quantization_config"):
@@ -81,7 +87,7 @@ def make_base(
         config=config,
         tensors=tensors,
         architecture=architecture,
-        tied=_tied(config, architecture.family, tensors) if task == GENERATION else {},
+        tied=_tied(config, architecture.family, tensors) if task in (GENERATION, SEQ2SEQ) else {},
         task=task,
     )
 
@@ -144,21 +150,39 @@ def named_as_in_model(
     bare = not any(tensor.name.startswith(prefix) for tensor in stored)
     add = prefix if bare and config.get("model_type") in FAMILIES else ""
     heads = (f"{family.head}.",)
-    return {
-        tensor.name if tensor.name.startswith(heads) else add + tensor.name: tensor
-        for tensor in stored
-    }
+    names = ((family.live_name(tensor.name), tensor) for tensor in stored)
+    return {name if name.startswith(heads) else add + name: tensor for name, tensor in names}
 
 
-def _check_pooler(source: Source, kind: str, task: str, tensors: Mapping[str, Tensor]) -> None:
-    """BERT classifies sequences through its pooler: one that the base lacks was drawn at random
-    when the adapter was trained, and was not saved with it."""
-    missing = kind == "bert" and task == SEQUENCES and "bert.pooler.dense.weight" not in tensors
-    if missing:
+def _check_known_layout(source: Source, config: Mapping[str, Any]) -> None:
+    kind = config.get("model_type")
+    if kind in FUSED_ON_DISK:
         raise UnsupportedError(
-            f"{source.spec}: {task}", "no bert.pooler.dense in the base", "one",
-            "save the base with the pooler that the adapter was trained with",
+            f"{source.spec}: model type {kind!r}",
+            "q, k and v stored in one tensor that transformers cuts up on loading",
+            "a type that is stored as it runs", "merge this adapter with PEFT",
         )  # fmt: skip
+
+
+def _check_pooler(
+    source: Source,
+    kind: str,
+    task: str,
+    tensors: Mapping[str, Tensor],
+    adapters: Iterable[Mapping[str, Any]],
+) -> None:
+    """Some types classify through a layer before the classifier: one that the base lacks was drawn
+    at random when the adapter was trained, and is lost unless the adapter saved it."""
+    module = POOLERS.get((kind, task))
+    if module is None or f"{module}.weight" in tensors:
+        return
+    for config in adapters:
+        if module.endswith(tuple(config.get("modules_to_save") or ("\0",))):
+            return
+    raise UnsupportedError(
+        f"{source.spec}: {task}", f"no {module} in the base", "one",
+        "save the base with the one that the adapter was trained with",
+    )  # fmt: skip
 
 
 def named_for_task(
@@ -174,10 +198,11 @@ def named_for_task(
     tensors: dict[str, StoredTensor] = {}
     unseen: list[Tensor] = []
     for tensor in stored:
-        in_body = tensor.name.startswith(prefix)
+        name = family.live_name(tensor.name)
+        in_body = name.startswith(prefix)
         if not prefixed:
-            in_body = tensor.name.partition(".")[0] not in KNOWN_HEADS
-        rest = tensor.name.removeprefix(prefix) if in_body else tensor.name
+            in_body = name.partition(".")[0] not in KNOWN_HEADS
+        rest = name.removeprefix(prefix) if in_body else name
         head = rest.partition(".")[0]
         if in_body and not (task == TOKENS and head == "pooler"):  # that class has no pooler
             tensors[rest if task == FEATURES else prefix + rest] = tensor
@@ -191,9 +216,14 @@ def named_for_task(
 def _tied(
     config: Mapping[str, Any], family: Family, tensors: Mapping[str, Tensor]
 ) -> dict[str, str]:
-    """Head -> embedding where the model shares them."""
+    """Head -> embedding where the model shares them, and what always shares the embedding."""
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
     flag = config.get("tie_word_embeddings", family.tied)
-    if embedding in tensors and (flag or head not in tensors):
-        return {head: embedding}
-    return {}
+    if embedding not in tensors:
+        return {}
+    tied = {f"{alias}.weight": embedding for alias in family.aliases}
+    if family.aliases:  # T5's flag says how it scales, its files say what it shares
+        flag = head not in tensors
+    if flag or head not in tensors:
+        tied[head] = embedding
+    return tied

@@ -21,18 +21,22 @@ from adaptrix_export.plan import Array, Tensor
 
 @dataclass(frozen=True)
 class Fusion:
-    """`renames` are applied to every name; `parameters` maps a stacked parameter, in the order of
-    the live module, to the matrices of one expert that it stacks, in the order of their rows."""
+    """`parameters` maps a stacked parameter, in the order of the live module, to the matrices of
+    one expert that it stacks, in the order of their rows; to none where the files have it stacked.
+    `turned` says that a matrix of it is (in, out)."""
 
     parameters: Mapping[str, tuple[str, ...]]
-    renames: tuple[tuple[str, str], ...] = ()
+    turned: bool = False
 
 
 _QWEN = Fusion({"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)})
+_MIXTRAL = Fusion({"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)})
+_STACKED: dict[str, tuple[str, ...]] = {"gate_up_proj": (), "down_proj": ()}
 FUSIONS: dict[str, Fusion] = {
-    "mixtral": Fusion(
-        {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}, ((".block_sparse_moe.", ".mlp."),)
-    ),
+    "mixtral": _MIXTRAL,
+    "phimoe": _MIXTRAL,
+    "granitemoe": Fusion(_STACKED),
+    "gpt_oss": Fusion(_STACKED, turned=True),
     "qwen2_moe": _QWEN,
     "qwen3_moe": _QWEN,
     "olmoe": _QWEN,
@@ -86,8 +90,6 @@ def stack_experts(tensors: Mapping[str, Tensor], model_type: str, place: str) ->
     made: dict[str, Tensor] = {}
     found: dict[str, dict[tuple[int, str], StoredTensor]] = {}
     for name, tensor in tensors.items():
-        for old, new in fusion.renames:
-            name = name.replace(old, new)
         match = _EXPERT.match(name)
         if match is None or match[3] not in wanted or not isinstance(tensor, StoredTensor):
             made[name] = tensor

@@ -100,4 +100,7 @@ def _delta(
             f"{place}: {name}", f"factors of shape {list(a.shape)} and {list(b.shape)}",
             f"rank {rank} for each of {experts}", "the config belongs to other weights",
         )  # fmt: skip
-    return Delta(base.architecture.site_of(module), (Experts(a, b, scale, experts),), parameter)
+    fusion = FUSIONS.get(base.architecture.model_type)
+    turned = len(stored.shape) == 3 and fusion is not None and fusion.turned
+    term = Experts(a, b, scale, experts, turned)
+    return Delta(base.architecture.site_of(module), (term,), parameter)

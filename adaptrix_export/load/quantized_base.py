@@ -12,13 +12,14 @@ from functools import lru_cache
 from typing import Any
 
 from adaptrix_export.errors import SourceError, UnsupportedError
-from adaptrix_export.load.architecture import Family, split_path
+from adaptrix_export.load.architecture import split_path
 from adaptrix_export.load.bitsandbytes import (
     TORCH_DTYPES,
     EightBitTensor,
     FourBitTensor,
     read_bitsandbytes,
 )
+from adaptrix_export.load.families import Family
 from adaptrix_export.load.fp8 import Fp8Tensor, read_fp8
 from adaptrix_export.load.tensors import ByRows, StoredTensor
 from adaptrix_export.plan import Array, Tensor

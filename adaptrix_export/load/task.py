@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaptrix_export.errors import AdapterError, SourceError, UnsupportedError
+from adaptrix_export.load.families import DECODER, ENCODER, ENCODER_DECODER, family_of
 from adaptrix_export.load.source import resolve
 from adaptrix_export.load.tensors import read_json
 
 GENERATION, FEATURES = "text-generation", "feature-extraction"
 SEQUENCES, TOKENS = "text-classification", "token-classification"
+SEQ2SEQ = "text2text-generation"
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,38 @@ TASKS: dict[str, TaskKind] = {
     FEATURES: TaskKind("AutoModel", "Model", (), "FEATURE_EXTRACTION"),
     SEQUENCES: TaskKind(
         "AutoModelForSequenceClassification", "ForSequenceClassification",
-        ("classifier", "score"), "SEQ_CLS",
+        ("classifier", "score", "pre_classifier", "head", "pooler", "dense"), "SEQ_CLS",
     ),
     TOKENS: TaskKind(
         "AutoModelForTokenClassification", "ForTokenClassification",
-        ("classifier", "score"), "TOKEN_CLS",
+        ("classifier", "score", "head"), "TOKEN_CLS",
+    ),
+    SEQ2SEQ: TaskKind(
+        "AutoModelForSeq2SeqLM", "ForConditionalGeneration", ("lm_head",), "SEQ_2_SEQ_LM"
     ),
 }  # fmt: skip
 CLASSIFIERS = (SEQUENCES, TOKENS)
+# What makes the labels: a row for each.
+LABELS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+# What a type classifies through, beside the head that PEFT saves of itself.
+POOLERS = {
+    ("bert", SEQUENCES): "bert.pooler.dense",
+    ("albert", SEQUENCES): "albert.pooler",
+    ("distilbert", SEQUENCES): "pre_classifier",
+    ("deberta-v2", SEQUENCES): "pooler.dense",
+    ("modernbert", SEQUENCES): "head.dense",
+    ("modernbert", TOKENS): "head.dense",
+    ("eurobert", SEQUENCES): "dense",
+}
 # Modules beside the body in some class of transformers, whatever the task at hand.
 KNOWN_HEADS = ("lm_head", "cls", "classifier", "score", "qa_outputs", "embed_out", "generator")
-# Encoders: without a head they make features; a bare LlamaModel is taken to generate.
-ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
+# What the shape of a model can do, first what it does without a head and a word of anyone's: an
+# encoder then makes features, and a bare LlamaModel is taken to generate.
+TASKS_OF = {
+    DECODER: (GENERATION, FEATURES, SEQUENCES, TOKENS),
+    ENCODER: (FEATURES, SEQUENCES, TOKENS),
+    ENCODER_DECODER: (SEQ2SEQ,),
+}
 _CLASS = re.compile(r"^(.*?)(For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$")
 
 
@@ -67,10 +89,11 @@ def choose_task(asked: str, base: Mapping[str, Any], adapters: Iterable[Mapping[
         task = asked
     else:
         task = wanted.pop() if wanted else _saved_as(base, kind)
-    if kind in ENCODERS and task == GENERATION:
+    shape = family_of(kind).shape
+    if task not in TASKS_OF[shape]:
         raise UnsupportedError(
-            f"task {task}", f"a base of type {kind}, an encoder",
-            f"{FEATURES} or a classification", "name the task",
+            f"task {task}", f"a base of type {kind}, an {shape}".replace("an d", "a d"),
+            " or ".join(TASKS_OF[shape]), "name the task",
         )  # fmt: skip
     return task
 
@@ -106,14 +129,15 @@ def _trained_for(config: Mapping[str, Any], kind: str) -> str | None:
 def _saved_as(config: Mapping[str, Any], kind: str) -> str:
     names = config.get("architectures") or []
     found = _task_of_class(str(names[0]), kind) if names else None
-    return found or (FEATURES if kind in ENCODERS else GENERATION)
+    possible = TASKS_OF[family_of(kind).shape]
+    return found if found in possible else possible[0]
 
 
 def _task_of_class(name: str, kind: str) -> str | None:
-    for task in (*CLASSIFIERS, GENERATION):
+    for task in (*CLASSIFIERS, GENERATION, SEQ2SEQ):
         if name.endswith(TASKS[task].suffix):
             return task
-    if kind in ENCODERS and name.endswith("Model"):
+    if family_of(kind).shape == ENCODER and name.endswith("Model"):
         return FEATURES
     return None
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adaptrix_export.lower.weights import Expression
+from adaptrix_export.plan import Gate
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Artifact:
     `weights`: tensor or initializer name -> expression over base tensor names (see `weights.py`).
     `untied`: tensors that the base shares and this artifact does not.
     `config_changes`: keys of config.json that the merge changes (`tie_word_embeddings`).
+    `frontend`: what drew the graph, if there is one; `frontend_reason`: why `auto` took it.
     """
 
     folder: Path
@@ -27,3 +29,7 @@ class Artifact:
     untied: tuple[str, ...]
     config_changes: Mapping[str, object]
     frontend: str | None = None
+    frontend_reason: str | None = None
+    gates: tuple[Gate, ...] = ()  # what of the plan's gates is in it: all, in the graph or merged
+    # Of a switchable graph: its slots, its stamp and its adapters, as the manifest has them.
+    switchable: Mapping[str, object] = field(default_factory=dict)

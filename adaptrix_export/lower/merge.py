@@ -13,7 +13,18 @@ from typing import Any
 import numpy as np
 
 from adaptrix_export.load.tensors import DTYPES
-from adaptrix_export.plan import Array, Change, Dora, Experts, LowRank, Scaled, Tensor, Tuned
+from adaptrix_export.plan import (
+    Array,
+    Change,
+    Composed,
+    Dora,
+    Experts,
+    LowRank,
+    Scaled,
+    Tensor,
+    Term,
+    Tuned,
+)
 
 BLOCK = 1 << 19  # values in a block: 4 MB in float64, about what a core's cache holds
 
@@ -53,17 +64,25 @@ def merged_blocks(
 ) -> Iterator[Array]:
     """Blocks of rows `first` to `last`-1 of the merged tensor in `dtype`, in order."""
     source = change.source
-    added = [_ADDED[type(term)](change, term) for term in change.terms]
+    added = [added_rows(change, term) for term in change.terms]
     rows = source.shape[0] if source.shape else 1
     rows = rows if last is None else last
     step = rows_per_block(source.shape)
     for start in range(first, rows, step):
         stop = min(rows, start + step)
         exact = base_rows(change, start, stop)
-        base = exact.copy() if len(added) > 1 else exact  # a lone term is made before it is added
+        kept = len(added) > 1 or change.blend != 1  # a lone term is made before it is added
+        base = exact.copy() if kept else exact
         for term in added:
             exact += term(start, stop, base, exact)
+        if change.blend != 1:
+            exact = base + change.blend * (exact - base)
         yield to_dtype(exact, dtype)
+
+
+def added_rows(change: Change, term: Term) -> Rows:
+    """What one term adds, by rows as the base stores them."""
+    return _ADDED[type(term)](change, term)
 
 
 def base_rows(change: Change, start: int, stop: int) -> Array:
@@ -131,7 +150,8 @@ def _experts(change: Change, term: Experts) -> Rows:
         return lambda start, stop, base, so_far: b[start:stop, :, 0] @ a[0]
 
     def by_expert(start: int, stop: int, base: Array, so_far: Array) -> Array:
-        return np.stack([b[:, :, e] @ a[e] for e in range(start, stop)])
+        added = np.stack([b[:, :, e] @ a[e] for e in range(start, stop)])
+        return added.swapaxes(1, 2) if term.turned else added
 
     return by_expert
 
@@ -145,12 +165,19 @@ def _tuned(change: Change, term: Tuned) -> Rows:
     return lambda start, stop, base, so_far: exact[start:stop] - base
 
 
+def _composed(change: Change, term: Composed) -> Rows:
+    from adaptrix_export.lower.composed import composed_rows  # evaluates terms through this module
+
+    return composed_rows(change, term)
+
+
 _ADDED: dict[type, Callable[[Change, Any], Rows]] = {
     LowRank: _low_rank,
     Dora: _dora,
     Scaled: _scaled,
     Experts: _experts,
     Tuned: _tuned,
+    Composed: _composed,
 }
 
 

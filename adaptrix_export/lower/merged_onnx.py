@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from adaptrix_export.load.task import FEATURES
+from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.load.task import SEQ2SEQ
 from adaptrix_export.load.tensors import DTYPES
 from adaptrix_export.lower.artifact import Artifact
-from adaptrix_export.lower.key_mask import wire_key_mask
+from adaptrix_export.lower.facts import state_facts
+from adaptrix_export.lower.gates import Factor, wire_gates
 from adaptrix_export.lower.merge import merged, plain_blocks
-from adaptrix_export.lower.onnx_graph import Graph, native
-from adaptrix_export.lower.padding import needs_left_padding, wire_left_padding
+from adaptrix_export.lower.onnx_graph import AUTO, Graph, draw, draw_parts
+from adaptrix_export.lower.pooling import wire_pooling
 from adaptrix_export.lower.weights import Expression, evaluate
 from adaptrix_export.lower.writer import HashingWriter
-from adaptrix_export.plan import Array, Change, Plan
+from adaptrix_export.plan import Array, Base, Plan, Tensor
 from adaptrix_export.progress import Progress
 
 MODEL = "model.onnx"
@@ -27,66 +31,123 @@ INLINE = 1024  # bytes; smaller constants stay inside the graph file
 
 
 def lower_merged_onnx(
-    plan: Plan, stage: Path, progress: Progress, provider: str = "cpu"
+    plan: Plan, stage: Path, progress: Progress, frontend: str = AUTO, provider: str = "cpu"
 ) -> Artifact:
-    """Write the merged graph and its weights, float32, into `stage`."""
-    with progress.stage("graph"):
-        graph = native(plan, provider)
-        if needs_left_padding(graph.model):
-            wire_left_padding(graph.model)
-        if plan.base.task == FEATURES:
-            wire_key_mask(graph.model)
-    weights = dict(sorted(graph.weights.items()))
-    hashes = {DATA: _write_data(plan, graph.model, weights, stage / DATA, progress)}
-    graph.model.graph.name = plan.base.architecture.model_type
-    with HashingWriter(stage / MODEL) as out:
-        out.write(ir.serde.serialize_model(graph.model).SerializeToString(deterministic=True))
-        hashes[MODEL] = out.hexdigest
-    _note_unused(graph, progress)
+    """Write the merged graph or graphs and their weights, float32, into `stage`."""
+    merged_plan = plan.merged()  # gated sites keep the base's weights
+    graphs = _graphs(merged_plan, provider, frontend, progress)
+    factors: Mapping[str, Factor] = {}
+    if MODEL in graphs:
+        wired = wire_gates(plan, graphs[MODEL])
+        graphs[MODEL] = replace(graphs[MODEL], weights=wired.weights)
+        factors = wired.factors
+        if plan.pooling is not None:
+            wire_pooling(graphs[MODEL].model, plan.pooling)
+    elif plan.gates:
+        raise UnsupportedError(
+            f"{plan.base.spec}: task {plan.base.task}", "context", "one graph to gate",
+            "leave context out",
+        )  # fmt: skip
+    values = Values(merged_plan, factors)
+    hashes = {DATA: write_data(values, graphs, stage / DATA, progress)}
+    for file, graph in graphs.items():
+        state_facts(graph.model)
+        hashes[file] = write_model(graph.model, plan.base, stage / file)
+    note_unused(tuple(graphs.values()), progress)
+    first = next(iter(graphs.values()))
     return Artifact(
         folder=stage,
         target="onnx",
         precision="fp32",
         hashes=hashes,
-        weights=weights,
+        weights=dict(sorted(w for graph in graphs.values() for w in graph.weights.items())),
         untied=plan.untied(),
         config_changes=plan.config_changes(),
-        frontend=graph.frontend,
+        frontend=first.frontend,
+        frontend_reason=first.reason,
+        gates=plan.gates,
     )
 
 
-def _note_unused(graph: Graph, progress: Progress) -> None:
-    if graph.unused:
-        progress.note(
-            f"{len(graph.unused)} base tensors are not read: {', '.join(graph.unused[:5])}"
-        )
-
-
-def _write_data(
-    plan: Plan, model: ir.Model, weights: dict[str, Expression], path: Path, progress: Progress
-) -> str:
-    """Evaluate each initializer, write it, and point the graph at its bytes; returns the sha256."""
-    values = model.graph.initializers
-    large = [
-        n for n, v in values.items() if v.const_value is not None and v.const_value.nbytes > INLINE
-    ]
-    total = 4 * sum(_size(values[name]) for name in weights)
-    changes = plan.changes()
-    with HashingWriter(path) as out, progress.stage("weights", total, "B") as advance:
-        for name in (*weights, *sorted(large)):
-            constant = values[name].const_value
-            array = _values(plan, changes, weights[name]) if constant is None else constant.numpy()
-            out.align(ALIGNMENT)
-            offset = out.position
-            size = out.write_array(array)
-            values[name].const_value = ir.ExternalTensor(
-                location=DATA, offset=offset, length=size, name=name,
-                dtype=ir.DataType.FLOAT if constant is None else constant.dtype,
-                shape=ir.Shape(array.shape), base_dir=path.parent,
-            )  # fmt: skip
-            if constant is None:
-                advance(size)
+def write_model(model: ir.Model, base: Base, path: Path) -> str:
+    """Write the graph, after `write_data`; returns the sha256."""
+    model.graph.name = base.architecture.model_type
+    with HashingWriter(path) as out:
+        out.write(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
         return out.hexdigest
+
+
+def _graphs(plan: Plan, provider: str, frontend: str, progress: Progress) -> dict[str, Graph]:
+    """File name -> graph. An initializer of a name means the same in all of them."""
+    if plan.base.task != SEQ2SEQ:
+        return {MODEL: draw(plan, provider, frontend, progress)}
+    graphs = draw_parts(plan, provider, frontend, progress)
+    known: dict[str, Expression] = {}
+    for file, graph in graphs.items():
+        weights = {}
+        for name, expression in graph.weights.items():
+            own = name
+            if known.setdefault(name, expression) != expression:
+                own = f"{file.removesuffix('.onnx')}.{name}"
+                value = graph.model.graph.initializers.pop(name)
+                value.name = own
+                graph.model.graph.initializers[own] = value
+            weights[own] = expression
+        graphs[file] = replace(graph, weights=weights)
+    return graphs
+
+
+def note_unused(graphs: tuple[Graph, ...], progress: Progress) -> None:
+    unused = [name for name in graphs[0].unused if all(name in g.unused for g in graphs)]
+    if unused:
+        progress.note(f"{len(unused)} base tensors are not read: {', '.join(unused[:5])}")
+
+
+def write_data(
+    values_of: Values, graphs: Mapping[str, Graph], path: Path, progress: Progress
+) -> str:
+    """Evaluate each initializer, write it once, and point the graphs at its bytes; returns the
+    sha256. Equal expressions share their bytes."""
+    wanted = {(name, file): graph for file, graph in graphs.items() for name in graph.weights}
+    sizes = {
+        repr(g.weights[n]): _size(g.model.graph.initializers[n]) for (n, _), g in wanted.items()
+    }
+    placed: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+    with (
+        HashingWriter(path) as out,
+        progress.stage("weights", 4 * sum(sizes.values()), "B") as advance,
+    ):
+
+        def write(array: Array) -> tuple[int, int, tuple[int, ...]]:
+            out.align(ALIGNMENT)
+            return out.position, out.write_array(array), array.shape
+
+        for (name, _), graph in sorted(wanted.items(), key=lambda item: item[0]):
+            key = repr(graph.weights[name])
+            if key not in placed:
+                placed[key] = write(values_of(graph.weights[name]))
+                advance(placed[key][1])
+            value = graph.model.graph.initializers[name]
+            value.const_value = _external(name, ir.DataType.FLOAT, placed[key], path)
+        for graph in graphs.values():
+            for name, value in sorted(graph.model.graph.initializers.items()):
+                constant = value.const_value
+                if isinstance(constant, ir.ExternalTensor) or constant is None:
+                    continue
+                if constant.nbytes > INLINE:
+                    placed_at = write(constant.numpy())
+                    value.const_value = _external(name, constant.dtype, placed_at, path)
+        return out.hexdigest
+
+
+def _external(
+    name: str, dtype: ir.DataType, placed: tuple[int, int, tuple[int, ...]], path: Path
+) -> ir.ExternalTensor:
+    offset, length, shape = placed
+    return ir.ExternalTensor(
+        location=DATA, offset=offset, length=length, name=name, dtype=dtype,
+        shape=ir.Shape(shape), base_dir=path.parent,
+    )  # fmt: skip
 
 
 def _size(value: ir.Value) -> int:
@@ -94,24 +155,36 @@ def _size(value: ir.Value) -> int:
     return prod(sizes)
 
 
-def _values(plan: Plan, changes: dict[str, Change], expression: Expression) -> Array:
-    """One initializer in float32: moves of values that were rounded once.
+@dataclass(frozen=True)
+class Values:
+    """Initializers in float32: moves of values that were rounded once.
 
-    An expression that computes (a factor, a shift) is evaluated in float64, so that it is still
-    one rounding.
+    `factors` are what expressions name beside the tensors of the plan.
     """
-    dtype = "F64" if "affine" in repr(expression) else "F32"
 
-    def read(name: str) -> Array:
-        if name in changes:
-            return merged(changes[name], dtype)
-        stored = plan.base.tensors[plan.base.tied.get(name, name)]
-        return np.concatenate(list(plain_blocks(stored, dtype)))
+    plan: Plan
+    factors: Mapping[str, Factor] = field(default_factory=dict)
 
-    def rows(name: str, start: int, stop: int) -> Array:
-        if name in changes:
-            return merged(changes[name], dtype, start, stop)
-        stored = plan.base.tensors[plan.base.tied.get(name, name)]
-        return stored.rows(start, stop).astype(DTYPES[dtype])
+    def __call__(self, expression: Expression) -> Array:
+        """An expression that computes (a factor, a shift) is evaluated in float64, so that it is
+        still one rounding."""
+        dtype = "F64" if "affine" in repr(expression) else "F32"
 
-    return evaluate(expression, read, rows).astype(np.float32, copy=False)
+        def read(name: str) -> Array:
+            if name in self.factors:
+                return self.factors[name].read(dtype)
+            change = self.plan.changes().get(name)
+            if change is not None:
+                return merged(change, dtype)
+            return np.concatenate(list(plain_blocks(self._stored(name), dtype)))
+
+        def rows(name: str, start: int, stop: int) -> Array:
+            change = self.plan.changes().get(name)
+            if change is not None:
+                return merged(change, dtype, start, stop)
+            return self._stored(name).rows(start, stop).astype(DTYPES[dtype])
+
+        return evaluate(expression, read, rows).astype(np.float32, copy=False)
+
+    def _stored(self, name: str) -> Tensor:
+        return self.plan.base.tensors[self.plan.base.tied.get(name, name)]

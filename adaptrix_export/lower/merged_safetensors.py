@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.load.base_model import INDEX, SINGLE
 from adaptrix_export.load.experts import Stacked
 from adaptrix_export.load.tensors import (
@@ -73,7 +74,15 @@ class OutputFile:
 
 
 def lower_merged_safetensors(plan: Plan, stage: Path, progress: Progress) -> Artifact:
-    """Write the merged checkpoint's weight files into `stage`."""
+    """Write the merged checkpoint's weight files into `stage`.
+
+    Raises UnsupportedError for gates that depend on the data.
+    """
+    for site, gate in plan.gated().items():
+        raise UnsupportedError(
+            f"context: {site.path}", f"a {gate.mode} gate in a checkpoint", "an onnx target",
+            "use --target onnx, or mode blend",
+        )  # fmt: skip
     files = plan_files(plan)
     hashes: dict[str, str] = {}
     total = sum(e.nbytes for f in files for e in f.entries)
@@ -99,6 +108,7 @@ def lower_merged_safetensors(plan: Plan, stage: Path, progress: Progress) -> Art
         },
         untied=plan.untied(),
         config_changes=plan.config_changes(),
+        gates=plan.gates,
     )
 
 

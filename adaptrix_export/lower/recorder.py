@@ -41,7 +41,7 @@ class Recorded(torch.Tensor):
             raise UnsupportedError(
                 f"native front end: {first.expression if first is not None else function}",
                 f"a weight computed with {function}", "moves, stacks and constant factors",
-                "build with --frontend traced when it is there, or report the model type",
+                "build with --frontend traced, or report the model type",
             )  # fmt: skip
         return record(*args, **(kwargs or {}))
 

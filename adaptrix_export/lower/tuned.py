@@ -1,7 +1,8 @@
-"""Parameters that only a PEFT layer can merge: the model's skeleton is kept for one adapter.
+"""Parameters that only a PEFT layer can merge: the model's skeleton is kept for each adapter.
 
 The skeleton (see `peft_layers.py`) takes seconds to build and next to no memory, so it serves all
-sites of an adapter and is freed when the lowering ends. No PyTorch until a term asks for it.
+sites of an adapter and is freed when the lowering ends; a composition goes through several at
+each site. No PyTorch until a term asks for it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from adaptrix_export.plan import Array, Tuned
 if TYPE_CHECKING:
     from adaptrix_export.lower.peft_layers import Skeleton
 
-_kept: dict[tuple[Path, Path], Skeleton] = {}  # adapter and base folder -> skeleton; one at most
+_kept: dict[tuple[Path, Path], Skeleton] = {}  # adapter and base folder -> skeleton
 
 
 @contextmanager
@@ -51,6 +52,5 @@ def _skeleton(term: Tuned) -> Skeleton:
     if key not in _kept:
         from adaptrix_export.lower.peft_layers import Skeleton
 
-        _kept.clear()
         _kept[key] = Skeleton.build(term)
     return _kept[key]

@@ -8,22 +8,26 @@ from adaptrix_export.package.manifest import (
     build_manifest,
     check_hashes,
     read_manifest,
+    without_machine_paths,
     write_manifest,
 )
 from adaptrix_export.package.model_config import portable_config
-from adaptrix_export.package.staging import publish, staging
+from adaptrix_export.package.staging import addition, install, publish, staging
 
 __all__ = [
     "MANIFEST",
     "InputHashes",
     "Problem",
+    "addition",
     "build_manifest",
     "check_hashes",
     "hash_file",
+    "install",
     "portable_config",
     "publish",
     "read_manifest",
     "staging",
+    "without_machine_paths",
     "write_manifest",
     "write_package",
 ]

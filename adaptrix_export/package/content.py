@@ -66,6 +66,8 @@ def write_package(artifact: Artifact, plan: Plan) -> None:
     metadata. A sentence encoder keeps the modules that sentence-transformers puts behind it.
     """
     stage, base = artifact.folder, plan.base
+    if artifact.target == "peft":
+        return  # an adapter's folder has no model in it
     is_graph = artifact.target.startswith("onnx")
     if base.gguf_file is not None:
         _tokenizer_from_gguf(base, stage)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptrix_export.errors import MachineError
+from adaptrix_export.runtime.graph import ADAPTER_IDS
 
 GRAPH = "model.onnx"
 
@@ -47,6 +48,7 @@ WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "n_embed")
 UNLIMITED_CONTEXT = 32768
 
 _PAST, _PRESENT = "past_key_values.", "present."
+_CONTEXT = "context."  # how statistics of gates begin
 
 _Shape = tuple[Any, ...]  # of ints and symbolic dimensions
 
@@ -54,14 +56,14 @@ _Shape = tuple[Any, ...]  # of ints and symbolic dimensions
 def genai_config(
     graph: Path, config: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """The configuration of the decoder in `graph`, or None if the graph has no KV cache.
+    """The configuration of the decoder in `graph`; None without a KV cache, or with `adapter_ids`.
 
     `config` is the model's config.json, `generation` its generation_config.json. Input and output
     names come from the graph itself.
     """
     inputs, outputs = _interface(graph)
     cache_shape = inputs.get(f"{_PAST}0.key")
-    if cache_shape is None:
+    if cache_shape is None or ADAPTER_IDS in inputs:  # genai cannot feed an adapter for each row
         return None
     text = text_config(config)
     context = _first(text, CONTEXT_KEYS) or UNLIMITED_CONTEXT
@@ -81,7 +83,8 @@ def genai_config(
             "past_value_names": f"{_PAST}%d.value",
         },
         "outputs": {
-            **{name: name for name in outputs if not name.startswith(_PRESENT)},
+            # genai refuses outputs that it does not know, such as statistics of gates
+            **{name: name for name in outputs if not name.startswith((_PRESENT, _CONTEXT))},
             "present_key_names": f"{_PRESENT}%d.key",
             "present_value_names": f"{_PRESENT}%d.value",
         },
@@ -165,4 +168,6 @@ def _interface(graph: Path) -> tuple[dict[str, _Shape], dict[str, _Shape]]:
     def shapes(values: Sequence[onnx_ir.Value]) -> dict[str, _Shape]:
         return {value.name or "": tuple(value.shape or ()) for value in values}
 
-    return shapes(model.graph.inputs), shapes(model.graph.outputs)
+    # Slots for adapters are inputs with a default: adapter files name them, no configuration does.
+    needed = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
+    return shapes(needed), shapes(model.graph.outputs)

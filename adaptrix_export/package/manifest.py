@@ -79,6 +79,7 @@ def build_manifest(
         "tool": {"name": TOOL, "version": __version__},
         "target": artifact.target,
         "frontend": artifact.frontend,
+        "frontend_reason": artifact.frontend_reason,
         "provider": provider,
         "precision": artifact.precision,
         # Where the artifact goes does not change it.
@@ -90,12 +91,29 @@ def build_manifest(
         "outputs": {name: h.as_dict() for name, h in _read_back(artifact).items()},
         "versions": {name: v for name in LIBRARIES if (v := _version(name)) is not None},
         "history": list(plan.history),
+        **({"composition": plan.composition.as_dict()} if plan.composition else {}),
+        **({"fidelity": plan.measured["fidelity"]} if "fidelity" in plan.measured else {}),
         "adjustments": [asdict(adjustment) for adjustment in plan.adjustments],
         "base_weights": how_read(plan.base),
+        "context": _context(plan),
         "sites": [site.path for site in plan.sites()],
         "untied": list(artifact.untied),
         "weights": {name: list(e) for name, e in artifact.weights.items()},
+        **({"switchable": dict(artifact.switchable)} if artifact.switchable else {}),
         "parity": {"verdict": parity, "report_sha256": report_sha256},
+    }
+
+
+def _context(plan: Plan) -> dict[str, Any] | None:
+    """The gates, in the order of the statistics; None without any."""
+    if not plan.gates:
+        return None
+    gates = sorted(plan.gates, key=lambda gate: gate.site.order)
+    return {
+        "stats": plan.gate_stats,
+        "gates": [
+            {"site": g.site.path, "mode": g.mode, "tau": g.tau, "weight": g.weight} for g in gates
+        ],
     }
 
 

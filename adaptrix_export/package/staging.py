@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -212,3 +212,33 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def addition(out: Path) -> Iterator[Path]:
+    """A new, empty folder beside the published folder `out`, for what `install` moves into it.
+
+    Raises OutputError if another process builds or changes `out`.
+    """
+    out = Path(os.path.abspath(out))
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise _not_writable(out)
+    with _only_builder_of(out):
+        _remove_stale(out)
+        yield from _new_folder(out)
+
+
+def install(stage: Path, out: Path, names: Sequence[str]) -> None:
+    """Move files of `stage` into the published folder, one after the other, each as a whole.
+
+    The last one, the manifest, makes the others known: whoever reads meanwhile sees the folder as
+    it was or as it is to be. A file that stops short of its manifest is moved over the next time.
+    """
+    out = Path(os.path.abspath(out))
+    mode = _umask_mode(stage)
+    for name in names:
+        path, place = stage / name, out / name
+        path.chmod(mode)
+        _fsync(path)
+        os.replace(path, place)
+        _fsync(place.parent)

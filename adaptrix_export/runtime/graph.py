@@ -1,7 +1,9 @@
-"""One decoder graph in ONNX Runtime: what it takes, what it gives, and one step of it."""
+"""One decoder graph in ONNX Runtime: what it takes, what it gives, and what it says of itself."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptrix_export.errors import SourceError
+from adaptrix_export.runtime.providers import AUTO, absent, wanted
+from adaptrix_export.runtime.stamps import FACTS
 
 GRAPH = "model.onnx"
+ENCODER = "encoder_model.onnx"  # beside a decoder that takes its states
 LOGITS = "logits"
+ADAPTER_IDS = "adapter_ids"
 
-# ONNX Runtime's name of a cache element type -> its number in ONNX.
+# ONNX Runtime's name of an element type -> its number in ONNX.
 _CACHE_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
+_LOGIT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 Ids = NDArray[np.int64]
 
@@ -32,23 +39,41 @@ class CacheSlot:
 
 
 @dataclass(frozen=True)
-class State:
-    """The cache after `length` tokens, as ONNX Runtime's own values, in slot order."""
+class AdapterSlot:
+    """A place for a pair of factors: input `a` (inputs, r) and input `b` (r, outputs), any r."""
 
-    cache: tuple[Any, ...]
-    length: int
+    name: str
+    a: str
+    b: str
+    inputs: int
+    outputs: int
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raise SourceError for what does something else than generate, whatever its outputs are."""
+    kind = "an encoder-decoder" if (folder / ENCODER).is_file() else None
+    config = folder / "config.json"
+    if kind is None and config.is_file():
+        names = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
+        kind = "a classifier" if any(str(n).endswith("Classification") for n in names) else None
+    if kind is not None:
+        raise SourceError(
+            str(folder), kind, "a language model with a decoder alone",
+            "load it with transformers.js or optimum",
+        )  # fmt: skip
 
 
 class DecoderGraph:
     """An ONNX Runtime session over `model.onnx` of an artifact folder.
 
-    Raises SourceError if the folder holds no graph, or one that is not a language model.
+    Raises SourceError if the folder holds no graph, or one that is not a language model, and for
+    a provider that is not there. `shares_cache` says that the cache may be updated in place;
+    `rows` names the adapters that `adapter_ids` chooses among, where the graph has that input.
     """
 
-    def __init__(self, folder: Path, threads: int = 0) -> None:
-        import onnxruntime
-
+    def __init__(self, folder: Path, threads: int = 0, provider: str = AUTO) -> None:
         path = folder / GRAPH
+        _refuse_others(folder)
         if not path.is_file():
             raise SourceError(
                 str(folder),
@@ -56,18 +81,11 @@ class DecoderGraph:
                 "an ONNX artifact folder",
                 "name a folder that `build --target onnx` made",
             )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads  # 0: one a physical core
-        options.log_severity_level = 3  # errors; its warnings are about its own optimizer
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's errors share no narrower base
-            raise SourceError(str(path), f"cannot be loaded ({error})", "an ONNX model") from error
-        self._values = onnxruntime.OrtValue
-        inputs = {value.name: value for value in self._session.get_inputs()}
-        outputs = [value.name for value in self._session.get_outputs()]
+        self.session = _session(path, threads, provider)
+        found = self.session.get_providers()
+        self.provider = next(p for p in wanted(AUTO, found) if p.name == found[0])
+        inputs = {value.name: value for value in self.session.get_inputs()}
+        outputs = {value.name: value for value in self.session.get_outputs()}
         if not {"input_ids", "attention_mask"} <= inputs.keys() or LOGITS not in outputs:
             raise SourceError(
                 str(path),
@@ -76,39 +94,53 @@ class DecoderGraph:
                 "only language models can be run",
             )
         self.takes_positions = "position_ids" in inputs
-        self._slots = tuple(_slots(inputs, outputs, path))
-        self._fetched = [LOGITS, *(slot.present for slot in self._slots)]
-
-    @property
-    def has_cache(self) -> bool:
-        return bool(self._slots)
-
-    def start(self, batch: int = 1) -> State:
-        """The state before any token."""
-        empty = (
-            self._values.ortvalue_from_shape_and_type([batch, s.heads, 0, s.size], s.element)
-            for s in self._slots
-        )
-        return State(tuple(empty), 0)
-
-    def step(self, ids: Ids, mask: Ids, state: State) -> tuple[NDArray[np.floating[Any]], State]:
-        """Run `ids` (batch, seq) behind `state`; `mask` is (batch, state.length + seq).
-
-        Returns the logits (batch, seq, vocab) and the state after. The cache goes from output to
-        input as it is, never through numpy.
-        """
-        feeds = {"input_ids": ids, "attention_mask": mask}
-        if self.takes_positions:
-            # As transformers counts: pads have no position, whichever side they stand on.
-            positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-            feeds["position_ids"] = positions[:, state.length :]
-        values = {
-            name: self._values.ortvalue_from_numpy(np.ascontiguousarray(value, dtype=np.int64))
-            for name, value in feeds.items()
+        self.takes_ids = ADAPTER_IDS in inputs
+        self.cache = tuple(_slots(inputs, list(outputs), path))
+        self.vocabulary, self.logit_type = _logits(outputs[LOGITS], path)
+        facts = _facts(self.session, path)
+        self.shares_cache: bool = bool(facts.get("shared_cache", False))
+        self.model_version: int = int(facts.get("model_version", 0))
+        self.rows: tuple[str, ...] = tuple(facts.get("rows", ()))
+        self.slots: Mapping[str, AdapterSlot] = {
+            s["name"]: AdapterSlot(s["name"], s["a"], s["b"], s["inputs"], s["outputs"])
+            for s in facts.get("slots", ())
         }
-        values |= {slot.past: past for slot, past in zip(self._slots, state.cache, strict=True)}
-        logits, *cache = self._session.run_with_ort_values(self._fetched, values)
-        return logits.numpy(), State(tuple(cache), mask.shape[1])
+
+
+def _session(path: Path, threads: int, provider: str) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads  # 0: one a physical core
+    options.log_severity_level = 3  # errors; its warnings are about its own optimizer
+    chosen = wanted(provider, onnxruntime.get_available_providers())
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=[p.name for p in chosen]
+        )
+    except Exception as error:  # ONNX Runtime's errors share no narrower base
+        raise SourceError(str(path), f"cannot be loaded ({error})", "an ONNX model") from error
+    if provider != AUTO and session.get_providers()[0] != chosen[0].name:
+        # it goes on with the next provider when one cannot start, with a warning at most
+        raise absent(provider, chosen[0], session.get_providers())
+    return session
+
+
+def _facts(session: Any, path: Path) -> dict[str, Any]:
+    """What the graph's metadata says; nothing for a graph that was not made here."""
+    text = session.get_modelmeta().custom_metadata_map.get(FACTS, "{}")
+    try:
+        return dict(json.loads(text))
+    except ValueError as error:
+        raise SourceError(f"{path}: {FACTS}", f"not JSON ({error})", "build again") from error
+
+
+def _logits(output: Any, path: Path) -> tuple[int | None, Any]:
+    """The vocabulary, None if the graph does not say, and the numpy type of the logits."""
+    if output.type not in _LOGIT_TYPES:
+        raise SourceError(f"{path}: {LOGITS}", output.type, " or ".join(_LOGIT_TYPES))
+    width = output.shape[-1]
+    return (width if isinstance(width, int) else None), _LOGIT_TYPES[output.type]
 
 
 def _slots(inputs: dict[str, Any], outputs: list[str], path: Path) -> list[CacheSlot]:

@@ -1,101 +1,290 @@
-"""Generation from an artifact folder with ONNX Runtime alone: no torch, no transformers."""
+"""Generation from an artifact folder with ONNX Runtime alone: no torch, no transformers.
+
+    session = Session("./artifact")
+    session.use("sql")                                   # requests from now on
+    session.generate("Show all users", adapter="poems")  # this request only
+    session.use({"sql": 0.7, "poems": 0.3})
+
+One session serves any number of threads. A request keeps the adapter that it started with, and
+no lock is held while a graph runs.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adaptrix_export.errors import SourceError
+from adaptrix_export.runtime.adapters import SUFFIX, AdapterStore, listed
 from adaptrix_export.runtime.graph import DecoderGraph, Ids
+from adaptrix_export.runtime.padding import padded
+from adaptrix_export.runtime.providers import AUTO
+from adaptrix_export.runtime.running import Run
+from adaptrix_export.runtime.sampling import GREEDY, Sampler, Sampling
+from adaptrix_export.runtime.selection import Choice, Selection, resolved
+from adaptrix_export.runtime.statistics import Statistics
 from adaptrix_export.runtime.tokenizer import TextTokenizer
 
 
+class Current(Enum):
+    """In place of a selection: whatever `use` chose last. No name of an adapter can mean this."""
+
+    CURRENT = "current"
+
+
+CURRENT = Current.CURRENT
+
+
 class Session:
-    """A published ONNX artifact, ready to generate greedily.
+    """A published ONNX artifact, ready to generate.
 
     Raises SourceError if `folder` is not an artifact, here or at the first use of a part that it
-    lacks. `threads` is the number that ONNX Runtime works with, 0 for its own choice.
+    lacks. `threads` is the number that ONNX Runtime works with, 0 for its own choice; `provider`
+    is auto (the best there is), cpu or cuda. The artifact's adapters are loaded and checked here.
     """
 
-    def __init__(self, folder: Path, threads: int = 0) -> None:
+    def __init__(self, folder: Path | str, threads: int = 0, provider: str = AUTO) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise SourceError(str(folder), "no such folder", "an ONNX artifact folder")
-        self._graph = DecoderGraph(self.folder, threads)
+        self._graph = DecoderGraph(self.folder, threads, provider)
+        self._store = AdapterStore(self._graph)
+        self._statistics = Statistics()
+        self._current = Choice()
         self.eos_ids = self._read_eos_ids()
         self.context_length = self._read_context_length()
+        if self._graph.slots:
+            for name, (path, sha256) in listed(self.folder).items():
+                self._store.load(path, name, sha256)
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
         return TextTokenizer(self.folder)
 
-    def logits(self, input_ids: Ids, attention_mask: Ids | None = None) -> NDArray[np.float32]:
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names that `use` and `adapter=` take."""
+        return self._graph.rows or tuple(sorted(self._store.loaded))
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that the graph runs on, as ONNX Runtime names it."""
+        return self._graph.provider.name
+
+    def load_adapter(self, path: Path | str, name: str | None = None) -> str:
+        """Add an `.onnx_adapter` file that was made for this artifact; returns its name."""
+        path = Path(path)
+        name = name or path.name.removesuffix(SUFFIX)
+        self._store.load(path, name)
+        return name
+
+    def use(self, adapter: Selection) -> None:
+        """Choose for requests that start from now on: a name, a mix {name: weight}, or None.
+
+        With `rows: true`, also a name or None for each row. Running requests go on as they began.
+        """
+        start = time.perf_counter()
+        choice = resolved(adapter, self._graph, self._store)
+        self._current = choice  # one assignment: a request sees the old one or the new one
+        self._statistics.switch(choice.label, time.perf_counter() - start)
+
+    def stats(self) -> dict[str, Any]:
+        """Requests, switch times and memory of adapters; see `Statistics.as_dict`."""
+        return self._statistics.as_dict(self._store.loaded, self._current.label)
+
+    def logits(
+        self,
+        input_ids: Ids,
+        attention_mask: Ids | None = None,
+        adapter: Selection | Current = CURRENT,
+    ) -> NDArray[np.float32]:
         """Logits (batch, seq, vocab) of one pass over `input_ids` (batch, seq), padded or not."""
         ids = np.asarray(input_ids, dtype=np.int64)
         mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
-        values, _ = self._graph.step(ids, mask, self._graph.start(ids.shape[0]))
-        return values.astype(np.float32, copy=False)
+        run, _ = self._start(self._chosen(adapter), ids.shape[0], ids.shape[1])
+        return run.step(ids, mask).astype(np.float32, copy=False)
 
     def generate_ids(
-        self, input_ids: Sequence[int], max_new_tokens: int, stop_at_eos: bool = True
+        self,
+        input_ids: Sequence[int],
+        max_new_tokens: int,
+        stop_at_eos: bool = True,
+        *,
+        adapter: Selection | Current = CURRENT,
+        sampling: Sampling = GREEDY,
+        stop: Collection[int] = (),
     ) -> list[int]:
-        """The new ids only, greedily chosen; the end token that stopped it is the last of them.
+        """The new ids only; the end token, or the one of `stop`, that stopped it is the last.
 
         Fewer than `max_new_tokens` where the context ends first.
         """
-        return list(self._choose(input_ids, max_new_tokens, stop_at_eos))
+        return self.generate_batch(
+            [input_ids], max_new_tokens, stop_at_eos, adapter=adapter, sampling=sampling, stop=stop
+        )[0]
 
-    def stream(self, prompt: str, max_new_tokens: int = 128, chat: bool = False) -> Iterator[str]:
+    def generate_batch(
+        self,
+        rows: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_at_eos: bool = True,
+        *,
+        adapter: Selection | Current = CURRENT,
+        sampling: Sampling = GREEDY,
+        stop: Collection[int] = (),
+        padding: str = "left",
+    ) -> list[list[int]]:
+        """`generate_ids` of several prompts at once, padded on either side.
+
+        Each row gets what it would get alone; a row that has ended no longer grows. The context
+        is that of the longest row.
+        """
+        found: list[list[int]] = [[] for _ in rows]
+        ends = self._ends(stop_at_eos, stop)
+        for tokens in self._decode(rows, max_new_tokens, ends, adapter, sampling, padding):
+            for row, token in zip(found, tokens, strict=True):
+                if token is not None:
+                    row.append(token)
+        return found
+
+    def stream(
+        self,
+        prompt: str,
+        max_new_tokens: int = 128,
+        chat: bool = False,
+        *,
+        adapter: Selection | Current = CURRENT,
+        sampling: Sampling = GREEDY,
+        stop: Collection[int] = (),
+    ) -> Iterator[str]:
         """The answer to `prompt`, piece by piece. With `chat`, the model's chat template is used.
 
         Raises SourceError before the first piece for an empty prompt, one that is longer than
-        the context, or a missing tokenizer or template.
+        the context, or a missing tokenizer or template. The adapter is the one of this call.
         """
+        ids = self._encoded(prompt, chat)
+        ends = self._ends(True, stop)
+        steps = self._decode([ids], max_new_tokens, ends, adapter, sampling, "left")
+        return self.tokenizer.stream(ids, (token for (token,) in steps if token is not None))
+
+    @overload
+    def generate(
+        self, prompt: str, max_new_tokens: int = ..., chat: bool = ..., **how: Any
+    ) -> str: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, prompt: Sequence[str], max_new_tokens: int = ..., chat: bool = ..., **how: Any
+    ) -> list[str]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        max_new_tokens: int = 128,
+        chat: bool = False,
+        **how: Any,
+    ) -> str | list[str]:
+        """All of `stream` at once; several prompts are one batch.
+
+        `how` are the keywords of `stream`, and `padding` for a batch.
+        """
+        if isinstance(prompt, str):
+            return "".join(self.stream(prompt, max_new_tokens, chat, **how))
+        asked = [self._encoded(text, chat) for text in prompt]
+        answers = self.generate_batch(asked, max_new_tokens, **how)
+        words = self.tokenizer
+        return ["".join(words.stream(a, b)) for a, b in zip(asked, answers, strict=True)]
+
+    def _encoded(self, prompt: str, chat: bool) -> list[int]:
         if not prompt:
             raise SourceError("prompt", "empty", "some text")
-        ids = self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt)
-        self._check_prompt(ids)
-        return self.tokenizer.stream(ids, self._choose(ids, max_new_tokens, True))
+        return self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt)
 
-    def generate(self, prompt: str, max_new_tokens: int = 128, chat: bool = False) -> str:
-        """All of `stream` at once."""
-        return "".join(self.stream(prompt, max_new_tokens, chat))
+    def _ends(self, stop_at_eos: bool, stop: Collection[int]) -> frozenset[int]:
+        return frozenset(stop) | (self.eos_ids if stop_at_eos else frozenset())
 
-    def _choose(self, prompt: Sequence[int], count: int, stop_at_eos: bool) -> Iterator[int]:
-        """Prefill once, then one token a step over the cache."""
-        self._check_prompt(prompt)
+    def _chosen(self, adapter: Selection | Current) -> Choice:
+        if isinstance(adapter, Current):
+            return self._current
+        return resolved(adapter, self._graph, self._store)
+
+    def _start(self, choice: Choice, batch: int, capacity: int) -> tuple[Run, str]:
+        ids = choice.row_ids(batch) if self._graph.takes_ids else None
+        self._statistics.request(choice.label)
+        return Run(self._graph, batch, capacity, choice.factors, ids), choice.label
+
+    def _decode(
+        self,
+        rows: Sequence[Sequence[int]],
+        count: int,
+        ends: frozenset[int],
+        adapter: Selection | Current,
+        sampling: Sampling,
+        side: str,
+    ) -> Iterator[list[int | None]]:
+        """A token a row and step, None for rows that have ended. All checks happen before."""
+        self._check_prompts(rows)
+        longest = max(len(row) for row in rows)
         if self.context_length is not None:
-            count = min(count, self.context_length - len(prompt))
-        state = self._graph.start()
-        fed: Sequence[int] = prompt
-        for _ in range(count):
-            # Without padding the mask is all ones, as long as all that was fed so far.
-            mask = np.ones((1, state.length + len(fed)), dtype=np.int64)
-            logits, state = self._graph.step(np.array([fed], dtype=np.int64), mask, state)
-            chosen = int(np.argmax(logits[0, -1]))
-            yield chosen
-            if stop_at_eos and chosen in self.eos_ids:
-                return
-            fed = (chosen,)
+            count = min(count, self.context_length - longest)
+        ids, mask, last = padded(rows, side, max(count, 0))
+        run, label = self._start(self._chosen(adapter), len(rows), mask.shape[1])
+        samplers = [Sampler(sampling, row, place) for place, row in enumerate(rows)]
+        return self._steps(run, label, (ids, mask, last), samplers, count, ends)
 
-    def _check_prompt(self, ids: Sequence[int]) -> None:
-        if not self._graph.has_cache:
+    def _steps(
+        self,
+        run: Run,
+        label: str,
+        prompt: tuple[Ids, Ids, Ids],
+        samplers: list[Sampler],
+        count: int,
+        ends: frozenset[int],
+    ) -> Iterator[list[int | None]]:
+        """Prefill once, then one token a row and step over the cache, until every row has ended."""
+        fed, mask, last = prompt
+        going = [True] * len(samplers)
+        made = 0
+        try:
+            for _ in range(count):
+                logits = run.step(fed, mask[:, : run.length + fed.shape[1]])
+                fed = np.zeros((len(samplers), 1), dtype=np.int64)
+                tokens: list[int | None] = [None] * len(samplers)
+                for row, sampler in enumerate(samplers):
+                    if going[row]:
+                        token = sampler.choose(logits[row, last[row]])
+                        fed[row, 0] = tokens[row] = token
+                        going[row] = token not in ends
+                        made += 1
+                last = np.zeros_like(last)
+                yield tokens
+                if not any(going):
+                    return
+        finally:
+            self._statistics.tokens(label, made)
+
+    def _check_prompts(self, rows: Sequence[Sequence[int]]) -> None:
+        if not self._graph.cache:
             raise SourceError(str(self.folder), "a graph without a cache", "past_key_values inputs")
-        if not len(ids):
-            raise SourceError("prompt", "no tokens", "at least one")
-        if self.context_length is not None and len(ids) > self.context_length:
-            raise SourceError(
-                "prompt",
-                f"{len(ids)} tokens",
-                f"at most {self.context_length}",
-                "shorten it",
-            )
+        if not len(rows):
+            raise SourceError("prompts", "none", "at least one")
+        for ids in rows:
+            if not len(ids):
+                raise SourceError("prompt", "no tokens", "at least one")
+            if self.context_length is not None and len(ids) > self.context_length:
+                raise SourceError(
+                    "prompt",
+                    f"{len(ids)} tokens",
+                    f"at most {self.context_length}",
+                    "shorten it",
+                )
 
     def _read_eos_ids(self) -> frozenset[int]:
         """From generation_config.json, which may know more end tokens than config.json."""
@@ -107,6 +296,9 @@ class Session:
 
     def _read_context_length(self) -> int | None:
         length = self._read("genai_config.json").get("model", {}).get("context_length")
+        if length is None:  # a graph that genai cannot run
+            config = self._read("config.json")
+            length = config.get("max_position_embeddings") or config.get("n_positions")
         return int(length) if length is not None else None
 
     def _read(self, name: str) -> dict[str, Any]:

@@ -31,6 +31,9 @@ def base(kind, *classes):
          "token-classification"),
         ("auto", LLAMA, [{"auto_mapping": {"base_model_class": "LlamaForSequenceClassification"}}],
          "text-classification"),
+        ("auto", base("t5", "T5ForConditionalGeneration"), [{}], "text2text-generation"),
+        ("auto", {"model_type": "mt5"}, [{"task_type": "SEQ_2_SEQ_LM"}], "text2text-generation"),
+        ("auto", {"model_type": "deberta-v2"}, [], "feature-extraction"),
         ("feature-extraction", base("bert", "BertModel"), [{"task_type": "SEQ_CLS"}],
          "feature-extraction"),
     ],
@@ -40,7 +43,7 @@ def test_the_task_is_asked_for_trained_for_or_saved_as(asked, config, adapters, 
 
 
 def test_what_cannot_run_is_refused_by_name():
-    with pytest.raises(UnsupportedError, match="SEQ_2_SEQ_LM"):
+    with pytest.raises(UnsupportedError, match="text2text-generation.*type llama, a decoder"):
         choose_task("auto", LLAMA, [{"task_type": "SEQ_2_SEQ_LM"}])
     with pytest.raises(AdapterError, match="text-classification and text-generation"):
         choose_task("auto", LLAMA, [{"task_type": "SEQ_CLS"}, {"task_type": "CAUSAL_LM"}])

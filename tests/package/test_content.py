@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from adaptrix_export.lower.artifact import Artifact
 from adaptrix_export.package import write_package
 from adaptrix_export.package.content import DTYPES
+from adaptrix_export.passes.wire_context import WireContext
 from adaptrix_export.runtime.session import Session
 from adaptrix_export.runtime.tokenizer import TextTokenizer
 from tests.artifacts import packaged, plan_of, save_base_with_tokenizer
@@ -105,10 +106,11 @@ def test_a_base_without_generation_config_gets_one_for_onnx(tmp_path):
     assert made == {"bos_token_id": 0, "eos_token_id": [7, 9], "pad_token_id": 2}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gated llama"])
 def test_onnxruntime_genai_loads_the_folder_and_agrees(kind, tmp_path):
     og = pytest.importorskip("onnxruntime_genai")
-    artifact, _ = packaged(kind, tmp_path)
+    gates = [WireContext(tau=0.05, stats=True)] if "gated" in kind else []
+    artifact, _ = packaged(kind.removeprefix("gated "), tmp_path, *gates)
     session = Session(artifact.folder)
     prompt = session.tokenizer.encode("the quick brown")
     ours = session.generate_ids(prompt, 64, stop_at_eos=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -148,6 +149,41 @@ print(Session(sys.argv[1]).generate("the fox", 3, chat=True) is not None)
 heavy = {"torch", "transformers", "peft", "mobius", "onnx"} & set(sys.modules)
 assert not heavy, heavy
 """
+
+
+ALONE = """
+import sys
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None  # as if it were not installed
+from adaptrix_export.cli import main
+main(sys.argv[2:])
+"""
+
+
+def without_extras(*arguments):
+    """The command line where only the packages of the runtime are installed."""
+    from pathlib import Path
+
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    built = tomllib.loads(text)["project"]["optional-dependencies"]["build"]
+    names = {re.split("[>=<]", name)[0].lower().replace("-", "_") for name in built}
+    # what ONNX Runtime and tokenizers themselves bring along
+    names -= {"flatbuffers", "filelock", "huggingface_hub"}
+    names |= {"mobius", "yaml"} - {"mobius_onnx", "pyyaml"}
+    command = [sys.executable, "-c", ALONE, ",".join(sorted(names)), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_runtime_extra_is_enough_to_run_and_says_what_building_takes(made):
+    done = without_extras(
+        "run", str(made[0].folder), "--prompt", "the fox", "--max-new-tokens", "3"
+    )
+    assert done.returncode == 0, done.stderr
+    asked = ["build", "--base", "x", "--adapter", "y", "--target", "onnx", "--out", "z"]
+    done = without_extras(*asked)
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    assert "no package" in done.stderr and "pip install 'adaptrix-export[cpu]'" in done.stderr
 
 
 def test_running_imports_neither_torch_nor_transformers(made):

@@ -1,0 +1,109 @@
+"""Gates in the report: the graph's own nodes, and its statistics, against the oracle's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from adaptrix_export.check.cases import feed, padded_batch
+from adaptrix_export.check.encoded import encode_prefill
+from adaptrix_export.check.gated import Statistics, compare_statistics
+from adaptrix_export.check.job import Job
+from adaptrix_export.check.prompts import Prompts
+from adaptrix_export.check.reference import Reference
+from adaptrix_export.check.subject import OnnxSubject, Subject
+from adaptrix_export.load.task import GENERATION
+from adaptrix_export.lower.gate_functions import DOMAIN, FUNCTIONS
+
+
+@dataclass(frozen=True)
+class OracleGates:
+    """The oracle's statistics: of the long prompt, and of the rows of the ragged batch.
+
+    `rows` is None for an encoder, whose positions count pads: a padded row is another question.
+    """
+
+    prefill: Statistics
+    rows: Statistics | None
+
+
+def ask_gates(job: Job, reference: Reference, asked: Prompts) -> OracleGates:
+    """How far the gates are open: what the graph is to say of the same tokens."""
+    if job.task != GENERATION:
+        found = reference.gate_statistics(lambda model: encode_prefill(model, asked))
+        return OracleGates(found, None)
+    prefill = reference.gate_statistics(lambda model: model.prefill(list(asked.prefill)))
+    rows = _first(asked)
+    alone = reference.gate_statistics(lambda model: [model.prefill(list(row)) for row in rows])
+    return OracleGates(prefill, alone)
+
+
+def _first(asked: Prompts) -> list[tuple[int, ...]]:
+    """The rows of the ragged batch that are fed in one call, before single tokens follow."""
+    return [row[: len(row) - asked.cached] for row in asked.rows]
+
+
+def compare_gates(
+    job: Job, subject: Subject, asked: Prompts, oracle: OracleGates
+) -> dict[str, Any]:
+    """The report's `context`: a line a site with the oracle's statistics on the long prompt, and
+    what was compared: the graph's nodes with the plan, and statistics where the graph gives any.
+
+    A batch with padding on either side must give the statistics of its rows alone.
+    """
+    wanted = [gate for gate in job.gates if gate.depends_on_data]
+    entry: dict[str, Any] = {"sites": [], "checks": [], "passed": True}
+    for number, gate in enumerate(wanted):
+        line = {name: float(f"{values[number]:.4g}") for name, values in oracle.prefill.items()}
+        entry["sites"].append({"site": gate.site, "mode": gate.mode, "tau": gate.tau, **line})
+    blended = (gate for gate in job.gates if not gate.depends_on_data)
+    entry["sites"] += [{"site": g.site, "mode": g.mode, "weight": g.weight} for g in blended]
+    if job.target == "onnx" and wanted:
+        entry["checks"].append(_nodes(job))
+    if isinstance(subject, OnnxSubject):
+        entry["checks"] += _statistics(subject, asked, oracle)
+    entry["passed"] = all(check["passed"] for check in entry["checks"])
+    return entry
+
+
+def _statistics(subject: OnnxSubject, asked: Prompts, oracle: OracleGates) -> list[dict[str, Any]]:
+    """Empty where the graph gives no statistics."""
+    if oracle.rows is None:
+        encode_prefill(subject, asked)
+    else:
+        feed(subject, [asked.prefill])
+    if not subject.statistics:
+        return []
+    found = [("statistics, prefill", oracle.prefill, subject.statistics, len(asked.prefill))]
+    rows = _first(asked)
+    for left in (True, False) if oracle.rows is not None else ():
+        assert oracle.rows is not None
+        ids, mask, positions = padded_batch(rows, left=left)
+        subject.step(ids, mask, positions, None)
+        name = f"statistics, {'left' if left else 'right'}-padded"
+        found.append((name, oracle.rows, subject.statistics, int(mask.sum())))
+    return [
+        {"name": name, **compare_statistics(wanted, given, tokens)}
+        for name, wanted, given, tokens in found
+    ]
+
+
+def _nodes(job: Job) -> dict[str, Any]:
+    """One function node a gated site, of its kind and with its tau, and no other."""
+    import onnx_ir as ir
+
+    wanted = {
+        gate.site: (FUNCTIONS[gate.mode][0], None if gate.tau is None else np.float32(gate.tau))
+        for gate in job.gates
+        if gate.depends_on_data
+    }
+    found = {}
+    for node in ir.load(job.artifact / "model.onnx").graph:
+        if node.domain == DOMAIN:
+            tau = node.attributes.get("tau")
+            found[node.name] = (
+                node.op_type, None if tau is None else np.float32(cast(float, tau.value))
+            )  # fmt: skip
+    return {"name": "function nodes", "count": len(found), "passed": found == wanted}

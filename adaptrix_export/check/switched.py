@@ -1,0 +1,210 @@
+"""Proves a switchable artifact: the base alone, then each adapter alone, against its own oracle.
+
+The oracle of an adapter is the live PEFT model with that adapter and no other; that of the base is
+the plain model. With an adapter a row, a batch whose rows have different adapters is compared with
+each row's own oracle, too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from adaptrix_export.check.altered import PLAIN_ORACLE
+from adaptrix_export.check.cases import (
+    CASES,
+    Answer,
+    Ask,
+    Case,
+    ask_all,
+    ask_rows,
+    compare,
+    select,
+)
+from adaptrix_export.check.compare import Logits, rounded
+from adaptrix_export.check.job import Job, Tolerance, tolerance_of
+from adaptrix_export.check.prompts import Prompts, prompts
+from adaptrix_export.check.reference import Reference
+from adaptrix_export.check.replay import replay
+from adaptrix_export.check.stored import open_stored
+from adaptrix_export.check.subject import SwitchableSubject, adapter_values
+from adaptrix_export.lower.slots import Slot
+from adaptrix_export.progress import Progress
+from adaptrix_export.runtime.stamps import FACTS
+
+ALONE = ", each adapter by itself"
+BASE = "base alone"
+# A slot holds A as it is and scale * B rounded once to fp32; sums of fp64 products differ by less.
+ROUNDING = 2.0**-23
+NOISE = 2.0**-46
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one oracle said; `name` is the adapter, None the base."""
+
+    name: str | None
+    of: dict[Ask, Answer]
+
+
+def run_switched(job: Job, progress: Progress) -> dict[str, Any]:
+    """The report of a switchable artifact; `adapters` in it has the factors of each adapter.
+
+    One oracle is in memory at a time, and none when the artifact is loaded. Without `weights` in
+    the job the base is left out: it was proved before, and only an adapter is new.
+    """
+    cases = select("onnx", job.level, job.task)
+    names = list(dict.fromkeys(name for name, _ in job.adapters))
+    facts = facts_of(job)
+    entries_of = facts.get("slots") or facts.get("row_slots") or ()
+    slots = [Slot.from_dict(entry) for entry in entries_of]
+    answered: list[Answers] = []
+    replayed, factors = _nothing(), dict[str, Any]()
+    asked: Prompts | None = None
+    for name in ([None] if job.weights else []) + names:
+        own = tuple(pair for pair in job.adapters if pair[0] == name)
+        with progress.stage(f"reference: {name or BASE}"):
+            reference = Reference.open(replace(job, adapters=own))
+            asked = asked or prompts(job, reference.vocabulary, reference.positions)
+            answered.append(Answers(name, ask_all(cases, reference, asked)))
+        if name is None:
+            with progress.stage("replaying weights", len(job.weights), "tensors") as advance:
+                stored = open_stored("onnx", job.artifact)
+                replayed, _ = replay(
+                    stored, dict(job.weights), reference.live, job.precision, advance
+                )
+        else:
+            held = row_values(job, facts, name) if "rows" in facts else adapter_values(job, name)
+            factors[name] = check_factors(slots, held, reference)
+        reference.close()
+    assert asked is not None
+    with progress.stage("artifact: loading"):
+        subject = SwitchableSubject(job)
+    entries = _compared(job, cases, subject, asked, answered, progress)
+    passed = replayed["passed"] and all(entry["passed"] for entry in (*entries, *factors.values()))
+    return {
+        "oracle": PLAIN_ORACLE + ALONE,
+        "precision": job.precision,
+        "tolerance": job.precision,
+        "tokens": asked.source,
+        "cases": entries,
+        "replay": replayed,
+        "adapters": factors,
+        "passed": bool(passed),
+    }
+
+
+def facts_of(job: Job) -> dict[str, Any]:
+    """What the graph's metadata says of its slots."""
+    import onnx_ir as ir
+
+    text = ir.load(job.artifact / "model.onnx").metadata_props.get(FACTS, "{}")
+    return dict(json.loads(text))
+
+
+def row_values(job: Job, facts: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The factors of one adapter out of those that a graph with rows has side by side."""
+    stored = open_stored("onnx", job.artifact)
+    number = facts["rows"].index(name)
+    values: dict[str, Any] = {}
+    for slot in facts["row_slots"]:
+        own = np.array(slot["owners"]) == number
+        if own.any():
+            values[slot["a"]] = stored.read(slot["a"])[:, own]
+            values[slot["b"]] = stored.read(slot["b"])[own]
+    return values
+
+
+def _nothing() -> dict[str, Any]:
+    worst = {"tensor": "", "ulps": 0.0}
+    return {
+        "tensors": 0, "elements": 0, "changed": 0, "worst": worst, "failed": 0, "failures": [],
+        "unmapped": [], "passed": True,
+    }  # fmt: skip
+
+
+def _compared(
+    job: Job,
+    cases: Sequence[Case],
+    subject: SwitchableSubject,
+    asked: Prompts,
+    answered: Sequence[Answers],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """A line for each adapter and case, and for batches of different adapters."""
+    limits = tolerance_of(job.precision, job.task)
+    entries = []
+    with progress.stage("comparing logits", len(cases) * len(answered), "cases") as advance:
+        for answers in answered:
+            subject.choose(answers.name)
+            for case in cases:
+                entry = compare(case, subject, asked, answers.of[case.ask], limits)
+                entries.append({**entry, "name": f"{answers.name or BASE}: {case.name}"})
+                advance(1)
+    if subject.by_row and job.level == "full":
+        entries += _mixed(subject, asked, answered, limits)
+    return entries
+
+
+def _mixed(
+    subject: SwitchableSubject, asked: Prompts, answered: Sequence[Answers], limits: Tolerance
+) -> list[dict[str, Any]]:
+    """The ragged batches again, each row with another adapter, as many times as it takes until
+    every adapter has been in a batch with others."""
+    found = []
+    lengths = [len(row) for row in asked.rows]
+    cuts = np.cumsum(lengths)[:-1]
+    for first in range(0, len(answered), len(lengths)):
+        chosen = [answered[(first + row) % len(answered)] for row in range(len(lengths))]
+        parts: list[Logits] = [
+            np.split(answers.of[ask_rows].logits, cuts)[row] for row, answers in enumerate(chosen)
+        ]
+        subject.choose_rows([answers.name for answers in chosen])
+        label = ", ".join(answers.name or "base" for answers in chosen)
+        for case in CASES:
+            if case.ask is ask_rows:
+                entry = compare(case, subject, asked, Answer(np.concatenate(parts)), limits)
+                found.append({**entry, "name": f"rows of {label}: {case.name}"})
+    return found
+
+
+def check_factors(
+    slots: Sequence[Slot], values: dict[str, Any], reference: Reference
+) -> dict[str, Any]:
+    """Every slot of an adapter file, multiplied out in fp64, against the live layers' deltas.
+
+    What a slot adds outside of the columns of adapted modules must be nothing at all; a module
+    that the oracle adapts and no slot holds is a failure, too.
+    """
+    worst, failures, held = 0.0, list[str](), set[str]()
+    for slot in slots:
+        filled = slot.a in values
+        a = values[slot.a].astype(np.float64) if filled else np.zeros((slot.inputs, 0))
+        b = values[slot.b].astype(np.float64) if filled else np.zeros((0, slot.outputs))
+        outside = np.ones(slot.outputs, bool)
+        for member in slot.members:
+            wanted, size = reference.delta(member.site)
+            held.add(member.site)
+            if wanted is None:
+                continue
+            columns = slice(*member.columns)
+            outside[columns] = False
+            found = (a @ b[:, columns]).T
+            room = ROUNDING * (np.abs(a) @ np.abs(b[:, columns])).T + NOISE * size
+            off = np.abs(found - wanted[slice(*member.rows)]) / room
+            worst = max(worst, float(np.nan_to_num(off, nan=np.inf).max(initial=0.0)))
+            if not (off <= 1).all():
+                failures.append(member.site)
+        if b[:, outside].any():
+            failures.append(f"{slot.name}: columns of modules that the adapter leaves alone")
+    failures += [f"{site}: no slot" for site in sorted(reference.adapted() - held)]
+    return {
+        "slots": sum(slot.a in values for slot in slots),
+        "worst": rounded(worst),
+        "failures": failures[:10],
+        "passed": not failures,
+    }

@@ -1,0 +1,47 @@
+"""The fidelity section of a report, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def fidelity_table(name: str, told: Mapping[str, Any]) -> Table:
+    """What one redistributed adapter kept, by figure: as the base is, and as it is now."""
+    from rich.table import Table
+    from rich.text import Text
+
+    layers = ", ".join(str(layer) for layer in told["layers"])
+    title = f"{name}: {told['strategy']} onto layers {layers} of {told['of_layers']}"
+    shown = Table(title=Text(title), title_justify="left")
+    for heading in ("figure", "without adapter", "redistributed"):
+        shown.add_column(heading, justify="left" if heading == "figure" else "right")
+    agreement = "top1" if "top1" in told else "cosine"
+    rows = [
+        ("retained", "0", f"{told['retained']:.3f}"),
+        (told["measure"], f"{told['kl_base']:.5f}", f"{told['kl']:.5f}"),
+        (agreement, f"{told[f'{agreement}_base']:.3f}", f"{told[agreement]:.3f}"),
+    ]
+    if told.get("gain") is not None:
+        rows.insert(1, ("gain", "0", f"{told['gain']:.3f}"))
+    for layer in told["layers"]:
+        before, after = told["residual_before"][layer], told["residual_after"][layer]
+        rows.append((f"residual after layer {layer}", f"{before:.4f}", f"{after:.4f}"))
+    last = len(told["residual_after"]) - 1
+    before, after = told["residual_before"][last], told["residual_after"][last]
+    rows.append((f"residual after the last layer, {last}", f"{before:.4f}", f"{after:.4f}"))
+    for row in rows:
+        shown.add_row(*row)
+    shown.caption = "\n".join(
+        [
+            f"{told['sites_before']} -> {told['sites_after']} sites, "
+            f"{told['bytes_before']:,} -> {told['bytes_after']:,} bytes; "
+            f"measured on {told['tokens']:,} tokens: {told['calibration']['text']}",
+            *told["notes"],
+        ]
+    )
+    shown.caption_justify = "left"
+    return shown

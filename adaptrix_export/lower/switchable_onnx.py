@@ -1,0 +1,117 @@
+"""Target `onnx-switchable`: the base's graph with slots, and a file for each adapter.
+
+With rows, the adapters are in the graph, side by side, and every row of a batch chooses its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from adaptrix_export.lower.adapter_file import write_adapter
+from adaptrix_export.lower.artifact import Artifact
+from adaptrix_export.lower.facts import state_facts
+from adaptrix_export.lower.merged_onnx import (
+    DATA,
+    MODEL,
+    Values,
+    note_unused,
+    write_data,
+    write_model,
+)
+from adaptrix_export.lower.onnx_graph import AUTO, draw
+from adaptrix_export.lower.slots import (
+    Slot,
+    base_plan,
+    check_slots,
+    places_of,
+    sites_of,
+    slot_values,
+    stacked,
+    wire_rows,
+    wire_slots,
+)
+from adaptrix_export.lower.taps import taps
+from adaptrix_export.plan import Adapter, Array, Plan
+from adaptrix_export.progress import Progress
+from adaptrix_export.runtime.adapters import FOLDER, SUFFIX
+from adaptrix_export.runtime.stamps import model_version
+
+TARGET = "onnx-switchable"
+
+
+def lower_switchable_onnx(
+    plan: Plan,
+    stage: Path,
+    progress: Progress,
+    frontend: str = AUTO,
+    rows: bool = False,
+    provider: str = "cpu",
+) -> Artifact:
+    """Write the base graph with slots for the union of all adapters' sites, and the adapters.
+
+    Raises UnsupportedError for an adapter, or a site, that no slot can hold.
+    """
+    check_slots(plan)
+    alone = base_plan(plan)
+    names = [adapter.name for adapter in plan.adapters]
+    graph = draw(alone, provider, frontend, progress)
+    with progress.stage("slots"):
+        places = places_of(taps(alone, graph, sites_of(plan.adapters)))
+        slots = [place.slot for place in places]
+        owners: dict[str, Array] = {}
+        if rows:
+            values, owners = stacked(slots, plan.adapters)
+            wire_rows(graph.model, places, values, owners)
+        else:
+            wire_slots(graph.model, places)
+    hashes = {DATA: write_data(Values(alone), {MODEL: graph}, stage / DATA, progress)}
+    entries = [slot.as_dict() for slot in slots]
+    version = model_version(plan.base.architecture.model_type, hashes[DATA], entries)
+    facts: dict[str, Any] = {"slots": entries}
+    if rows:
+        ranks = [{**slot.as_dict(), "owners": owners[slot.name].tolist()} for slot in slots]
+        facts = {"rows": names, "row_slots": ranks}
+    state_facts(graph.model, model_version=version, **facts)
+    hashes[MODEL] = write_model(graph.model, plan.base, stage / MODEL)
+    note_unused((graph,), progress)
+    switchable: dict[str, Any] = {"model_version": version, "slots": entries, "rows": rows}
+    switchable["adapters"] = {}
+    if rows:
+        switchable["adapters"] = {name: {} for name in names}
+    else:
+        with progress.stage("adapters"):
+            (stage / FOLDER).mkdir()
+            for adapter in plan.adapters:
+                entry, digest = add_adapter_file(stage, slots, adapter, version)
+                hashes[entry["file"]] = digest
+                switchable["adapters"][adapter.name] = entry
+    return Artifact(
+        folder=stage,
+        target=TARGET,
+        precision="fp32",
+        hashes=hashes,
+        weights=dict(sorted(graph.weights.items())),
+        untied=(),
+        config_changes=alone.config_changes(),
+        frontend=graph.frontend,
+        frontend_reason=graph.reason,
+        switchable=switchable,
+    )
+
+
+def add_adapter_file(
+    folder: Path, slots: Sequence[Slot], adapter: Adapter, version: int
+) -> tuple[dict[str, Any], str]:
+    """Write one adapter that passed `check_slots`; returns its manifest entry and the sha256."""
+    values = slot_values(slots, adapter)
+    file = f"{FOLDER}/{adapter.name}{SUFFIX}"
+    stamp, digest = write_adapter(folder / file, values, version)
+    entry = {
+        "file": file,
+        "version": stamp,
+        "parameters": adapter.parameters,
+        "values": sum(int(array.size) for array in values.values()),
+    }
+    return entry, digest

@@ -1,0 +1,24 @@
+"""Pass: one vector a row, beside the hidden states of its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.load.task import FEATURES
+from adaptrix_export.plan import Plan
+
+
+@dataclass(frozen=True)
+class Pool:
+    """`kind` is "mean" or "cls"; see `lower/pooling.py`."""
+
+    kind: str
+
+    def __call__(self, plan: Plan) -> Plan:
+        """Raises UnsupportedError for a task whose graph has no hidden states."""
+        if plan.base.task != FEATURES:
+            raise UnsupportedError(
+                f"pooling {self.kind}", f"task {plan.base.task}", FEATURES, "leave pooling out"
+            )
+        return plan.after(self, pooling=self.kind)

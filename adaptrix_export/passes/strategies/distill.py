@@ -1,0 +1,231 @@
+"""`distill`: starts from `fit`, then trains the new factors alone to predict as the adapted model.
+
+The loss is KL(adapted || student) over calibration text. What lies below the first target layer
+never changes, so its residual is kept in a file; of the adapted model's predictions the TOP most
+likely tokens are kept, and the rest counts as one. Every module that the adapter uses anywhere is
+trained at every target layer, all at one rank: a new factor A is random and its B zero, so that
+training starts exactly from the fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.load.task import FEATURES
+from adaptrix_export.passes.live import ADAPTED, STUDENT, Live, Pair, States
+from adaptrix_export.passes.moved import Factors, Place, Terms, as_term, factors
+from adaptrix_export.passes.strategies import Moved
+from adaptrix_export.passes.strategies.fit import CHOSEN_BY, fit
+from adaptrix_export.passes.work import Work
+
+PEAK, LAST, WARM = 1e-3, 0.1, 5  # learning rate, its share at the end, steps to reach it
+CLIP = 1.0  # norm of all gradients together
+TOP = 64  # tokens of a prediction that are kept
+CHECKS = 8  # looks at unseen rows in the course of the training
+PATIENCE = 3  # of those in a row that may be no better before it stops
+STEP_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The adapted model's answers to one batch: TOP log-probabilities and tokens, or features."""
+
+    values: Tensor
+    tokens: Tensor | None
+
+
+def distill(work: Work) -> Moved:
+    """Terms trained on all but the last fifth of the rows, which says when to stop.
+
+    Raises UnsupportedError for a single row of calibration text.
+    """
+    rows = len(work.rows.fit)
+    unseen = max(1, rows // CHOSEN_BY)
+    if rows < 2:
+        raise UnsupportedError(
+            "distill", "one row of calibration text", "at least two, one to stop by",
+            "give a longer text or a smaller length, or use the strategy fit",
+        )  # fmt: skip
+    started = fit(work)
+    pairs = _padded(work, started.terms)
+    live = work.live
+    for path, pair in pairs.items():
+        live.attach(path, pair)
+    batch = max(1, STEP_TOKENS // work.rows.fit.shape[1])
+    ids = torch.from_numpy(work.rows.fit)
+    below = _below(work, ids)
+    seen = list(torch.split(torch.arange(rows - unseen), batch))
+    checked = list(torch.split(torch.arange(rows - unseen, rows), batch))
+    with work.progress.stage("distilling: what to predict", rows, "rows") as advance:
+        wanted = {int(b[0]): _answers(live, work, ids[b], advance) for b in (*seen, *checked)}
+
+    def loss(batch: Tensor) -> Tensor:
+        start, stop = int(batch[0]), int(batch[-1]) + 1
+        hidden = below.read(start, stop, live.device)
+        for number in range(work.targets[0], len(live.layers)):
+            hidden = live.layer(STUDENT, number, hidden)
+        answer = live.leave(ids[start:stop].to(live.device), hidden)
+        return _distance(wanted[start], answer)
+
+    told = _train(work, [x for pair in pairs.values() for x in pair], loss, seen, checked)
+    terms: Terms = {
+        place: (as_term(place, _as_numpy(pairs[work.path(*place)]), work.dtype),)
+        for place in _places(work, started.terms)
+    }
+    return Moved(terms, {**started.measured, "distilled": told}, started.notes)
+
+
+def _as_numpy(pair: Pair) -> Factors:
+    a, b = (x.detach().double().cpu().numpy() for x in pair)
+    return a, b
+
+
+def _places(work: Work, terms: Terms) -> list[Place]:
+    modules = sorted({module for _, module in (*work.terms, *terms)})
+    return [(layer, module) for layer in work.targets for module in modules]
+
+
+def _padded(work: Work, terms: Terms) -> dict[str, Pair]:
+    """Trainable pairs at every place, all of the largest rank among `terms`."""
+    rank = max(sum(t.rank for t in held) for held in terms.values())
+    generator = torch.Generator().manual_seed(work.seed)
+    found: dict[str, Pair] = {}
+    for place in _places(work, terms):
+        path = work.path(*place)
+        outputs, inputs = _shape(work, path)
+        width = min(rank, inputs, outputs)
+        # PEFT starts A in the same way: uniform, of variance 1 / (3 inputs)
+        a = (torch.rand(width, inputs, generator=generator) * 2 - 1) / math.sqrt(inputs)
+        b = torch.zeros(outputs, width)
+        if place in terms:
+            known = [torch.from_numpy(np.asarray(x, np.float32)) for x in factors(terms[place])]
+            count = len(known[0])
+            if count > width:  # as wide as the matrix itself: nothing is left to add
+                a, b = known
+            else:
+                a[:count], b[:, :count] = known
+        found[path] = (_trained(a, work.live), _trained(b, work.live))
+    return found
+
+
+def _trained(values: Tensor, live: Live) -> Tensor:
+    return nn.Parameter(values.contiguous().to(live.device))
+
+
+def _shape(work: Work, path: str) -> tuple[int, int]:
+    """(outputs, inputs) of a module of the base."""
+    first, second = work.base.tensors[f"{path}.weight"].shape
+    turned = work.base.architecture.is_transposed(work.base.architecture.site_of(path))
+    return (second, first) if turned else (first, second)
+
+
+def _below(work: Work, ids: Tensor) -> States:
+    """The student's residual before the first target layer, which training does not change."""
+    live = work.live
+    states = States(work.scratch, "below.f32", (*ids.shape, live.width))
+    with torch.no_grad():
+        for row in range(len(ids)):
+            hidden = live.enter(ids[row : row + 1].to(live.device))
+            for number in range(work.targets[0]):
+                hidden = live.layer(STUDENT, number, hidden)
+            states.write(row, hidden)
+    return states
+
+
+def _answers(live: Live, work: Work, ids: Tensor, advance: Callable[[int], None]) -> _Wanted:
+    """What the adapted model answers to a batch of rows."""
+    fed = ids.to(live.device)
+    with torch.no_grad():
+        hidden = live.enter(fed)
+        for number in range(len(live.layers)):
+            hidden = live.layer(ADAPTED, number, hidden)
+        answer = live.leave(fed, hidden).float()
+        advance(len(ids))
+        if work.base.task == FEATURES:
+            return _Wanted(answer, None)
+        chances = answer.log_softmax(-1)
+        values, tokens = chances.topk(min(TOP, chances.shape[-1]), dim=-1)
+    return _Wanted(values.clone(), tokens.clone())
+
+
+def _distance(wanted: _Wanted, answer: Tensor) -> Tensor:
+    """KL in nats a token, the tokens that were not kept as one; or squared relative difference."""
+    if wanted.tokens is None:
+        off = (answer - wanted.values).square().sum(-1) / wanted.values.square().sum(-1)
+        return off.mean()
+    found = answer.float().log_softmax(-1).gather(-1, wanted.tokens)
+    kl = (wanted.values.exp() * (wanted.values - found)).sum(-1)
+    if wanted.values.shape[-1] < answer.shape[-1]:
+        rest = _rest(wanted.values)
+        kl = kl + rest * (rest.log() - _rest(found).log())
+    return kl.mean()
+
+
+def _rest(values: Tensor) -> Tensor:
+    """The probability that these log-probabilities leave; never quite none."""
+    return (1 - values.exp().sum(-1)).clamp_min(1e-6)
+
+
+def _train(
+    work: Work,
+    parameters: list[Any],
+    loss: Callable[[Tensor], Tensor],
+    seen: list[Tensor],
+    checked: list[Tensor],
+) -> dict[str, Any]:
+    """Adam over shuffled batches; the factors end as they were when unseen rows liked them best."""
+    generator = torch.Generator().manual_seed(work.seed)
+    optimizer = torch.optim.Adam(parameters, lr=PEAK)
+    every = max(1, work.steps // CHECKS)
+    best = _mean(loss, checked)
+    told: dict[str, Any] = {"steps": 0, "unseen_before": _rounded(best)}
+    kept, worse = [p.detach().clone() for p in parameters], 0
+    order: list[int] = []
+    with work.progress.stage("distilling", work.steps, "steps") as advance:
+        for step in range(work.steps):
+            if not order:
+                order = torch.randperm(len(seen), generator=generator).tolist()
+            for group in optimizer.param_groups:
+                group["lr"] = PEAK * rate(step, work.steps)
+            value = loss(seen[order.pop()])
+            torch.autograd.backward(value)
+            torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            advance(1)
+            if (step + 1) % every and step + 1 != work.steps:
+                continue
+            now = _mean(loss, checked)
+            worse = 0 if now < best else worse + 1
+            if now < best:
+                best, told["steps"] = now, step + 1
+                kept = [p.detach().clone() for p in parameters]
+            if worse >= PATIENCE:
+                break
+    with torch.no_grad():
+        for parameter, values in zip(parameters, kept, strict=True):
+            parameter.copy_(values)
+    return {**told, "unseen_after": _rounded(best)}
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the peak: up in WARM steps, then along a cosine down to LAST."""
+    cosine = LAST + (1 - LAST) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / WARM) * cosine
+
+
+def _mean(loss: Callable[[Tensor], Tensor], batches: list[Tensor]) -> float:
+    with torch.no_grad():
+        return sum(float(loss(batch)) for batch in batches) / len(batches)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

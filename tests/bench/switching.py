@@ -1,0 +1,230 @@
+"""What adapter slots cost: decode and prefill beside the merged graph, switching, many adapters.
+
+    make bench        # or: python tests/bench/switching.py [--runs 9] [--data FOLDER]
+
+SmolLM2-135M, one thread, float32, every graph through this package's runtime in one process. The
+graphs take turns in an order that changes with every step, medians are compared, and time is the
+thread's own, so that a busy machine slows all of them alike; a second session on the merged graph
+shows what is noise. Adapters are random: rank 16 on all linear modules, or on layers 7, 15 and 22.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from merge_speed import PREPARE, measured
+
+MORE = """
+import sys, torch
+from pathlib import Path
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+out = Path(sys.argv[1])
+every = [f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")]
+three = {"layers_to_transform": [7, 15, 22], "target_modules": every}
+rows = [("second", 1, {}), ("third", 2, {}), ("three", 3, three)]
+# 1 MB of factors: rank 16 on the attention of 8 layers, as a small adapter has them
+small = {"layers_to_transform": list(range(0, 24, 3)), "target_modules": ["q_proj", "o_proj"]}
+rows += [("small", 4, small)]
+for name, seed, options in rows:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+    settings = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", **options}
+    peft = get_peft_model(model, LoraConfig(**settings))
+    for key, value in peft.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(value, std=0.02)
+    peft.save_pretrained(out / name)
+"""
+PROMPT, STEPS, ROWS = 128, 24, 8
+
+
+def prepared(folder: Path) -> None:
+    if not (folder / "base").is_dir():
+        measured([sys.executable, "-c", PREPARE, str(folder), "1"])
+    if not (folder / "small").is_dir():
+        measured([sys.executable, "-c", MORE, str(folder)])
+
+
+def built(folder: Path, name: str, target: str, adapters: list[str], rows: bool = False) -> Path:
+    from adaptrix_export import Recipe, build
+
+    out = folder / name
+    if not out.is_dir():
+        sources = [str(folder / a) for a in adapters]
+        build(Recipe(base=str(folder / "base"), adapters=sources, target=target, out=out,
+                     rows=rows, parity={"level": "off"}))  # fmt: skip
+    return out
+
+
+class Timed:
+    """One graph with one choice of adapters: prefill and decode times of its own runs."""
+
+    def __init__(self, session: Any, adapter: Any, batch: int = 1) -> None:
+        self.session, self.adapter, self.batch = session, adapter, batch
+        self.prefill: list[float] = []
+        self.decode: list[float] = []
+        self.run: Any = None
+
+    def start(self, tokens: int) -> None:
+        choice = self.session._chosen(self.adapter)
+        self.run, _ = self.session._start(choice, self.batch, tokens + STEPS)
+        ids = np.arange(100, 100 + tokens)[None].repeat(self.batch, 0)
+        begin = time.thread_time()  # ONNX Runtime's one thread is this one
+        self.run.step(ids, np.ones_like(ids))
+        self.prefill.append(time.thread_time() - begin)
+
+    def step(self, token: int) -> None:
+        mask = np.ones((self.batch, self.run.length + 1), np.int64)
+        begin = time.thread_time()
+        self.run.step(np.full((self.batch, 1), token, np.int64), mask)
+        self.decode.append(time.thread_time() - begin)
+
+    def figures(self) -> tuple[float, float, float]:
+        """Seconds: medians of prefill and decode, and what the best tenth of decode steps took.
+
+        The last is the cost itself where others use the memory at the same time.
+        """
+        best = statistics.quantiles(self.decode, n=10)[0]
+        return statistics.median(self.prefill), statistics.median(self.decode), best
+
+
+def interleaved(cases: dict[str, Timed], runs: int, tokens: int) -> dict[str, dict[str, float]]:
+    """Figures in ms, and as a ratio to the first case."""
+    order, shuffle = list(cases.values()), random.Random(0).shuffle
+    for turn in range(runs + 1):
+        shuffle(order)
+        for case in order:
+            case.start(tokens)
+        for token in range(STEPS):
+            shuffle(order)
+            for case in order:
+                case.step(200 + token)
+        if not turn:  # the first turn warms everything up and is not counted
+            for case in cases.values():
+                case.prefill.clear()
+                case.decode.clear()
+    names = ("prefill", "decode", "decode_best")
+    first = next(iter(cases.values())).figures()
+    found: dict[str, dict[str, float]] = {}
+    for label, case in cases.items():
+        row = found[label] = {}
+        for name, seconds, start in zip(names, case.figures(), first, strict=True):
+            row[f"{name}_ms"] = round(1e3 * seconds, 3)
+            row[f"{name}_ratio"] = round(seconds / start, 4)
+    return found
+
+
+def show(title: str, rows: dict[str, dict[str, float]]) -> None:
+    print(f"\n{title}")
+    for name, row in rows.items():
+        cells = "  ".join(f"{key} {value:g}" for key, value in row.items())
+        print(f"  {name:28}{cells}", flush=True)
+
+
+def switching(session: Any, names: list[str]) -> dict[str, float]:
+    """`use()` by name, and of a mix the first time and after that."""
+    times = []
+    for turn in range(200):
+        begin = time.perf_counter()
+        session.use(names[turn % len(names)])
+        times.append(time.perf_counter() - begin)
+    mix = dict.fromkeys(names, 0.5)
+    mixes = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        session.use(mix)
+        mixes.append(time.perf_counter() - begin)
+    return {
+        "median_ms": round(1e3 * statistics.median(times), 5),
+        "max_ms": round(1e3 * max(times), 4),
+        "first_mix_ms": round(1e3 * mixes[0], 3),
+        "same_mix_ms": round(1e3 * mixes[1], 5),
+    }
+
+
+def many(folder: Path, out: Path) -> dict[str, dict[str, float]]:
+    """Load time and memory as adapters are added, each from a file of its own."""
+    from adaptrix_export.runtime import Session
+
+    session = Session(out, threads=1)
+    source = out / "adapters" / "small.onnx_adapter"
+    process, found = psutil.Process(), {}
+    scratch = folder / "copies"
+    scratch.mkdir(exist_ok=True)
+    gc.collect()
+    before, seconds = process.memory_info().rss, 0.0
+    for number in range(1, 33):
+        copy = scratch / f"a{number}.onnx_adapter"
+        copy.write_bytes(source.read_bytes())
+        begin = time.perf_counter()
+        session.load_adapter(copy)
+        seconds += time.perf_counter() - begin
+        if number in (1, 8, 16, 32):
+            grown = process.memory_info().rss - before
+            found[f"{number} adapters"] = {
+                "file_mb": round(source.stat().st_size / 1e6, 3),
+                "load_ms_each": round(1e3 * seconds / number, 3),
+                "memory_mb_each": round(grown / 1e6 / number, 3),
+            }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--data", type=Path, help="keep models and artifacts here")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.data or Path(scratch)
+        prepared(folder)
+        merged = built(folder, "merged", "onnx", ["adapter"])
+        slots = built(folder, "slots", "onnx-switchable", ["adapter", "second", "third"])
+        three = built(folder, "slots3", "onnx-switchable", ["three"])
+        rows = built(folder, "rows", "onnx-switchable", ["adapter", "second", "third"], rows=True)
+        small = built(folder, "slots-small", "onnx-switchable", ["small"])
+        from adaptrix_export.runtime import Session
+
+        open_ = {p.name: Session(p, threads=1) for p in (merged, slots, three)}
+        open_["again"] = Session(merged, threads=1)
+        cases = {
+            "merged": Timed(open_["merged"], None),
+            "merged, a second time": Timed(open_["again"], None),  # what is noise
+            "slots, base alone": Timed(open_["slots"], None),
+            "slots, rank 16 everywhere": Timed(open_["slots"], "adapter"),
+            "slots on 3 layers, rank 16": Timed(open_["slots3"], "three"),
+        }
+        result: dict[str, Any] = {"cost": interleaved(cases, args.runs, PROMPT)}
+        show(f"against the merged graph, {PROMPT} tokens, then {STEPS} steps", result["cost"])
+        result["use"] = switching(open_["slots"], ["adapter", "second"])
+        show("use()", {"by name": result["use"]})
+        del open_["merged"], open_["again"], open_["slots3"], cases
+        gc.collect()
+        by_row = Session(rows, threads=1)
+        names = ["adapter", "second", "third"]
+        mixed = [names[row % 3] for row in range(ROWS)]
+        cases = {
+            "slots, one adapter": Timed(open_["slots"], "adapter", ROWS),
+            "rows, one adapter": Timed(by_row, "adapter", ROWS),
+            "rows, three adapters": Timed(by_row, mixed, ROWS),
+        }
+        result["rows"] = interleaved(cases, max(3, args.runs // 2), 16)
+        show(f"a batch of {ROWS}, 16 tokens, then {STEPS} steps", result["rows"])
+        result["many"] = many(folder, small)
+        show("many small adapters on one base", result["many"])
+    print(json.dumps(result), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

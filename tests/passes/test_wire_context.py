@@ -1,0 +1,160 @@
+"""The pass that puts gates into a plan, and what `verify` says of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adaptrix_export.errors import AdapterError, InputError, RecipeError, UnsupportedError
+from adaptrix_export.lower import LOWERINGS
+from adaptrix_export.lower.merge import merged
+from adaptrix_export.passes.wire_context import WireContext
+from adaptrix_export.pipeline import build
+from adaptrix_export.plan import Gate, Plan, Site
+from adaptrix_export.progress import Silent
+from adaptrix_export.recipe import Recipe
+from adaptrix_export.verify import verify
+from tests.artifacts import plan_of
+from tests.tiny import save_adapter, save_base
+
+
+def planned(tmp_path: Path, kind: str = "llama", **options: Any) -> Plan:
+    base = save_base(kind, tmp_path / "base", tie_word_embeddings=False)
+    return verify(plan_of(base, save_adapter(base, tmp_path / "adapter", **options)))
+
+
+def test_every_site_gets_its_gate(tmp_path: Path) -> None:
+    plan = WireContext(tau=0.25, stats=True)(planned(tmp_path))
+    assert [g.site for g in plan.gates] == list(plan.sites()) and len(plan.gates) == 28
+    assert {(g.mode, g.tau) for g in plan.gates} == {("clamp", 0.25)} and plan.gate_stats
+    assert "WireContext(mode='clamp', tau=0.25" in plan.history[-1]
+    assert verify(plan).merged().changes() == {}
+
+
+def test_named_layers_are_gated_and_the_others_merge(tmp_path: Path) -> None:
+    plan = WireContext(tau=((1, 0.1), (3, 0.2)))(planned(tmp_path))
+    assert {(s.layer, g.tau) for s, g in plan.gated().items()} == {(1, 0.1), (3, 0.2)}
+    layers = {change.site.layer for change in plan.merged().changes().values()}
+    assert layers == {0, 2}
+
+
+def test_a_layer_without_an_adapter_is_named(tmp_path: Path) -> None:
+    plan = planned(tmp_path, target_modules=["q_proj"], layers_to_transform=[1, 2])
+    with pytest.raises(AdapterError, match="layer 3: no site.*layers 1, 2"):
+        WireContext(tau=((1, 0.1), (3, 0.2)))(plan)
+
+
+def test_blend_is_a_scaled_delta(tmp_path: Path) -> None:
+    plain = planned(tmp_path)
+    plan = verify(WireContext(mode="blend", weight=0.25)(plain))
+    assert plan.gated() == {} and plan.merged() is plan
+    for name, change in plan.changes().items():
+        base = change.source.read().astype(np.float64)
+        whole = merged(plain.changes()[name], "F64")
+        np.testing.assert_allclose(
+            merged(change, "F64"), base + 0.25 * (whole - base), rtol=0, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (dict(use_dora=True), "Dora"),
+        (dict(target_modules=["q_proj", "lm_head"]), "replaces whole"),
+        (dict(target_modules=["q_proj"], modules_to_save=["k_proj"]), None),
+    ],
+)
+def test_what_cannot_be_gated_is_refused_or_merged(
+    options: dict[str, Any], why: str | None, tmp_path: Path
+) -> None:
+    plan = planned(tmp_path, **options)
+    if why is None:  # what is replaced whole has no delta: only the others are gated
+        assert {s.module for s in WireContext(tau=1.0)(plan).gated()} == {"self_attn.q_proj"}
+        return
+    with pytest.raises(UnsupportedError, match=why):
+        WireContext(tau=1.0)(plan)
+    dropping = WireContext(tau=1.0, on_mismatch="drop")
+    if why == "Dora":
+        with pytest.raises(AdapterError, match="no site that can be gated"):
+            dropping(plan)
+        return
+    kept = dropping(plan)
+    assert len(kept.gates) == 4 and [a.kind for a in kept.adjustments] == ["ungated"]
+    assert kept.adjustments[0].place == "lm_head"
+
+
+@pytest.mark.parametrize(
+    ("gate", "why"),
+    [
+        (dict(tau=0.0), "tau 0.0"),
+        (dict(tau=float("nan")), "tau nan"),
+        (dict(tau=None), "tau None"),
+        (dict(mode="blend", tau=None), "weight None"),
+        (dict(mode="squash"), "squash"),
+        (dict(site=Site("model.layers", 0, "self_attn.x_proj")), "no adapter changes it"),
+        (dict(site=Site("", None, "model.norm")), "no adapter changes it"),
+        (dict(site=Site("model.layers", 9, "self_attn.q_proj")), "no adapter changes it"),
+    ],
+)
+def test_verify_checks_gates(gate: dict[str, Any], why: str, tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    good = Gate(Site("model.layers", 0, "self_attn.q_proj"), "clamp", tau=0.5)
+    verify(replace(plan, gates=(good,)))
+    with pytest.raises(InputError, match=why):
+        verify(replace(plan, gates=(replace(good, **gate),)))
+    with pytest.raises(AdapterError, match="two gates"):
+        verify(replace(plan, gates=(good, good)))
+
+
+def test_a_checkpoint_cannot_hold_gates(tmp_path: Path) -> None:
+    plan = verify(WireContext(tau=0.5)(planned(tmp_path)))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UnsupportedError, match="target onnx, or mode blend"):
+        LOWERINGS["safetensors"].lower(plan, tmp_path / "out", Silent())
+    assert not list((tmp_path / "out").iterdir())
+
+
+FIELDS: dict[str, Any] = {"base": "./no-such", "adapters": ["./none"], "out": "out"}
+
+
+@pytest.mark.parametrize("context", [{"tau": 0.5}, {"mode": "mask"}])
+def test_the_refusal_comes_before_any_work(context: dict[str, Any]) -> None:
+    """The base is not even looked for."""
+    with pytest.raises(RecipeError, match="target onnx.*blend is merged exactly"):
+        build(Recipe(**FIELDS, target="safetensors", context=context))
+
+
+@pytest.mark.parametrize(
+    ("context", "why"),
+    [
+        ({}, "mode clamp without tau"),
+        ({"mode": "blend"}, "mode blend without weight"),
+        ({"mode": "mask", "tau": 0.5}, "tau with mode mask"),
+        ({"tau": 0.5, "weight": 0.5}, "weight with mode clamp"),
+        ({"tau": 0}, "tau"),
+        ({"tau": {}}, "no layers"),
+        ({"tau": 0.5, "share": 0.9}, "share without tau: calibrated"),
+        ({"tau": "calibrated", "share": 1.5}, "share"),
+        ({"mode": "blend", "weight": 0.5, "stats": True}, "stats with mode blend"),
+        ({"mode": "blend", "weight": 0.5, "scope": "layer"}, "scope layer with mode blend"),
+        ({"mode": "squash"}, "squash"),
+    ],
+)
+def test_a_context_that_makes_no_sense_is_refused(context: dict[str, Any], why: str) -> None:
+    with pytest.raises(RecipeError, match=why):
+        Recipe(**FIELDS, target="onnx", context=context)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [{"tau": 0.5}, {"tau": {7: 0.1, 15: 0.2}}, {"tau": "calibrated", "share": 0.99},
+     {"mode": "mask", "stats": True}, {"mode": "blend", "weight": {"7": 0.5}}],
+)  # fmt: skip
+def test_a_context_that_does(context: dict[str, Any]) -> None:
+    recipe = Recipe(**FIELDS, target="onnx", context=context)
+    assert recipe.context is not None
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
