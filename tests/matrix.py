@@ -40,6 +40,7 @@ from adaptrix_export.errors import InputError, ParityError
 from adaptrix_export.load.task import FEATURES, GENERATION, TASKS
 from adaptrix_export.lower import LOWERINGS
 from adaptrix_export.package import write_package
+from adaptrix_export.passes.workshop import workshop
 from adaptrix_export.pipeline import open_plan, parity_job, passes
 from adaptrix_export.progress import Silent
 from adaptrix_export.recipe import Recipe
@@ -205,8 +206,9 @@ def compare(trained: Trained, target: str, out: Path) -> tuple[float, str]:
     )
     original = open_plan(recipe)
     plan = verify(original)
-    for step in passes(recipe, Silent()):
-        plan = verify(step(plan))
+    with workshop(Silent()) as shop:
+        for step in passes(recipe, shop):
+            plan = verify(step(plan))
     out.mkdir()
     artifact = LOWERINGS[target].lower(plan, out, Silent())
     write_package(artifact, plan)

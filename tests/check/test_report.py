@@ -37,7 +37,7 @@ def test_a_job_survives_the_trip_to_the_child(tmp_path: Path) -> None:
 
 
 def test_a_job_for_an_unknown_target_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ParityError, match="'tflite', expected one of onnx, safetensors"):
+    with pytest.raises(ParityError, match="'tflite', expected one of onnx, onnx-switchable"):
         dataclasses.replace(a_job(tmp_path), target="tflite")
 
 
