@@ -113,6 +113,7 @@ class ParityLevel(_Word):
 CONTEXT_MODES: dict[Target, tuple[ContextMode, ...]] = {
     Target.ONNX: tuple(ContextMode),
     Target.SAFETENSORS: (ContextMode.BLEND,),
+    Target.PEFT: (ContextMode.BLEND,),
 }
 
 # What each target can be written in today; the other words are known, and refused.

@@ -56,7 +56,7 @@ def test_a_calibrated_clamp_is_built_proved_run_and_verified(
     assert again["parity"]["context"]["passed"]
 
 
-@pytest.mark.parametrize("target", ["onnx", "safetensors"])
+@pytest.mark.parametrize("target", ["onnx", "safetensors", "peft"])
 def test_a_blend_is_merged_and_proved(
     target: str, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -110,22 +110,47 @@ def test_verify_checks_gates(gate: dict[str, Any], why: str, tmp_path: Path) -> 
         verify(replace(plan, gates=(good, good)))
 
 
-def test_a_checkpoint_cannot_hold_gates(tmp_path: Path) -> None:
-    plan = verify(WireContext(tau=0.5)(planned(tmp_path)))
+@pytest.mark.parametrize("target", ["safetensors", "peft"])
+@pytest.mark.parametrize("mode", [{"tau": 0.5}, {"mode": "mask"}])
+def test_weights_alone_cannot_hold_gates(target: str, mode: dict[str, Any], tmp_path: Path) -> None:
+    plan = verify(WireContext(**mode)(planned(tmp_path)))
     (tmp_path / "out").mkdir()
     with pytest.raises(UnsupportedError, match="target onnx, or mode blend"):
-        LOWERINGS["safetensors"].lower(plan, tmp_path / "out", Silent())
+        LOWERINGS[target].lower(plan, tmp_path / "out", Silent())
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_blend_is_the_scale_of_a_peft_folder(tmp_path: Path) -> None:
+    """Read again, it is the adapter times the weight, where a weight was given."""
+    plain = planned(tmp_path, lora_bias=False, rank_pattern={"q_proj": 2})
+    plan = verify(WireContext(mode="blend", weight=((1, 0.25), (2, -0.5), (3, 0.0)))(plain))
+    (tmp_path / "out").mkdir()
+    LOWERINGS["peft"].lower(plan, tmp_path / "out", Silent())
+    again = plan_of(tmp_path / "base", tmp_path / "out")
+    found, wanted = again.changes(), plan.changes()
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_allclose(
+            merged(found[name], "F64"), merged(wanted[name], "F64"), rtol=0, atol=1e-12
+        )
+
+
+def test_a_blend_of_dora_is_no_peft_adapter(tmp_path: Path) -> None:
+    plan = verify(WireContext(mode="blend", weight=0.5)(planned(tmp_path, use_dora=True)))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UnsupportedError, match="Dora term times 0.5.*onnx or safetensors"):
+        LOWERINGS["peft"].lower(plan, tmp_path / "out", Silent())
 
 
 FIELDS: dict[str, Any] = {"base": "./no-such", "adapters": ["./none"], "out": "out"}
 
 
 @pytest.mark.parametrize("context", [{"tau": 0.5}, {"mode": "mask"}])
-def test_the_refusal_comes_before_any_work(context: dict[str, Any]) -> None:
+@pytest.mark.parametrize("target", ["safetensors", "peft"])
+def test_the_refusal_comes_before_any_work(context: dict[str, Any], target: str) -> None:
     """The base is not even looked for."""
     with pytest.raises(RecipeError, match="target onnx.*blend is merged exactly"):
-        build(Recipe(**FIELDS, target="safetensors", context=context))
+        build(Recipe(**FIELDS, target=target, context=context))
 
 
 @pytest.mark.parametrize(
