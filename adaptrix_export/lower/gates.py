@@ -9,6 +9,7 @@ number a site, in the order of `Plan.gated()`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,20 +88,31 @@ def wire_gates(plan: Plan, graph: Graph) -> Wired:
         return Wired(weights, {}, 0)
     model = graph.model
     places = taps(plan.merged(), graph, gated)
+    deltas = {site: _branch(plan, model, weights, tap) for site, tap in places.items()}
+    put_gates(plan, model, places, deltas)
+    return Wired(weights, factors(plan), len(gated))
+
+
+def put_gates(
+    plan: Plan, model: ir.Model, places: Mapping[Site, Tap], deltas: Mapping[Site, ir.Value]
+) -> None:
+    """A gate between the output of each gated site and what is added to it, `deltas`, whatever
+    computes that; and statistics, where the plan wants them.
+
+    Raises UnsupportedError for a site whose output the graph does not have.
+    """
     for site, tap in places.items():
         if not all(piece.biased for piece in tap.pieces):
             raise UnsupportedError(
                 f"{site.path} in the graph", "a bias inside another operator", "one of its own",
                 "this site cannot be gated with this front end",
             )  # fmt: skip
-    deltas = {site: _branch(plan, model, weights, tap) for site, tap in places.items()}
     masks = _Masks(model)
     gates = _insert(plan, model, places, deltas, masks)
     if plan.gate_stats:
         model.graph.outputs.extend(_statistics(model, gates, masks))
-    define(model, {gate.mode for gate in gated.values()})
+    define(model, {gate.mode for gate in plan.gated().values()})
     model.graph.sort()
-    return Wired(weights, factors(plan), len(gated))
 
 
 def _branch(plan: Plan, model: ir.Model, weights: dict[str, Expression], tap: Tap) -> ir.Value:
@@ -118,8 +130,8 @@ def _branch(plan: Plan, model: ir.Model, weights: dict[str, Expression], tap: Ta
 def _insert(
     plan: Plan,
     model: ir.Model,
-    places: dict[Site, Tap],
-    deltas: dict[Site, ir.Value],
+    places: Mapping[Site, Tap],
+    deltas: Mapping[Site, ir.Value],
     masks: _Masks,
 ) -> list[ir.Value]:
     """The function nodes, and the graph reading what they give; returns each site's gate."""
