@@ -56,13 +56,15 @@ def print_json(document: Any) -> None:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """A report's tables on stdout: what a redistribution kept, parity, and gates."""
+    """A report's tables on stdout: what a redistribution and gates kept, parity, and gates."""
     from adaptrix_export.check.report import gates_table, table
-    from adaptrix_export.fidelity_table import fidelity_table
+    from adaptrix_export.fidelity_table import effect_table, fidelity_table
     from adaptrix_export.terminal import show
 
     for name, told in report.get("fidelity", {}).items():
         show(fidelity_table(name, told))
+    if "effect" in report:
+        show(effect_table(report["effect"]))
     if "cases" not in report:
         return
     show(table(report))

@@ -1,8 +1,8 @@
-"""The fidelity section of a report, for people."""
+"""The fidelity and effect sections of a report, for people."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,3 +45,49 @@ def fidelity_table(name: str, told: Mapping[str, Any]) -> Table:
     )
     shown.caption_justify = "left"
     return shown
+
+
+HEADINGS = {
+    "base": "base",
+    "adapted": "plain merge",
+    "redistributed": "redistributed",
+    "gated": "with gates",
+}
+
+
+def effect_table(told: Mapping[str, Any]) -> Table:
+    """What a gated plan keeps of its adapters, and how far it drifts, beside the plain merge."""
+    from rich.table import Table
+
+    models = {name: told["models"][name] for name in HEADINGS if name in told["models"]}
+    shown = Table(title="beside the plain merge", title_justify="left")
+    shown.add_column("figure")
+    for name in models:
+        shown.add_column(HEADINGS[name], justify="right")
+    figures: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "retained": lambda m: _share(m["retained"]),
+        "gain": lambda m: _share(m["gain"]),
+        f"{told['measure']} to it": lambda m: f"{m['kl']:.5f}",
+        f"{told['agreement']} with it": lambda m: _share(m["agreement"]),
+        "adapted modules": lambda m: str(m["sites"]),
+        "drift, median token": lambda m: _drift(m, "median"),
+        "drift, largest": lambda m: _drift(m, "max"),
+        "clamped": lambda m: f"{100 * m['clamped']:.1f}%" if "clamped" in m else "",
+    }
+    for figure, of in figures.items():
+        shown.add_row(figure, *(of(model) for model in models.values()))
+    shown.caption = f"measured on {told['tokens']:,} tokens: {told['text']}"
+    shown.caption_justify = "left"
+    return shown
+
+
+def _share(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"
+
+
+def _drift(model: Mapping[str, Any], of: str) -> str:
+    """|y - y0| / |y0| at an adapted module."""
+    if "drift" not in model:
+        return ""
+    value = model["drift"][of]
+    return "unbounded" if value is None else f"{value:.3f}"

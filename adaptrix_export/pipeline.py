@@ -87,7 +87,7 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
         if recipe.context is not None:
             asked = oracle_plan(original, plan)  # whose adapters a calibrated tau is found with
             wire = wire_context(recipe.context, recipe.on_mismatch.value, asked, progress)
-            plan = verify(wire(plan))
+            plan = with_effect(original, verify(wire(plan)), recipe.context, shop)
         inputs = InputHashes(original)
         with approximated(plan, rank, progress) as (lowered, losses):
             lowering.admit(lowered)
@@ -180,6 +180,15 @@ def wire_context(
         stats=context.stats,
         on_mismatch=on_mismatch,
     )
+
+
+def with_effect(original: Plan, plan: Plan, context: Context, shop: Workshop) -> Plan:
+    """The gated plan with what it makes of the adapters, beside their plain merge."""
+    from adaptrix_export.check.effect import EFFECT, measure  # PyTorch
+
+    text = read_text(context.text, "context.text") if context.text else None
+    found = measure(original, plan, shop.held(), text, shop.progress)
+    return replace(plan, measured={**plan.measured, EFFECT: found})
 
 
 def _by_layer(value: float | dict[int, float] | None) -> float | PerLayer | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,19 +95,39 @@ def measure(plan: Plan, progress: Progress, text: str | None = None) -> Drift:
     if not sites:
         raise RecipeError("context", "no site that can be clamped", "at least one LoRA in a layer")
     with oracle_folders(plan) as folders:
-        job = Job(
-            target="onnx",
-            artifact=plan.base.folder,  # there is none yet: this is where the tokenizer is
-            base_folder=plan.base.folder,
-            precision="fp32",
-            weights={},
-            gguf_file=plan.base.gguf_file,
-            task=plan.base.task,
-            adapters=folders.adapters,
-            text=text or sample(),
-            simulated=plan.base.simulated,
-        )
-        return _measure(job, sites, progress)
+        return _measure(_job(plan, text, folders.adapters), sites, progress)
+
+
+def text_rows(
+    plan: Plan, vocabulary: int, positions: int | None, text: str | None = None
+) -> tuple[str, list[NDArray[np.int64]]]:
+    """What the token ids are, and rows (1, tokens) of them to calibrate gates on.
+
+    For a model with so many tokens and positions; `text` takes the place of the built-in sample.
+    """
+    return _rows(_job(plan, text, ()), vocabulary, positions)
+
+
+def _rows(job: Job, vocabulary: int, positions: int | None) -> tuple[str, list[NDArray[np.int64]]]:
+    source, ids = token_ids(job, vocabulary)
+    length = min(LENGTH, positions or LENGTH)
+    rows = [ids[i : i + length] for i in range(0, ROWS * length, length)]
+    return source, [np.array([row], np.int64) for row in rows if row]
+
+
+def _job(plan: Plan, text: str | None, adapters: tuple[tuple[str, Path], ...]) -> Job:
+    return Job(
+        target="onnx",
+        artifact=plan.base.folder,  # there is none yet: this is where the tokenizer is
+        base_folder=plan.base.folder,
+        precision="fp32",
+        weights={},
+        gguf_file=plan.base.gguf_file,
+        task=plan.base.task,
+        adapters=adapters,
+        text=text or sample(),
+        simulated=plan.base.simulated,
+    )
 
 
 def sample() -> str:
@@ -121,17 +142,13 @@ def _measure(job: Job, sites: Sequence[Site], progress: Progress) -> Drift:
 
     with progress.stage("drift: loading base and adapters"):
         reference = Reference.open(job)
-    source, ids = token_ids(job, reference.vocabulary)
-    length = min(LENGTH, reference.positions or LENGTH)
-    rows = [ids[i : i + length] for i in range(0, ROWS * length, length)]
+    source, rows = _rows(job, reference.vocabulary, reference.positions)
     seen: dict[Site, list[NDArray[np.float64]]] = {site: [] for site in sites}
-    hooks = [reference.watch(site.path, _note(seen[site])) for site in sites]
+    hooks = [reference.watch(site.path, note_ratios(seen[site])) for site in sites]
     try:
         with progress.stage("drift: measuring", len(rows), "rows") as advance:
             for row in rows:
-                if row:
-                    alone = np.array([row], np.int64)
-                    reference.encode(alone, np.ones_like(alone), np.zeros_like(alone))
+                reference.encode(row, np.ones_like(row), np.zeros_like(row))
                 advance(1)
     finally:
         for hook in hooks:
@@ -140,7 +157,9 @@ def _measure(job: Job, sites: Sequence[Site], progress: Progress) -> Drift:
     return Drift({site: np.concatenate(values) for site, values in seen.items()}, source)
 
 
-def _note(values: list[NDArray[np.float64]]) -> Any:
+def note_ratios(values: list[NDArray[np.float64]]) -> Any:
+    """A forward hook on a live layer that notes |y - y0| / |y0| of every token."""
+
     def hook(layer: Any, inputs: tuple[Any, ...], output: Any) -> None:
         y0 = layer.get_base_layer()(*inputs).double()
         size, added = y0.norm(dim=-1), (output.double() - y0).norm(dim=-1)

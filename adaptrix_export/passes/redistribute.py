@@ -114,6 +114,7 @@ class Redistribute:
         work = self._work(plan, adapter, stack, terms, rank, live)
         moved = self._moved(work, adapter)
         _attach(live, work, moved.terms)
+        shop.hold(work.rows.held)
         found = measure(live, work.rows.held, plan.base.task, shop.progress)
         folder = shop.folder_for(adapter.name)
         write_redistributed(

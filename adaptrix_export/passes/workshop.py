@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+from numpy.typing import NDArray
+
 from adaptrix_export.progress import Progress
+
+HELD = "held.npy"
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,15 @@ class Workshop:
         made = self.folder / name
         made.mkdir()
         return made
+
+    def hold(self, rows: NDArray[np.int64]) -> None:
+        """Keep token ids (rows, tokens) to measure on, which no pass has seen."""
+        np.save(self.folder / HELD, rows, allow_pickle=False)
+
+    def held(self) -> NDArray[np.int64] | None:
+        """The rows that a pass has kept, the last ones; None where none did."""
+        place = self.folder / HELD
+        return np.load(place, allow_pickle=False) if place.exists() else None
 
 
 @contextmanager
