@@ -1,5 +1,5 @@
 # Every target makes what it needs in .venv first; stamp files make a second run quick.
-#   make demo      build the demo artifact and let it speak        make lint type
+#   make demo      build the demo artifacts and let them speak      make lint type
 #   make test      everything that is quick                        make bench
 #   make gates     whether context preservation reduces forgetting, in a table
 #   make matrix    every adapter kind on every base and target
@@ -19,6 +19,8 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile -c $(PINS)
 QUIET_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 DEMO := build/smollm2-pydoc
+WHOLE := $(DEMO)-context
+PROMPT := "The with statement is used to"
 # Every build proves itself in a process of its own, whose imports take half as long with byte code
 # at hand. It is kept beside the environment, also where the shell says to write none.
 export PYTHONDONTWRITEBYTECODE :=
@@ -27,10 +29,13 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/byte-code
 .PHONY: demo test test-slow test-all lint type bench matrix fidelity zoo gates clean
 .NOTPARALLEL:
 
+# First the plain merge; then the whole pipeline: the same adapter on five layers, with gates.
 demo: $(VENV)/.demo
-	rm -rf $(DEMO) $(DEMO).rejected.json
+	rm -rf $(DEMO) $(DEMO).rejected.json $(WHOLE) $(WHOLE).rejected.json
 	$(QUIET_ENV) $(BIN)/adaptrix-export build recipes/smollm2-pydoc.yaml
-	$(QUIET_ENV) $(BIN)/adaptrix-export run $(DEMO) --prompt "The with statement is used to"
+	$(QUIET_ENV) $(BIN)/adaptrix-export build recipes/smollm2-pydoc-context.yaml
+	$(QUIET_ENV) $(BIN)/adaptrix-export run $(DEMO) --prompt $(PROMPT)
+	$(QUIET_ENV) $(BIN)/adaptrix-export run $(WHOLE) --prompt $(PROMPT)
 
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow"
