@@ -77,6 +77,11 @@ class Redistribution(Section):
     steps: int = Field(default=80, ge=1, strict=True, description="Training steps of distill.")
     max_sites: int | None = Field(default=None, ge=1, strict=True, description="For search.")
     max_bytes: int | None = Field(default=None, ge=1, strict=True, description="For search.")
+    max_memory: int | None = Field(
+        default=None, ge=1, strict=True,
+        description="Bytes that the model's weights may take while it runs, by default most of "
+        "what is free; the layers of a larger one are read from its files as they run.",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _has_budget(self) -> Redistribution:
@@ -104,5 +109,6 @@ def redistribution(wanted: Redistribution, shop: Workshop) -> Redistribute:
         steps=wanted.steps,
         max_sites=wanted.max_sites,
         max_bytes=wanted.max_bytes,
+        max_memory=wanted.max_memory,
         workshop=shop,
     )

@@ -35,6 +35,7 @@ from adaptrix_export.commands.options import examples, shared_options
 @click.option("--steps", type=int, help="Training steps of distill.")
 @click.option("--max-sites", type=int, help="The budget of --layers search.")
 @click.option("--max-bytes", type=int, help="The same in bytes.")
+@click.option("--max-memory", type=int, help="Bytes for weights; else read layer by layer.")
 @click.option("--min-retained", type=float, metavar="SHARE", help="Fail below this, 0 to 1.")
 @click.option("--parity", metavar="full|fast|off", help="How much to prove before publishing.")
 @shared_options

@@ -3,27 +3,36 @@
 One model in memory is three. *Adapted*: every adapter active, as PEFT runs it. *Student*: the
 adapters' deltas in the layers off, low-rank factors of our own in their place. *Base*: nothing on.
 What an adapter changes outside the layers (embeddings, head) belongs to the adapted model and to
-the student alike.
+the student alike. A model that memory does not hold is run layer by layer; see `layerwise.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from adaptrix_export.check.reference import adapted_model
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.load.task import GENERATION, SEQUENCES
+from adaptrix_export.passes.layerwise import (
+    LayerReader,
+    fits,
+    read_layer_by_layer,
+    room_for_weights,
+)
 from adaptrix_export.plan import Base
 
 ADAPTED, STUDENT, BASE = "adapted", "student", "base"
 Pair = tuple[Tensor, Tensor]  # a (r, in) and b (out, r); the student adds b a x
+CACHED_TOKENS = 4096  # in the cache of all texts that are written at once
 
 
 class _Enough(Exception):
@@ -31,15 +40,19 @@ class _Enough(Exception):
 
 
 class Live:
-    """See the module. `layers` are the modules of the stack that is redistributed."""
+    """See the module. `layers` are the modules of the stack that is redistributed; `reader` is who
+    reads them one by one, where memory does not hold the model."""
 
-    def __init__(self, model: Any, prefix: str, task: str) -> None:
+    def __init__(
+        self, model: Any, prefix: str, task: str, reader: LayerReader | None = None
+    ) -> None:
         self._peft = model
+        self.reader = reader
         self.plain = model.get_base_model()
         self._task = task
         self._prefix = prefix
         self.layers: Sequence[nn.Module] = list(self.plain.get_submodule(prefix))
-        self.device = next(self.plain.parameters()).device
+        self.device = self.plain.get_input_embeddings().weight.device
         self._tuners = [_tuner_layers(layer) for layer in self.layers]
         self._now = [ADAPTED] * len(self.layers)
         self._contexts: dict[tuple[int, ...], list[tuple[Any, Any]]] = {}
@@ -49,15 +62,24 @@ class Live:
             parameter.requires_grad_(False)
 
     @classmethod
-    def open(cls, base: Base, adapters: Sequence[tuple[str, Path]], prefix: str) -> Live:
+    def open(
+        cls,
+        base: Base,
+        adapters: Sequence[tuple[str, Path]],
+        prefix: str,
+        memory: int | None = None,
+    ) -> Live:
         """The files of a base and of the PEFT folders (name, folder) on it, in float32; on the
-        GPU when there is one."""
+        GPU when there is one. Where weights may not take `memory` bytes (by default: most of what
+        is free) as a whole, layer by layer."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not fits(base, room_for_weights(memory)):
+            model, reader = read_layer_by_layer(base, adapters, prefix, memory, device)
+            return cls(model, prefix, base.task, reader)
         model = adapted_model(
             base.folder, base.gguf_file, base.task, tuple(adapters), base.simulated
         )
-        if torch.cuda.is_available():
-            model.to("cuda")
-        return cls(model, prefix, base.task)
+        return cls(model.to(device), prefix, base.task)
 
     @property
     def vocabulary(self) -> int:
@@ -109,7 +131,7 @@ class Live:
 
     # -- running
 
-    def enter(self, ids: Tensor) -> Tensor:
+    def enter(self, ids: Tensor, who: str = STUDENT) -> Tensor:
         """What goes into the first layer: (rows, tokens, width)."""
         first: list[Tensor] = []
 
@@ -117,7 +139,7 @@ class Live:
             first.append(hidden)
             return hidden
 
-        with self._layers_skipped(keep), torch.no_grad():
+        with self._outside(who), self._layers_skipped(keep), torch.no_grad():
             self._forward_until_last_layer(ids)
         return first[0]
 
@@ -127,22 +149,42 @@ class Live:
         args, options = self._context(hidden.shape)[number]
         return _tensor(self.layers[number](hidden, *args, **options))
 
-    def leave(self, ids: Tensor, hidden: Tensor) -> Tensor:
+    def trained(self, number: int, hidden: Tensor) -> Tensor:
+        """A layer of the student for gradients to flow through. Where the weights come and go, it
+        is run again on the way back instead of keeping them."""
+        if self.reader is None:
+            return self.layer(STUDENT, number, hidden)
+        found: Tensor = checkpoint(self.layer, STUDENT, number, hidden, use_reentrant=False)
+        return found
+
+    def leave(self, ids: Tensor, hidden: Tensor, who: str = STUDENT) -> Tensor:
         """From the residual after the last layer to the model's answer.
 
         Logits (rows, tokens, vocabulary), hidden states (rows, tokens, width) of an encoder, or
         logits (rows, 1, labels) of a classifier of sequences. Gradients flow.
         """
-        with self._layers_skipped(lambda _: hidden):
+        with self._outside(who), self._layers_skipped(lambda _: hidden):
             out = self.plain(**self._fed(ids))
         return self._answer(out)
+
+    @contextmanager
+    def _outside(self, who: str) -> Iterator[None]:
+        """What adapters change outside of the layers: off for the base, on for the others."""
+        if who != BASE:
+            yield
+            return
+        for number in range(len(self.layers)):
+            self._be(ADAPTED, number)  # PEFT turns on again only what was on
+        self._now = [BASE] * len(self.layers)
+        try:
+            with self._peft.disable_adapter():
+                yield
+        finally:
+            self._now = [ADAPTED] * len(self.layers)
 
     def base_answer(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The base's own answer, everything that any adapter changes off, as `leave` gives it;
         and its residual after each layer."""
-        for number in range(len(self.layers)):
-            self._be(ADAPTED, number)  # PEFT turns on again only what was on
-        self._now = [BASE] * len(self.layers)
         residuals: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -150,12 +192,11 @@ class Live:
 
         handles = [layer.register_forward_hook(keep) for layer in self.layers]
         try:
-            with self._peft.disable_adapter(), torch.no_grad():
+            with self._outside(BASE), torch.no_grad():
                 out = self.plain(**self._fed(ids))
         finally:
             for handle in handles:
                 handle.remove()
-        self._now = [ADAPTED] * len(self.layers)
         return self._answer(out), residuals
 
     def _answer(self, out: Any) -> Tensor:
@@ -166,12 +207,20 @@ class Live:
         """`rows` texts of `length` tokens that the adapted model draws, from its start token on."""
         for number in range(len(self.layers)):
             self._be(ADAPTED, number)
+        generator = torch.Generator().manual_seed(seed)
+        batch = max(1, CACHED_TOKENS // length)
+        drawn = [
+            self._drawn(min(batch, rows - start), length, generator)
+            for start in range(0, rows, batch)
+        ]
+        return torch.cat(drawn).cpu().numpy()
+
+    def _drawn(self, rows: int, length: int, generator: torch.Generator) -> Tensor:
         config = self.plain.config.get_text_config()
         start = next((t for t in (config.bos_token_id, config.eos_token_id) if t is not None), 0)
         start = start[0] if isinstance(start, list) else start
         ids = torch.full((rows, 1), int(start), device=self.device)
         drawn, cache, fed = ids, None, ids
-        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for _ in range(length - 1):
                 out = self.plain(input_ids=fed, past_key_values=cache, use_cache=True)
@@ -179,7 +228,7 @@ class Live:
                 chances = out.logits[:, -1].float().softmax(-1).cpu()
                 fed = torch.multinomial(chances, 1, generator=generator).to(self.device)
                 drawn = torch.cat([drawn, fed], dim=1)
-        return drawn.cpu().numpy()
+        return drawn
 
     def _fed(self, ids: Tensor) -> dict[str, Any]:
         fed: dict[str, Any] = {"input_ids": ids}
@@ -231,7 +280,7 @@ class Live:
             for number, layer in enumerate(self.layers):
                 if before[number] is None:
                     del layer.forward
-                else:  # accelerate put one there, which fetches the weights
+                else:  # one that brings the weights: see `layerwise.py`
                     layer.forward = before[number]
 
 
@@ -266,13 +315,19 @@ class States:
     the rows that are worked on."""
 
     def __init__(self, folder: Path, name: str, shape: tuple[int, int, int]) -> None:
-        self._values: Any = np.memmap(folder / name, np.float32, "w+", shape=shape)
+        self._path, self._row = folder / name, shape[1:]
+        with self._path.open("wb") as file:
+            file.truncate(4 * prod(shape))
 
     def read(self, start: int, stop: int, device: Any) -> Tensor:
-        return torch.from_numpy(np.array(self._values[start:stop])).to(device)
+        size = prod(self._row)
+        values = np.fromfile(self._path, np.float32, (stop - start) * size, offset=4 * start * size)
+        return torch.from_numpy(values.reshape(stop - start, *self._row)).to(device)
 
     def write(self, start: int, hidden: Tensor) -> None:
-        self._values[start : start + len(hidden)] = hidden.float().cpu().numpy()
+        with self._path.open("r+b") as file:
+            file.seek(4 * start * prod(self._row))
+            hidden.float().cpu().contiguous().numpy().tofile(file)
 
 
 def factors_of(pairs: Mapping[str, Any], device: Any) -> dict[str, Pair]:

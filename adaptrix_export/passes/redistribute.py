@@ -20,7 +20,7 @@ from adaptrix_export.check.altered import oracle_folders, write_folder
 from adaptrix_export.errors import FidelityError, RecipeError, UnsupportedError
 from adaptrix_export.load.task import CLASSIFIERS, FEATURES, GENERATION
 from adaptrix_export.load.tensors import itemsize
-from adaptrix_export.passes.calibration import Calibration, calibration_rows
+from adaptrix_export.passes.calibration import AUTO, PYDOC, Calibration, calibration_rows
 from adaptrix_export.passes.layers import SEARCH, Layers, check_layers, choose_layers
 from adaptrix_export.passes.moved import Place, Terms, common_dtype
 from adaptrix_export.passes.workshop import Workshop
@@ -45,7 +45,9 @@ class Redistribute:
 
     `rank` bounds what is computed for a site (None: four times the adapter's largest);
     `min_retained` is the least share that must be kept; `steps` are those of `distill`;
-    `max_sites` and `max_bytes` are the budget of `layers: search`.
+    `max_sites` and `max_bytes` are the budget of `layers: search`. `max_memory` is the bytes that
+    the model's weights may take (None: most of what is free); a larger model is read layer by
+    layer.
 
     Raises UnsupportedError for what cannot be moved, RecipeError for layers that the base lacks,
     FidelityError for too little retained.
@@ -59,6 +61,7 @@ class Redistribute:
     steps: int = 80
     max_sites: int | None = None
     max_bytes: int | None = None
+    max_memory: int | None = field(default=None, repr=False)  # how it runs, not what it does
     workshop: Workshop | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -97,7 +100,7 @@ class Redistribute:
         stack, terms, kept = taken_apart(plan, adapter)
         rank = self._rank(plan, terms)
         with _as_folders(plan) as folders, self.workshop.progress.stage("calibration: loading"):
-            live = Live.open(plan.base, folders, stack)
+            live = Live.open(plan.base, folders, stack, self.max_memory)
         try:
             return self._on(plan, adapter, stack, terms, kept, rank, live)
         finally:
@@ -144,9 +147,14 @@ class Redistribute:
         assert shop is not None
         if self.layers != SEARCH:  # before any work is done
             choose_layers(self.layers, len(live.layers))
+        calibration = self.calibration
+        if live.reader is not None:
+            shop.progress.note("memory does not hold the model: its layers are read one by one")
+            if calibration.text == AUTO:  # a token of its own would take a reading of all layers
+                calibration = replace(calibration, text=PYDOC)
         with shop.progress.stage("calibration: text"):
             rows = calibration_rows(
-                self.calibration, plan.base, live.vocabulary, live.positions, live.generate
+                calibration, plan.base, live.vocabulary, live.positions, live.generate
             )
         work = Work(
             base=plan.base, stack=stack, terms=terms, targets=(), rank=rank,

@@ -29,8 +29,8 @@ from adaptrix_export.passes.work import Work
 PEAK, LAST, WARM = 1e-3, 0.1, 5  # learning rate, its share at the end, steps to reach it
 CLIP = 1.0  # norm of all gradients together
 TOP = 64  # tokens of a prediction that are kept
-CHECKS = 8  # looks at unseen rows in the course of the training
-PATIENCE = 3  # of those in a row that may be no better before it stops
+CHECKS = 5  # looks at unseen rows in the course of the training
+PATIENCE = 2  # of those in a row that may be no better before it stops
 STEP_TOKENS = 256
 
 
@@ -42,10 +42,11 @@ class _Wanted:
     tokens: Tensor | None
 
 
-def distill(work: Work) -> Moved:
+def distill(work: Work, started: Moved | None = None) -> Moved:
     """Terms trained on all but the last fifth of the rows, which says when to stop.
 
-    Raises UnsupportedError for a single row of calibration text.
+    `started` is what `fit` gives for the same work, if that is known already. Raises
+    UnsupportedError for a single row of calibration text.
     """
     rows = len(work.rows.fit)
     unseen = max(1, rows // CHOSEN_BY)
@@ -54,7 +55,7 @@ def distill(work: Work) -> Moved:
             "distill", "one row of calibration text", "at least two, one to stop by",
             "give a longer text or a smaller length, or use the strategy fit",
         )  # fmt: skip
-    started = fit(work)
+    started = started or fit(work)
     pairs = _padded(work, started.terms)
     live = work.live
     for path, pair in pairs.items():
@@ -71,7 +72,7 @@ def distill(work: Work) -> Moved:
         start, stop = int(batch[0]), int(batch[-1]) + 1
         hidden = below.read(start, stop, live.device)
         for number in range(work.targets[0], len(live.layers)):
-            hidden = live.layer(STUDENT, number, hidden)
+            hidden = live.trained(number, hidden)
         answer = live.leave(ids[start:stop].to(live.device), hidden)
         return _distance(wanted[start], answer)
 
