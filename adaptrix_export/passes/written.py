@@ -41,12 +41,14 @@ def write_redistributed(
     ]
     outside = [replace(d, terms=(_one_term((-1, d.site.path), _low_rank(d)),)) for d in kept]
     deltas = tuple(sorted([*moved, *outside], key=lambda d: (d.site.order, d.parameter)))
-    provenance = {
+    provenance: dict[str, Any] = {
         "step": step,
         "adapter": source.name,
         "config": dict(source.config),
         "retained": retained,
     }
+    if PROVENANCE in source.metadata:  # moved a second time
+        provenance["before"] = source.metadata[PROVENANCE]
     written = replace(
         source,
         deltas=deltas,
