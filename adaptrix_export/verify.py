@@ -9,7 +9,7 @@ from math import isfinite, prod
 
 from adaptrix_export.errors import AdapterError, InputError, UnsupportedError
 from adaptrix_export.load.fused import fused_hint
-from adaptrix_export.load.task import TASKS
+from adaptrix_export.load.task import SEQ2SEQ, TASKS
 from adaptrix_export.load.tensors import FLOATS
 from adaptrix_export.load.tuners import own_sizes
 from adaptrix_export.load.views import Flattened
@@ -318,6 +318,11 @@ def ungateable(plan: Plan, site: Site, mode: str) -> InputError | None:
         )
     if mode == "blend":
         return None
+    if plan.base.task == SEQ2SEQ:
+        return UnsupportedError(
+            place, f"a {mode} gate in an encoder-decoder", "one graph to gate",
+            "leave context out, or use mode blend",
+        )  # fmt: skip
     if site.layer is None:
         return UnsupportedError(place, f"a {mode} gate outside the layers", "a layer's module",
                                 _UNGATED)  # fmt: skip

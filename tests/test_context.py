@@ -14,6 +14,8 @@ from adaptrix_export.published import verify_artifact
 from adaptrix_export.recipe import Recipe
 from tests.artifacts import save_base_with_tokenizer
 from tests.tiny import save_adapter
+from tests.zoo import house
+from tests.zoo_rows import ANIMALS
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +68,16 @@ def test_a_blend_is_merged_and_proved(
     assert outcome.report["passed"] and outcome.report["context"]["checks"] == []
     lines = outcome.report["context"]["sites"]
     assert {line["weight"] for line in lines} == {0.5, 0.25} and len(lines) == 14
+
+
+def test_a_blend_of_an_encoder_decoder_is_merged_and_proved(tmp_path: Path) -> None:
+    housed = house(next(animal for animal in ANIMALS if animal.kind == "t5"), tmp_path)
+    context = {"mode": "blend", "weight": 0.5}
+    made = recipe((housed.base, housed.adapter), tmp_path / "out", context, "onnx")
+    outcome = build(made)
+    assert outcome.report is not None
+    assert outcome.report["passed"] and outcome.report["context"]["checks"] == []
+    assert {line["weight"] for line in outcome.report["context"]["sites"]} == {0.5}
 
 
 def test_statistics_need_an_artifact_that_gives_them(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,7 +31,10 @@ class OracleGates:
 
 
 def ask_gates(job: Job, reference: Reference, asked: Prompts) -> OracleGates:
-    """How far the gates are open: what the graph is to say of the same tokens."""
+    """How far the gates are open: what the graph is to say of the same tokens; nothing where no
+    gate depends on the data."""
+    if not any(gate.depends_on_data for gate in job.gates):
+        return OracleGates({}, None)
     if job.task != GENERATION:
         found = reference.gate_statistics(lambda model: encode_prefill(model, asked))
         return OracleGates(found, None)
@@ -46,12 +50,17 @@ def _first(asked: Prompts) -> list[tuple[int, ...]]:
 
 
 def compare_gates(
-    job: Job, subject: Subject, asked: Prompts, oracle: OracleGates
+    job: Job,
+    subject: Subject,
+    asked: Prompts,
+    oracle: OracleGates,
+    places: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The report's `context`: a line a site with the oracle's statistics on the long prompt, and
     what was compared: the graph's nodes with the plan, and statistics where the graph gives any.
 
-    A batch with padding on either side must give the statistics of its rows alone.
+    A batch with padding on either side must give the statistics of its rows alone. `places` are
+    those of the job's gates among the graph's statistics, where the graph has other gates, too.
     """
     wanted = [gate for gate in job.gates if gate.depends_on_data]
     entry: dict[str, Any] = {"sites": [], "checks": [], "passed": True}
@@ -60,15 +69,19 @@ def compare_gates(
         entry["sites"].append({"site": gate.site, "mode": gate.mode, "tau": gate.tau, **line})
     blended = (gate for gate in job.gates if not gate.depends_on_data)
     entry["sites"] += [{"site": g.site, "mode": g.mode, "weight": g.weight} for g in blended]
-    if job.target == "onnx" and wanted:
-        entry["checks"].append(_nodes(job))
+    if not wanted:
+        return entry
+    if job.target == "onnx":
+        entry["checks"].append(function_nodes(job))
     if isinstance(subject, OnnxSubject):
-        entry["checks"] += _statistics(subject, asked, oracle)
+        entry["checks"] += _statistics(subject, asked, oracle, places)
     entry["passed"] = all(check["passed"] for check in entry["checks"])
     return entry
 
 
-def _statistics(subject: OnnxSubject, asked: Prompts, oracle: OracleGates) -> list[dict[str, Any]]:
+def _statistics(
+    subject: OnnxSubject, asked: Prompts, oracle: OracleGates, places: Sequence[int] | None
+) -> list[dict[str, Any]]:
     """Empty where the graph gives no statistics."""
     if oracle.rows is None:
         encode_prefill(subject, asked)
@@ -85,12 +98,19 @@ def _statistics(subject: OnnxSubject, asked: Prompts, oracle: OracleGates) -> li
         name = f"statistics, {'left' if left else 'right'}-padded"
         found.append((name, oracle.rows, subject.statistics, int(mask.sum())))
     return [
-        {"name": name, **compare_statistics(wanted, given, tokens)}
+        {"name": name, **compare_statistics(wanted, _among(given, places), tokens)}
         for name, wanted, given, tokens in found
     ]
 
 
-def _nodes(job: Job) -> dict[str, Any]:
+def _among(given: Statistics, places: Sequence[int] | None) -> Statistics:
+    """The statistics at these places, or all."""
+    if places is None:
+        return given
+    return {name: [values[place] for place in places] for name, values in given.items()}
+
+
+def function_nodes(job: Job) -> dict[str, Any]:
     """One function node a gated site, of its kind and with its tau, and no other."""
     import onnx_ir as ir
 

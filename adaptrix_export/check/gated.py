@@ -97,7 +97,10 @@ class LiveGates:
 
 
 def openness(gate: GateSpec, y0: Any, d: Any) -> Any:
-    """g of each token, (..., 1), for y0 and d (..., outputs) in fp64; every token is a real one."""
+    """g of each token, (..., 1), for y0 and d (..., outputs) in fp64; every token is a real one.
+
+    Where the base gives nothing, |y0| = 0, a clamp lets nothing through.
+    """
     if gate.mode == "blend":
         return torch.full_like(y0[..., :1], gate.weight or 0.0)
     if gate.mode == "mask":
@@ -105,7 +108,8 @@ def openness(gate: GateSpec, y0: Any, d: Any) -> Any:
     assert gate.tau is not None
     size = d.norm(dim=-1, keepdim=True)
     limit = gate.tau * y0.norm(dim=-1, keepdim=True)
-    return torch.where(size <= limit, torch.ones_like(size), limit / size)
+    opened = torch.where(size <= limit, torch.ones_like(size), limit / size)
+    return torch.where(limit > 0, opened, torch.zeros_like(size))
 
 
 def compare_statistics(

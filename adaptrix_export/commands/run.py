@@ -63,7 +63,8 @@ def run(
     tokens = session.generate_ids(asked, max_new_tokens, sampling=how)
     text = "".join(words.stream(asked, tokens))
     told = {"prompt": prompt, "text": text, "tokens": tokens, "stats": session.stats()}
-    sites = context_statistics(artifact, [*asked, *tokens]) if context_stats else []
+    fed = [*asked, *tokens[:-1]]  # the last token was given, and never asked about
+    sites = context_statistics(artifact, fed) if context_stats else []
     if as_json:
         stats = {"context": [asdict(site) for site in sites]} if context_stats else {}
         failures.print_json(told | stats)

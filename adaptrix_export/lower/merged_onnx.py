@@ -43,10 +43,10 @@ def lower_merged_onnx(
         factors = wired.factors
         if plan.pooling is not None:
             wire_pooling(graphs[MODEL].model, plan.pooling)
-    elif plan.gates:
+    elif plan.gated():
         raise UnsupportedError(
             f"{plan.base.spec}: task {plan.base.task}", "context", "one graph to gate",
-            "leave context out",
+            "leave context out, or use mode blend",
         )  # fmt: skip
     values = Values(merged_plan, factors)
     hashes = {DATA: write_data(values, graphs, stage / DATA, progress)}

@@ -10,9 +10,12 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptrix_export.check.gated import openness
+from adaptrix_export.check.job import GateSpec
 from adaptrix_export.lower.gate_functions import DOMAIN, call, define
 
 WIDTH, ROWS = 12, 50
@@ -106,6 +109,21 @@ def test_what_is_within_the_bound_passes_whole(
     clamped = (sizes[1] > tau * sizes[0] * SLACK) & (sizes[0] > 1e-30) & (sizes[1] < 1e30)
     wanted = tau * sizes[0][clamped] / sizes[1][clamped]
     np.testing.assert_allclose(gate[clamped, 0], wanted, rtol=0.03 if tau < 1e-3 else 1e-4)
+
+
+@given(tau=st.sampled_from(TAUS), pair=pairs())
+@settings(max_examples=60)
+def test_the_oracle_opens_as_far(tau: float, pair: tuple[np.ndarray, np.ndarray]) -> None:
+    """The formula in fp64, written without knowledge of the function, gives the same gates, but
+    for the hair by which the function stays below the bound."""
+    y0, d = pair
+    _, gate = gated(y0, d, tau)
+    gate_spec = GateSpec("site", "clamp", tau=float(np.float32(tau)))
+    wanted = openness(gate_spec, *(torch.from_numpy(v).double() for v in (y0, d))).numpy()
+    size = np.linalg.norm(y0.astype(np.float64), axis=1, keepdims=True)
+    plain = (size > 1e-30) | (size == 0)  # denormals are below the allowance
+    hair = 0.03 if tau < 1e-3 else 1e-4
+    np.testing.assert_allclose(gate[plain], wanted[plain], rtol=hair, atol=1e-9)
 
 
 def test_the_bound_is_met_not_only_kept() -> None:

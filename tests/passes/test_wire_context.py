@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from adaptrix_export.errors import AdapterError, InputError, RecipeError, UnsupportedError
 from adaptrix_export.lower import LOWERINGS
@@ -20,6 +21,8 @@ from adaptrix_export.recipe import Recipe
 from adaptrix_export.verify import verify
 from tests.artifacts import plan_of
 from tests.tiny import save_adapter, save_base
+from tests.zoo import house
+from tests.zoo_rows import ANIMALS
 
 
 def planned(tmp_path: Path, kind: str = "llama", **options: Any) -> Plan:
@@ -140,6 +143,31 @@ def test_a_blend_of_dora_is_no_peft_adapter(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(UnsupportedError, match="Dora term times 0.5.*onnx or safetensors"):
         LOWERINGS["peft"].lower(plan, tmp_path / "out", Silent())
+
+
+def test_an_encoder_decoder_can_be_blended_only(tmp_path: Path) -> None:
+    housed = house(next(animal for animal in ANIMALS if animal.kind == "t5"), tmp_path)
+    plan = verify(plan_of(housed.base, housed.adapter))
+    with pytest.raises(UnsupportedError, match="clamp gate in an encoder-decoder.*mode blend"):
+        WireContext(tau=0.5)(plan)
+    assert verify(WireContext(mode="blend", weight=0.5)(plan)).gated() == {}
+
+
+def test_infinities_are_refused_before_they_reach_a_gate(tmp_path: Path) -> None:
+    base = save_base("llama", tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    factors = load_file(file)
+    name = next(key for key in factors if key.endswith("layers.2.mlp.up_proj.lora_B.weight"))
+    factors[name][3, 1] = np.inf
+    save_file(factors, file, {"format": "pt"})
+    recipe = Recipe(
+        base=str(base), adapters=[str(adapter)], target="onnx", out=tmp_path / "out",
+        context={"tau": 0.5},
+    )  # fmt: skip
+    with pytest.raises(AdapterError, match="layers.2.mlp.up_proj: 0 NaN and 1 infinite"):
+        build(recipe)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 FIELDS: dict[str, Any] = {"base": "./no-such", "adapters": ["./none"], "out": "out"}
