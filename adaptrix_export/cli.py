@@ -8,6 +8,7 @@ commands, so that `--help` is quick.
 from __future__ import annotations
 
 import errno
+import os
 from typing import Any
 
 import click
@@ -57,6 +58,7 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="adaptrix-export")
 def main() -> None:
     """Merge PEFT adapters into a base transformer, prove the result, publish it."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries would draw over ours
 
 
 COMMANDS = (
