@@ -57,6 +57,7 @@ bench: $(VENV)/.test
 	$(QUIET_ENV) $(BIN)/python tests/bench/merge_speed.py
 	$(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python tests/bench/switching.py
 	$(QUIET_ENV) $(BIN)/python -m tests.bench.gates
+	$(QUIET_ENV) $(BIN)/python tests/bench/redistribution.py
 
 gates: $(VENV)/.test
 	$(QUIET_ENV) $(BIN)/python -m tests.gate_table
