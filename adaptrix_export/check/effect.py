@@ -19,16 +19,10 @@ from numpy.typing import NDArray
 
 from adaptrix_export.check.altered import Folders, oracle_folders
 from adaptrix_export.check.drift import note_ratios, text_rows
-from adaptrix_export.check.executed import sharing
+from adaptrix_export.check.executed import on_a_copy
 from adaptrix_export.check.gated import LiveGates
 from adaptrix_export.check.job import gate_specs
-from adaptrix_export.check.reference import (
-    encode,
-    load_model,
-    resize_vocabulary,
-    shipped_whole,
-    with_adapters,
-)
+from adaptrix_export.check.reference import bare_model, encode
 from adaptrix_export.check.translated import LiveTranslator
 from adaptrix_export.load.task import SEQ2SEQ
 from adaptrix_export.passes.divergence import Divergence, rounded
@@ -128,8 +122,8 @@ def _variants(original: Plan, plan: Plan, progress: Progress) -> Iterator[_Found
         own = stack.enter_context(oracle_folders(original)).adapters
         new = stack.enter_context(oracle_folders(_as_it_is(plan))).adapters if moved else own
         with progress.stage("effect: loading base and adapters"):
-            base = _base(original, own)
-            task = plan.base.task
+            task, of = plan.base.task, original.base
+            base = bare_model(of.folder, of.gguf_file, task, own, of.simulated)
             models = {BASE: _Variant(_asking(base, task)), ADAPTED: _adapted(base, task, own)}
             if moved:
                 models[MOVED] = _adapted(base, task, new)
@@ -144,17 +138,9 @@ def _as_it_is(plan: Plan) -> Plan:
     return Plan(plan.base, plan.adapters)
 
 
-def _base(plan: Plan, folders: Folders) -> Any:
-    shipped = shipped_whole(folders)
-    base = plan.base
-    model = load_model(base.folder, base.gguf_file, base.task, shipped, base.simulated)
-    resize_vocabulary(model, shipped)
-    return model.eval()
-
-
 def _adapted(base: Any, task: str, folders: Folders, gated: Plan | None = None) -> _Variant:
     """The base with adapters, and the gates of `gated`; watched where it is adapted."""
-    model = with_adapters(sharing(base, set(shipped_whole(folders))), folders).eval()
+    model = on_a_copy(base, folders)
     plain = model.get_base_model()
     gates = LiveGates(plain, gate_specs(gated.gates)) if gated is not None else None
     variant = _Variant(_asking(model, task), gates=gates)

@@ -20,8 +20,7 @@ from adaptrix_export.check.job import Job
 from adaptrix_export.check.live import live_delta, live_factors, live_parameter
 from adaptrix_export.check.reference import (
     Reference,
-    load_model,
-    resize_vocabulary,
+    bare_model,
     shipped_whole,
     with_adapters,
 )
@@ -49,17 +48,14 @@ class Executed(Reference):
         if job.threads is not None:
             torch.set_num_threads(job.threads)
         torch.manual_seed(0)
-        shipped = shipped_whole(job.adapters)
-        base = load_model(job.base_folder, job.gguf_file, job.task, shipped, job.simulated)
-        resize_vocabulary(base, shipped)
+        base = bare_model(job.base_folder, job.gguf_file, job.task, job.adapters, job.simulated)
         folders: dict[str, list[tuple[str, Path]]] = {}
         for name, folder in job.adapters:  # an adapter that was cut up has several
             folders.setdefault(name, []).append((name, folder))
-        alone = {}
-        for name, own in folders.items():
-            model = sharing(base, set(shipped_whole(tuple(own))))
-            alone[name] = with_adapters(model, tuple(own)).eval().get_base_model()
-        return cls(job, base.eval(), alone)
+        alone = {
+            name: on_a_copy(base, tuple(own)).get_base_model() for name, own in folders.items()
+        }
+        return cls(job, base, alone)
 
     def live(self, name: str) -> tuple[NDArray[Any], bool]:
         value, changed = self._composed(name)
@@ -139,6 +135,12 @@ def sharing(model: Any, apart: set[str]) -> Any:
     written = {id(tensor) for name, tensor in tensors if name in apart}
     shared = {id(tensor): tensor for _, tensor in tensors if id(tensor) not in written}
     return copy.deepcopy(model, shared)
+
+
+def on_a_copy(base: Any, adapters: tuple[tuple[str, Path], ...]) -> Any:
+    """The PEFT model of a base and adapters (name, folder), which shares the base's parameters and
+    leaves the base as it is."""
+    return with_adapters(sharing(base, set(shipped_whole(adapters))), adapters).eval()
 
 
 def _parameters(model: Any) -> Iterator[str]:

@@ -183,11 +183,23 @@ def adapted_model(
 
     Raises ParityError for files that transformers or PEFT do not load whole.
     """
+    model = bare_model(folder, gguf_file, task, adapters, simulated)
+    if adapters:
+        model = with_adapters(model, adapters)
+    return model.eval()
+
+
+def bare_model(
+    folder: Path,
+    gguf_file: str | None,
+    task: str,
+    adapters: tuple[tuple[str, Path], ...],
+    simulated: str | None,
+) -> Any:
+    """The base without the adapters (name, PEFT folder), with room for what they ship whole."""
     shipped = shipped_whole(adapters)
     model = load_model(folder, gguf_file, task, shipped, simulated)
     resize_vocabulary(model, shipped)
-    if adapters:
-        model = with_adapters(model, adapters)
     return model.eval()
 
 

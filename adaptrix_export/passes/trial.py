@@ -19,13 +19,8 @@ from numpy.typing import NDArray
 
 from adaptrix_export.check.altered import OracleFolders, oracle_folders
 from adaptrix_export.check.compare import Logits, distance
-from adaptrix_export.check.executed import put_parameter, sharing
-from adaptrix_export.check.reference import (
-    load_model,
-    resize_vocabulary,
-    shipped_whole,
-    with_adapters,
-)
+from adaptrix_export.check.executed import on_a_copy, put_parameter, sharing
+from adaptrix_export.check.reference import bare_model
 from adaptrix_export.errors import RecipeError, UnsupportedError
 from adaptrix_export.load.task import GENERATION
 from adaptrix_export.lower.merge import merged
@@ -98,10 +93,7 @@ def text_rows(base: Base, path: Path) -> Rows:
 
 def _base(base: Base, folders: OracleFolders) -> Any:
     torch.manual_seed(0)
-    shipped = shipped_whole(folders.adapters)
-    model = load_model(base.folder, base.gguf_file, base.task, shipped, base.simulated)
-    resize_vocabulary(model, shipped)
-    return model.eval()
+    return bare_model(base.folder, base.gguf_file, base.task, folders.adapters, base.simulated)
 
 
 def _check_ids(rows: Mapping[str, Rows], model: Any) -> None:
@@ -117,7 +109,7 @@ def _check_ids(rows: Mapping[str, Rows], model: Any) -> None:
 def _alone(base: Any, folders: OracleFolders, name: str, ids: Rows) -> list[Logits]:
     """Logits of one adapter as stock PEFT runs it alone."""
     own = tuple(pair for pair in folders.adapters if pair[0] == name)
-    return _logits(with_adapters(sharing(base, set(shipped_whole(own))), own).eval(), ids)
+    return _logits(on_a_copy(base, own), ids)
 
 
 def _composed(base: Any, plan: Plan) -> Any:
