@@ -35,6 +35,7 @@ from adaptrix_export.package import (
 )
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress, Silent
+from adaptrix_export.published import gates_of
 from adaptrix_export.recipe_sections import AdapterSpec
 from adaptrix_export.runtime.adapters import FOLDER
 from adaptrix_export.verify import verify
@@ -82,11 +83,13 @@ def add_adapter(
         )  # fmt: skip
     plan = _plan(manifest, spec, base)
     slots = [Slot.from_dict(entry) for entry in switchable["slots"]]
+    shares = {gate.site: gate.weight for gate in gates_of(manifest) if gate.weight is not None}
+    version = switchable["model_version"]
     with addition(folder) as stage:
         check_finite(plan, progress)
         inputs = _inputs(manifest, plan, progress)
         (stage / FOLDER).mkdir()
-        entry, _ = add_adapter_file(stage, slots, plan.adapters[0], switchable["model_version"])
+        entry, _ = add_adapter_file(stage, slots, plan.adapters[0], version, shares)
         report = _prove(folder, stage, manifest, plan, level, progress)
         entry["parity"] = "proved" if report else "unverified"
         names = [entry["file"]]
@@ -174,6 +177,7 @@ def _prove(
             level=level,
             decode_steps=manifest["recipe"]["parity"]["decode_steps"],
             simulated=plan.base.simulated,
+            gates=gates_of(manifest),
             adapter_folder=stage / FOLDER,
         )
         report = folders.told(prove(job, progress))

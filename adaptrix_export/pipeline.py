@@ -6,14 +6,14 @@ recipe -> open base -> open adapters -> verify -> passes, each followed by verif
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from adaptrix_export.check.altered import oracle_folders
 from adaptrix_export.check.bases import other_base
-from adaptrix_export.check.drift import SHARE, measure
+from adaptrix_export.check.drift import SHARE, Drift, measure, measure_apart
 from adaptrix_export.check.job import Job, gate_specs
 from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import save, summary
@@ -84,18 +84,20 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
         plan = with_conflicts(original, progress) if _is_composed(recipe) else original
         for step in passes(recipe, shop):
             plan = verify(step(plan))
-        if recipe.context is not None:
+        if recipe.context is not None and _is_composed(recipe):
             asked = oracle_plan(original, plan)  # whose adapters a calibrated tau is found with
             wire = wire_context(recipe.context, recipe.on_mismatch.value, asked, progress)
             plan = with_effect(original, verify(wire(plan)), recipe.context, shop)
         inputs = InputHashes(original)
-        with approximated(plan, rank, progress) as (lowered, losses):
-            lowering.admit(lowered)
+        with approximated(plan, rank, progress) as (plain, losses):
+            lowering.admit(plain)
+            lowered = with_slot_gates(recipe, plain, progress)
             artifact = lowering.lower(lowered, stage, progress, recipe.frontend.value)
             write_package(artifact, lowered)
             keep_redistributed(lowered, artifact)
-            proved = lowered if losses else oracle_plan(original, plan)
+            proved = plain if losses else oracle_plan(original, plan)
             report = check(recipe, proved, lowered, artifact, progress, losses)
+            plan = with_gates_of(lowered, plain, plan)
         manifest = build_manifest(
             artifact,
             plan,
@@ -161,15 +163,39 @@ def passes(recipe: Recipe, shop: Workshop) -> tuple[Pass, ...]:
     return tuple(steps)
 
 
+def with_slot_gates(recipe: Recipe, plan: Plan, progress: Progress) -> Plan:
+    """The plan of adapters that stay apart, with the gates that each of them goes through."""
+    if recipe.context is None or _is_composed(recipe):
+        return plan
+    wire = wire_context(recipe.context, recipe.on_mismatch.value, plan, progress, measure_apart)
+    return verify(wire(plan))
+
+
+def with_gates_of(gated: Plan, plain: Plan, plan: Plan) -> Plan:
+    """`plan` with what made `gated` of `plain`: gates, history, and sites that got none."""
+    dropped = tuple(a for a in gated.adjustments if a not in plain.adjustments)
+    return replace(
+        plan,
+        gates=gated.gates,
+        gate_stats=gated.gate_stats,
+        history=gated.history,
+        adjustments=plan.adjustments + dropped,
+    )
+
+
 def wire_context(
-    context: Context, on_mismatch: str, measured_on: Plan, progress: Progress
+    context: Context,
+    on_mismatch: str,
+    measured_on: Plan,
+    progress: Progress,
+    measured_by: Callable[[Plan, Progress, str | None], Drift] = measure,
 ) -> WireContext:
     """The pass that a recipe's `context` asks for; `tau: calibrated` is measured on a plan whose
     adapters PEFT can load (see `check/drift.py`)."""
     tau = context.tau
     if isinstance(tau, str):
         text = read_text(context.text, "context.text") if context.text else None
-        found = measure(measured_on, progress, text)
+        found = measured_by(measured_on, progress, text)
         tau = found.tau(SHARE if context.share is None else context.share, context.scope.value)
         progress.note(f"context: tau {tau:g}, measured over {found.tokens} tokens")
     return WireContext(

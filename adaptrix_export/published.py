@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,5 +128,11 @@ def _job(
         other=other_base(plan),
         pooling=None if pooling == "none" else pooling,
         composition=manifest.get("composition"),
-        gates=tuple(GateSpec(**gate) for gate in (manifest.get("context") or {}).get("gates", ())),
+        gates=gates_of(manifest),
     )
+
+
+def gates_of(manifest: Mapping[str, Any]) -> tuple[GateSpec, ...]:
+    """The gates of a published artifact, in the order of its statistics."""
+    gates = (manifest.get("context") or {}).get("gates", ())
+    return tuple(GateSpec(**gate) for gate in gates)

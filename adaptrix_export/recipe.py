@@ -221,11 +221,6 @@ class Recipe(Section):
                 f"redistribute with target {self.target}", "another target",
                 "redistribute each adapter first, and build from those", key="redistribute",
             )  # fmt: skip
-        elif self.context is not None:
-            raise refusal(
-                f"context with target {self.target}", "no context, or target onnx",
-                "gates are not put behind slots yet", key="context",
-            )  # fmt: skip
 
 
 def load_recipe(

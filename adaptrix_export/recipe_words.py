@@ -112,6 +112,7 @@ class ParityLevel(_Word):
 # Which modes of context preservation each target can hold: only `blend` fits into weights.
 CONTEXT_MODES: dict[Target, tuple[ContextMode, ...]] = {
     Target.ONNX: tuple(ContextMode),
+    Target.ONNX_SWITCHABLE: tuple(ContextMode),
     Target.SAFETENSORS: (ContextMode.BLEND,),
     Target.PEFT: (ContextMode.BLEND,),
 }

@@ -23,6 +23,7 @@ from adaptrix_export.plan import Adapter, Base, Delta, Dora, LowRank, Plan, Scal
 PREFIX = "base_model.model."
 PLAIN_ORACLE = "stock transformers + PEFT on the original files"
 ORACLE = "stock transformers + PEFT on the original base and the adapters as adjusted"
+GATED = ", with the plan's gates as forward hooks on its layers"
 _NO_TARGET = "dummy-target-modules"  # what PEFT calls an adapter without any
 _MOVES = ("renamed", "split", "stacked")
 

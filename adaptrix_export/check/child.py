@@ -15,12 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-from adaptrix_export.check.altered import PLAIN_ORACLE
+from adaptrix_export.check.altered import GATED, PLAIN_ORACLE
 from adaptrix_export.check.job import Job, tolerance_of
 from adaptrix_export.errors import AdaptrixError
 from adaptrix_export.progress import Progress
-
-GATED = ", with the plan's gates as forward hooks on its layers"
 
 EXECUTED = (
     "PyTorch executing the plan: each adapter's delta as stock PEFT runs it alone, "

@@ -8,7 +8,7 @@ stays within at every site, so that a clamp never acts on them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,19 @@ def measure(plan: Plan, progress: Progress, text: str | None = None) -> Drift:
         raise RecipeError("context", "no site that can be clamped", "at least one LoRA in a layer")
     with oracle_folders(plan) as folders:
         return _measure(_job(plan, text, folders.adapters), sites, progress)
+
+
+def measure_apart(plan: Plan, progress: Progress, text: str | None = None) -> Drift:
+    """The drift of adapters of which one at a time acts: at each site and token the largest.
+
+    A tau that follows from it leaves alone the same share of the tokens, or more, under each.
+    """
+    ratios: Ratios = {}
+    for adapter in plan.adapters:
+        found = measure(replace(plan, adapters=(adapter,)), progress, text)
+        for site, values in found.ratios.items():
+            ratios[site] = np.maximum(ratios[site], values) if site in ratios else values
+    return Drift(ratios, found.source)
 
 
 def text_rows(

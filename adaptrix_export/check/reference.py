@@ -140,6 +140,16 @@ class Reference:
         """How far rounding alone may have moved the last `live_weight(name)`, absolute."""
         return 0.0
 
+    def put_gates(self, gates: Sequence[GateSpec]) -> tuple[GateSpec, ...]:
+        """Gate the modules that an adapter acts on, of those in `gates`; returns their gates.
+
+        At all others there is nothing to gate: y is y0.
+        """
+        adapted = self.adapted()
+        own = tuple(gate for gate in gates if gate.site in adapted)
+        self._gates = LiveGates(self._plain, own) if own else None
+        return own
+
     def gate_statistics(self, ask: Callable[[Reference], object]) -> Statistics:
         """Of every gate, over all tokens that `ask` passes through this model."""
         assert self._gates is not None

@@ -99,7 +99,7 @@ def gates_table(report: Mapping[str, Any]) -> Table | None:
     for line in sites:
         number = line.get("tau", line.get("weight"))
         shown.add_row(
-            line["site"],
+            f"{line['adapter']}: {line['site']}" if "adapter" in line else line["site"],
             line["mode"],
             "" if number is None else f"{number:.4g}",
             *(f"{line[key]:.3f}" if key in line else "" for key in ("gate_mean", "gate_min")),

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptrix_export.check.altered import PLAIN_ORACLE
+from adaptrix_export.check.altered import GATED, PLAIN_ORACLE
 from adaptrix_export.check.cases import (
     CASES,
     Answer,
@@ -26,7 +26,8 @@ from adaptrix_export.check.cases import (
     select,
 )
 from adaptrix_export.check.compare import Logits, rounded
-from adaptrix_export.check.job import Job, Tolerance, tolerance_of
+from adaptrix_export.check.gate_cases import OracleGates, ask_gates, compare_gates, function_nodes
+from adaptrix_export.check.job import GateSpec, Job, Tolerance, tolerance_of
 from adaptrix_export.check.prompts import Prompts, prompts
 from adaptrix_export.check.reference import Reference
 from adaptrix_export.check.replay import replay
@@ -49,6 +50,8 @@ class Answers:
 
     name: str | None
     of: dict[Ask, Answer]
+    gates: tuple[GateSpec, ...] = ()  # of the modules that this adapter acts on
+    opened: OracleGates | None = None  # how far they are open
 
 
 def run_switched(job: Job, progress: Progress) -> dict[str, Any]:
@@ -68,9 +71,11 @@ def run_switched(job: Job, progress: Progress) -> dict[str, Any]:
     for name in ([None] if job.weights else []) + names:
         own = tuple(pair for pair in job.adapters if pair[0] == name)
         with progress.stage(f"reference: {name or BASE}"):
-            reference = Reference.open(replace(job, adapters=own))
+            reference = Reference.open(replace(job, adapters=own, gates=()))
+            gates = reference.put_gates(job.gates)
             asked = asked or prompts(job, reference.vocabulary, reference.positions)
-            answered.append(Answers(name, ask_all(cases, reference, asked)))
+            opened = ask_gates(replace(job, gates=gates), reference, asked) if gates else None
+            answered.append(Answers(name, ask_all(cases, reference, asked), gates, opened))
         if name is None:
             with progress.stage("replaying weights", len(job.weights), "tensors") as advance:
                 stored = open_stored("onnx", job.artifact)
@@ -79,21 +84,27 @@ def run_switched(job: Job, progress: Progress) -> dict[str, Any]:
                 )
         else:
             held = row_values(job, facts, name) if "rows" in facts else adapter_values(job, name)
-            factors[name] = check_factors(slots, held, reference)
+            shares = {gate.site: gate.weight for gate in gates if gate.weight is not None}
+            factors[name] = check_factors(slots, held, reference, shares)
         reference.close()
     assert asked is not None
     with progress.stage("artifact: loading"):
         subject = SwitchableSubject(job)
     entries = _compared(job, cases, subject, asked, answered, progress)
     passed = replayed["passed"] and all(entry["passed"] for entry in (*entries, *factors.values()))
+    told: dict[str, Any] = {}
+    if job.gates:
+        told["context"] = _compared_gates(job, subject, asked, answered)
+        passed = passed and told["context"]["passed"]
     return {
-        "oracle": PLAIN_ORACLE + ALONE,
+        "oracle": PLAIN_ORACLE + ALONE + GATED * bool(job.gates),
         "precision": job.precision,
         "tolerance": job.precision,
         "tokens": asked.source,
         "cases": entries,
         "replay": replayed,
         "adapters": factors,
+        **told,
         "passed": bool(passed),
     }
 
@@ -172,10 +183,37 @@ def _mixed(
     return found
 
 
-def check_factors(
-    slots: Sequence[Slot], values: dict[str, Any], reference: Reference
+def _compared_gates(
+    job: Job, subject: SwitchableSubject, asked: Prompts, answered: Sequence[Answers]
 ) -> dict[str, Any]:
-    """Every slot of an adapter file, multiplied out in fp64, against the live layers' deltas.
+    """The report's `context`: the graph's function nodes, and each adapter's own gates.
+
+    What the graph tells of modules that an adapter leaves alone is not compared: nothing is gated
+    there.
+    """
+    sites: list[dict[str, Any]] = []
+    depending = [gate.site for gate in job.gates if gate.depends_on_data]
+    checks = [function_nodes(job)] if depending else []
+    for answers in answered:
+        if answers.opened is None:
+            continue
+        subject.choose(answers.name)
+        places = [depending.index(g.site) for g in answers.gates if g.depends_on_data]
+        own = replace(job, gates=answers.gates)
+        entry = compare_gates(own, subject, asked, answers.opened, places)
+        sites += [{"adapter": answers.name, **line} for line in entry["sites"]]
+        checks += [{**c, "name": f"{answers.name}: {c['name']}"} for c in entry["checks"]]
+    return {"sites": sites, "checks": checks, "passed": all(c["passed"] for c in checks)}
+
+
+def check_factors(
+    slots: Sequence[Slot],
+    values: dict[str, Any],
+    reference: Reference,
+    shares: Mapping[str, float],
+) -> dict[str, Any]:
+    """Every slot of an adapter file, multiplied out in fp64, against the live layers' deltas, or
+    the share of one that `shares` names by its site.
 
     What a slot adds outside of the columns of adapted modules must be nothing at all; a module
     that the oracle adapts and no slot holds is a failure, too.
@@ -191,6 +229,7 @@ def check_factors(
             held.add(member.site)
             if wanted is None:
                 continue
+            wanted = shares.get(member.site, 1.0) * wanted
             columns = slice(*member.columns)
             outside[columns] = False
             found = (a @ b[:, columns]).T

@@ -48,7 +48,6 @@ def run(
 ) -> None:  # fmt: skip
     """Generate text from a published ARTIFACT on ONNX Runtime, greedily or drawn."""
     from adaptrix_export.runtime import Sampling, Session
-    from adaptrix_export.runtime.context import context_statistics
 
     how = Sampling(**sampling)
     session = Session(artifact, provider=provider)
@@ -64,7 +63,7 @@ def run(
     text = "".join(words.stream(asked, tokens))
     told = {"prompt": prompt, "text": text, "tokens": tokens, "stats": session.stats()}
     fed = [*asked, *tokens[:-1]]  # the last token was given, and never asked about
-    sites = context_statistics(artifact, fed) if context_stats else []
+    sites = session.context(fed) if context_stats else []
     if as_json:
         stats = {"context": [asdict(site) for site in sites]} if context_stats else {}
         failures.print_json(told | stats)

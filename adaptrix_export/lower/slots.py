@@ -16,15 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 
 from adaptrix_export.errors import AdapterError, UnsupportedError
 from adaptrix_export.load.task import GENERATION
-from adaptrix_export.lower.taps import Range, Tap
+from adaptrix_export.lower.taps import Range, Tap, replaced
 from adaptrix_export.plan import Adapter, Array, Delta, LowRank, Plan, Replacement, Site
 from adaptrix_export.runtime.graph import ADAPTER_IDS
+
+NO_SHARES: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -156,9 +159,26 @@ def _name(members: Sequence[Member]) -> str:
     return f"{name}@{start}" if start else name
 
 
-def wire_slots(model: ir.Model, places: Iterable[Place]) -> int:
-    """Add the slots to the graph; returns how many. The default is the base, bit for bit."""
-    places = list(places)
+@dataclass(frozen=True)
+class Branch:
+    """The nodes that compute what a slot contributes, in order; they are not in the graph yet.
+
+    Make the branches of all places before any is joined: the output of one place may be what
+    another one reads, and that must be the output with the contribution in it.
+    """
+
+    place: Place
+    nodes: tuple[ir.Node, ...]
+
+    @property
+    def contribution(self) -> ir.Value:
+        """(batch, tokens, outputs), of what `place.value` is without an adapter."""
+        return self.nodes[-1].outputs[0]
+
+
+def slot_branches(model: ir.Model, places: Iterable[Place]) -> list[Branch]:
+    """The slots as inputs of the graph. Their default contributes zeros: the base, bit for bit."""
+    branches = []
     for place in places:
         slot = place.slot
         rank = f"{slot.name}.rank"
@@ -166,29 +186,29 @@ def wire_slots(model: ir.Model, places: Iterable[Place]) -> int:
         b = _input(model, slot.b, [rank, slot.outputs], (0, slot.outputs))
         down = _node("MatMul", [place.x, a], f"{slot.name}.lora_down")
         up = _node("MatMul", [down.outputs[0], b], f"{slot.name}.lora_up")
-        _add(model, place, [down, up])
-    model.graph.sort()
-    return len(places)
+        branches.append(Branch(place, (down, up)))
+    return branches
 
 
-def wire_rows(
+def row_branches(
     model: ir.Model,
     places: Iterable[Place],
     values: Mapping[str, Array],
     ranks: Mapping[str, Array],
-) -> int:
-    """Add the slots of all adapters as weights, and input `adapter_ids` (batch,) that chooses.
+) -> list[Branch]:
+    """The slots of all adapters as weights, and input `adapter_ids` (batch,) that chooses.
 
     `values` are the stacked factors by name; `ranks` says for each slot to which adapter each of
-    its ranks belongs. -1 is the base. Returns how many slots there are.
+    its ranks belongs. -1 is the base.
     """
-    places, graph = list(places), model.graph
+    graph = model.graph
     ids = ir.Value(
         name=ADAPTER_IDS, shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT64)
     )
     graph.inputs.append(ids)
     masks: dict[bytes, ir.Value] = {}
     first: list[ir.Node] = []
+    branches = []
     for place in places:
         slot, owners = place.slot, ranks[place.slot.name]
         a, b = (_constant(model, name, values[name]) for name in (slot.a, slot.b))
@@ -197,10 +217,18 @@ def wire_rows(
         down = _node("MatMul", [place.x, a], f"{slot.name}.lora_down")
         own = _node("Mul", [down.outputs[0], masks[owners.tobytes()]], f"{slot.name}.lora_own")
         up = _node("MatMul", [own.outputs[0], b], f"{slot.name}.lora_up")
-        _add(model, place, [down, own, up])
+        branches.append(Branch(place, (down, own, up)))
     graph.insert_before(graph[0], first)
-    graph.sort()
-    return len(places)
+    return branches
+
+
+def join(model: ir.Model, branches: Iterable[Branch]) -> int:
+    """Add what each branch contributes to its place; returns how many there are."""
+    branches = list(branches)
+    for branch in branches:
+        _add(model, branch)
+    model.graph.sort()
+    return len(branches)
 
 
 def _row_mask(
@@ -218,22 +246,14 @@ def _row_mask(
     return node.outputs[0]
 
 
-def _add(model: ir.Model, place: Place, nodes: list[ir.Node]) -> None:
+def _add(model: ir.Model, branch: Branch) -> None:
     """The slot's contribution joins the value, for all who read it."""
-    value = place.value
-    total = _node("Add", [value, nodes[-1].outputs[0]], f"{place.slot.name}.lora_sum")
-    made = total.outputs[0]
-    made.shape, made.type = value.shape, value.type
+    value = branch.place.value
+    total = _node("Add", [value, branch.contribution], f"{branch.place.slot.name}.lora_sum")
     producer = value.producer()
     assert producer is not None
-    for node, index in list(value.uses()):
-        if node is not total:
-            node.replace_input_with(index, made)
-    model.graph.insert_after(producer, [*nodes, total])
-    for index, output in enumerate(model.graph.outputs):
-        if output is value:  # the name belongs to the interface
-            value.name, made.name = f"{value.name}.base", value.name
-            model.graph.outputs[index] = made
+    model.graph.insert_after(producer, [*branch.nodes, total])
+    replaced(model, value, total.outputs[0], [total])
 
 
 def _node(kind: str, inputs: list[ir.Value], name: str) -> ir.Node:
@@ -265,11 +285,13 @@ def _constant(model: ir.Model, name: str, array: Array) -> ir.Value:
     return value
 
 
-def slot_values(slots: Iterable[Slot], adapter: Adapter) -> dict[str, Array]:
+def slot_values(
+    slots: Iterable[Slot], adapter: Adapter, shares: Mapping[str, float] = NO_SHARES
+) -> dict[str, Array]:
     """The tensors of an adapter by input name; slots that it does not fill are left out.
 
-    The product scale * B is taken in float64 and rounded once. Raises AdapterError for a site
-    without a slot.
+    The product scale * B is taken in float64 and rounded once; where `shares` names a site, that
+    share of it. Raises AdapterError for a site without a slot.
     """
     deltas = {delta.site.path: delta for delta in adapter.deltas}
     values: dict[str, Array] = {}
@@ -282,7 +304,8 @@ def slot_values(slots: Iterable[Slot], adapter: Adapter) -> dict[str, Array]:
                 placed.add(member.site)
                 # `check_slots` refused all other terms
                 plain = [term for term in delta.terms if isinstance(term, LowRank)]
-                parts += [_block(slot, member, term) for term in plain]
+                share = shares.get(member.site, 1.0)
+                parts += [_block(slot, member, term, share) for term in plain]
         if parts:
             values[slot.a] = np.concatenate([a for a, _ in parts], axis=1)
             values[slot.b] = np.concatenate([b for _, b in parts], axis=0)
@@ -295,20 +318,20 @@ def slot_values(slots: Iterable[Slot], adapter: Adapter) -> dict[str, Array]:
     return values
 
 
-def _block(slot: Slot, member: Member, term: LowRank) -> tuple[Array, Array]:
+def _block(slot: Slot, member: Member, term: LowRank, share: float) -> tuple[Array, Array]:
     """(inputs, r) and (r, outputs) of one term, zero outside the member's columns."""
     a = term.a.read().astype(np.float32).T
-    scaled = (term.scale * term.b.read().astype(np.float64)).astype(np.float32)
+    scaled = (share * term.scale * term.b.read().astype(np.float64)).astype(np.float32)
     b = np.zeros((term.rank, slot.outputs), np.float32)
     b[:, slice(*member.columns)] = scaled[slice(*member.rows)].T
     return np.ascontiguousarray(a), b
 
 
 def stacked(
-    slots: Iterable[Slot], adapters: Sequence[Adapter]
+    slots: Iterable[Slot], adapters: Sequence[Adapter], shares: Mapping[str, float] = NO_SHARES
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """For `wire_rows`: the factors of all adapters side by side, and whose each rank is."""
-    each = [slot_values(slots, adapter) for adapter in adapters]
+    """For `row_branches`: the factors of all adapters side by side, and whose each rank is."""
+    each = [slot_values(slots, adapter, shares) for adapter in adapters]
     values: dict[str, Array] = {}
     owners: dict[str, Array] = {}
     for slot in slots:

@@ -5,13 +5,14 @@ With rows, the adapters are in the graph, side by side, and every row of a batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from adaptrix_export.lower.adapter_file import write_adapter
 from adaptrix_export.lower.artifact import Artifact
 from adaptrix_export.lower.facts import state_facts
+from adaptrix_export.lower.gated_slots import join_gated, shares
 from adaptrix_export.lower.merged_onnx import (
     DATA,
     MODEL,
@@ -22,15 +23,16 @@ from adaptrix_export.lower.merged_onnx import (
 )
 from adaptrix_export.lower.onnx_graph import AUTO, draw
 from adaptrix_export.lower.slots import (
+    NO_SHARES,
     Slot,
     base_plan,
     check_slots,
     places_of,
+    row_branches,
     sites_of,
+    slot_branches,
     slot_values,
     stacked,
-    wire_rows,
-    wire_slots,
 )
 from adaptrix_export.lower.taps import taps
 from adaptrix_export.plan import Adapter, Array, Plan
@@ -58,17 +60,21 @@ def lower_switchable_onnx(
     names = [adapter.name for adapter in plan.adapters]
     graph = draw(alone, provider, frontend, progress)
     with progress.stage("slots"):
-        places = places_of(taps(alone, graph, sites_of(plan.adapters)))
+        found = taps(alone, graph, sites_of(plan.adapters))
+        places = places_of(found)
         slots = [place.slot for place in places]
         owners: dict[str, Array] = {}
         if rows:
-            values, owners = stacked(slots, plan.adapters)
-            wire_rows(graph.model, places, values, owners)
+            values, owners = stacked(slots, plan.adapters, shares(plan))
+            branches = row_branches(graph.model, places, values, owners)
         else:
-            wire_slots(graph.model, places)
+            branches = slot_branches(graph.model, places)
+        join_gated(plan, graph.model, found, branches)
     hashes = {DATA: write_data(Values(alone), {MODEL: graph}, stage / DATA, progress)}
     entries = [slot.as_dict() for slot in slots]
-    version = model_version(plan.base.architecture.model_type, hashes[DATA], entries)
+    gates = [(gate.site.path, gate.mode, gate.tau, gate.weight) for gate in plan.gates]
+    parts = (plan.base.architecture.model_type, hashes[DATA], entries)
+    version = model_version(*parts, *([gates] if gates else []))
     facts: dict[str, Any] = {"slots": entries}
     if rows:
         ranks = [{**slot.as_dict(), "owners": owners[slot.name].tolist()} for slot in slots]
@@ -84,7 +90,7 @@ def lower_switchable_onnx(
         with progress.stage("adapters"):
             (stage / FOLDER).mkdir()
             for adapter in plan.adapters:
-                entry, digest = add_adapter_file(stage, slots, adapter, version)
+                entry, digest = add_adapter_file(stage, slots, adapter, version, shares(plan))
                 hashes[entry["file"]] = digest
                 switchable["adapters"][adapter.name] = entry
     return Artifact(
@@ -97,15 +103,23 @@ def lower_switchable_onnx(
         config_changes=alone.config_changes(),
         frontend=graph.frontend,
         frontend_reason=graph.reason,
+        gates=plan.gates,
         switchable=switchable,
     )
 
 
 def add_adapter_file(
-    folder: Path, slots: Sequence[Slot], adapter: Adapter, version: int
+    folder: Path,
+    slots: Sequence[Slot],
+    adapter: Adapter,
+    version: int,
+    shared: Mapping[str, float] = NO_SHARES,
 ) -> tuple[dict[str, Any], str]:
-    """Write one adapter that passed `check_slots`; returns its manifest entry and the sha256."""
-    values = slot_values(slots, adapter)
+    """Write one adapter that passed `check_slots`; returns its manifest entry and the sha256.
+
+    `shared` says which share of its delta goes through at a site, 1 at all others.
+    """
+    values = slot_values(slots, adapter, shared)
     file = f"{FOLDER}/{adapter.name}{SUFFIX}"
     stamp, digest = write_adapter(folder / file, values, version)
     entry = {

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from adaptrix_export.errors import SourceError
+from adaptrix_export.runtime.graph import ADAPTER_IDS, DecoderGraph
+from adaptrix_export.runtime.selection import Choice
 
 OUTPUTS = {"gate_mean": "context.gate_mean", "gate_min": "context.gate_min",
            "clamped": "context.clamped"}  # fmt: skip
@@ -26,37 +28,34 @@ class SiteStatistics:
     clamped: float
 
 
-def context_statistics(folder: Path, ids: Sequence[int]) -> list[SiteStatistics]:
+def context_statistics(
+    folder: Path, graph: DecoderGraph, choice: Choice, ids: Sequence[int]
+) -> list[SiteStatistics]:
     """The statistics of one pass over `ids`, in the order of the manifest.
 
     Gates look at one token at a time, so a pass over a prompt and its answer says what generating
-    the answer did. Raises SourceError for an artifact without statistics.
+    the answer did. A site that the adapters of `choice` leave alone has a gate of 1. Raises
+    SourceError for an artifact without statistics.
     """
     import onnxruntime
 
     sites = _sites(folder)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
-    )
     row = np.array([ids], np.int64)
-    fed: dict[str, Any] = {
-        "input_ids": row,
-        "attention_mask": np.ones_like(row),
-        "position_ids": np.arange(len(ids), dtype=np.int64)[None],
-    }
-    inputs = {value.name: value for value in session.get_inputs()}
-    for name, value in inputs.items():
-        if name.startswith("past_key_values."):
-            shape = [1, *(n if isinstance(n, int) else 0 for n in value.shape[1:])]
-            kind = np.float16 if value.type == "tensor(float16)" else np.float32
-            fed[name] = np.zeros(shape, kind)
-    found = session.run(list(OUTPUTS.values()), {n: v for n, v in fed.items() if n in inputs})
-    return [
-        SiteStatistics(site, *(float(values[i]) for values in found))
-        for i, site in enumerate(sites)
-    ]
+    fed: dict[str, Any] = {"input_ids": row, "attention_mask": np.ones_like(row)}
+    if graph.takes_positions:
+        fed["position_ids"] = np.arange(len(ids), dtype=np.int64)[None]
+    if graph.takes_ids:
+        fed[ADAPTER_IDS] = choice.row_ids(1)
+    make = onnxruntime.OrtValue
+    values = {name: make.ortvalue_from_numpy(array) for name, array in fed.items()}
+    for slot in graph.cache:
+        shape = [1, slot.heads, 0, slot.size]
+        values[slot.past] = make.ortvalue_from_shape_and_type(shape, slot.element)
+    found = graph.session.run_with_ort_values(
+        list(OUTPUTS.values()), {**values, **choice.factors}
+    )  # fmt: skip
+    numbers = [value.numpy() for value in found]
+    return [SiteStatistics(s, *(float(n[i]) for n in numbers)) for i, s in enumerate(sites)]
 
 
 def _sites(folder: Path) -> list[str]:

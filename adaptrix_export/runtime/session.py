@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from adaptrix_export.errors import SourceError
 from adaptrix_export.runtime.adapters import SUFFIX, AdapterStore, listed
+from adaptrix_export.runtime.context import SiteStatistics, context_statistics
 from adaptrix_export.runtime.graph import DecoderGraph, Ids
 from adaptrix_export.runtime.padding import padded
 from adaptrix_export.runtime.providers import AUTO
@@ -99,6 +100,15 @@ class Session:
     def stats(self) -> dict[str, Any]:
         """Requests, switch times and memory of adapters; see `Statistics.as_dict`."""
         return self._statistics.as_dict(self._store.loaded, self._current.label)
+
+    def context(
+        self, ids: Sequence[int], adapter: Selection | Current = CURRENT
+    ) -> list[SiteStatistics]:
+        """How far the gates of context preservation are open over these tokens, site by site.
+
+        Raises SourceError for an artifact that was not built with context.stats.
+        """
+        return context_statistics(self.folder, self._graph, self._chosen(adapter), ids)
 
     def logits(
         self,

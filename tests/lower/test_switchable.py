@@ -173,11 +173,9 @@ def test_what_no_slot_can_hold_is_refused_by_name(tmp_path, kind):
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_and_context_belong_to_their_targets(llama, tmp_path):
+def test_rows_belong_to_their_target(llama, tmp_path):
     with pytest.raises(RecipeError, match="rows with target onnx"):
         recipe(llama.base, llama.adapters, tmp_path / "o", target="onnx", rows=True)
-    with pytest.raises(RecipeError, match="context"):
-        recipe(llama.base, llama.adapters, tmp_path / "o", context={"tau": 0.5})
 
 
 def test_an_adapter_file_is_what_onnxruntime_writes(tmp_path):
