@@ -6,22 +6,23 @@ recipe -> open base -> open adapters -> verify -> passes, each followed by verif
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from adaptrix_export.check.altered import oracle_folders
 from adaptrix_export.check.bases import other_base
-from adaptrix_export.check.drift import SHARE, Drift, measure, measure_apart
 from adaptrix_export.check.job import Job, gate_specs
 from adaptrix_export.check.parity import prove
 from adaptrix_export.check.report import save, summary
-from adaptrix_export.errors import ParityError, RecipeError
+from adaptrix_export.errors import ParityError
+from adaptrix_export.gated import with_context, with_gates_of
 from adaptrix_export.load import Reading, open_adapter
 from adaptrix_export.load.base_weights import note_of, open_bases
 from adaptrix_export.load.finite import check_finite
 from adaptrix_export.load.mismatch import fitted
+from adaptrix_export.load.text import read_text
 from adaptrix_export.lower import LOWERINGS
 from adaptrix_export.lower.approximate import Loss, approximated
 from adaptrix_export.lower.approximate import told as approximations_told
@@ -38,14 +39,12 @@ from adaptrix_export.package import (
 )
 from adaptrix_export.passes.composition import Composition
 from adaptrix_export.passes.pool import Pool
-from adaptrix_export.passes.wire_context import PerLayer, WireContext
 from adaptrix_export.passes.workshop import Workshop, workshop
 from adaptrix_export.plan import Pass, Plan
 from adaptrix_export.progress import Progress, Silent
 from adaptrix_export.recipe import Recipe
 from adaptrix_export.recipe_compose import compose_of
 from adaptrix_export.recipe_redistribute import redistribution
-from adaptrix_export.recipe_sections import Context
 from adaptrix_export.recipe_words import ParityLevel, Pooling, Target
 from adaptrix_export.redistributed import keep_redistributed, oracle_plan, with_oracle
 from adaptrix_export.verify import verify
@@ -84,14 +83,10 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
         plan = with_conflicts(original, progress) if _is_composed(recipe) else original
         for step in passes(recipe, shop):
             plan = verify(step(plan))
-        if recipe.context is not None and _is_composed(recipe):
-            asked = oracle_plan(original, plan)  # whose adapters a calibrated tau is found with
-            wire = wire_context(recipe.context, recipe.on_mismatch.value, asked, progress)
-            plan = with_effect(original, verify(wire(plan)), recipe.context, shop)
         inputs = InputHashes(original)
         with approximated(plan, rank, progress) as (plain, losses):
             lowering.admit(plain)
-            lowered = with_slot_gates(recipe, plain, progress)
+            lowered = with_context(recipe, original, plain, shop)
             artifact = lowering.lower(lowered, stage, progress, recipe.frontend.value)
             write_package(artifact, lowered)
             keep_redistributed(lowered, artifact)
@@ -163,64 +158,6 @@ def passes(recipe: Recipe, shop: Workshop) -> tuple[Pass, ...]:
     return tuple(steps)
 
 
-def with_slot_gates(recipe: Recipe, plan: Plan, progress: Progress) -> Plan:
-    """The plan of adapters that stay apart, with the gates that each of them goes through."""
-    if recipe.context is None or _is_composed(recipe):
-        return plan
-    wire = wire_context(recipe.context, recipe.on_mismatch.value, plan, progress, measure_apart)
-    return verify(wire(plan))
-
-
-def with_gates_of(gated: Plan, plain: Plan, plan: Plan) -> Plan:
-    """`plan` with what made `gated` of `plain`: gates, history, and sites that got none."""
-    dropped = tuple(a for a in gated.adjustments if a not in plain.adjustments)
-    return replace(
-        plan,
-        gates=gated.gates,
-        gate_stats=gated.gate_stats,
-        history=gated.history,
-        adjustments=plan.adjustments + dropped,
-    )
-
-
-def wire_context(
-    context: Context,
-    on_mismatch: str,
-    measured_on: Plan,
-    progress: Progress,
-    measured_by: Callable[[Plan, Progress, str | None], Drift] = measure,
-) -> WireContext:
-    """The pass that a recipe's `context` asks for; `tau: calibrated` is measured on a plan whose
-    adapters PEFT can load (see `check/drift.py`)."""
-    tau = context.tau
-    if isinstance(tau, str):
-        text = read_text(context.text, "context.text") if context.text else None
-        found = measured_by(measured_on, progress, text)
-        tau = found.tau(SHARE if context.share is None else context.share, context.scope.value)
-        progress.note(f"context: tau {tau:g}, measured over {found.tokens} tokens")
-    return WireContext(
-        mode=context.mode.value,
-        tau=_by_layer(tau),
-        weight=_by_layer(context.weight),
-        scope=context.scope.value,
-        stats=context.stats,
-        on_mismatch=on_mismatch,
-    )
-
-
-def with_effect(original: Plan, plan: Plan, context: Context, shop: Workshop) -> Plan:
-    """The gated plan with what it makes of the adapters, beside their plain merge."""
-    from adaptrix_export.check.effect import EFFECT, measure  # PyTorch
-
-    text = read_text(context.text, "context.text") if context.text else None
-    found = measure(original, plan, shop.held(), text, shop.progress)
-    return replace(plan, measured={**plan.measured, EFFECT: found})
-
-
-def _by_layer(value: float | dict[int, float] | None) -> float | PerLayer | None:
-    return tuple(sorted(value.items())) if isinstance(value, dict) else value
-
-
 def check(
     recipe: Recipe,
     original: Plan,
@@ -282,15 +219,8 @@ def parity_job(
         pooling=None if recipe.pooling is Pooling.NONE else recipe.pooling.value,
         composition=composition.as_dict() if composition else None,
         gates=gate_specs(artifact.gates),
+        gate_stats=artifact.gate_stats,
     )
-
-
-def read_text(path: Path, key: str) -> str:
-    """A UTF-8 text file of the user's, or RecipeError about the `key` that named it."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(key, f"{path} ({error})", "a UTF-8 text file") from error
 
 
 def notes(plan: Plan, artifact: Artifact) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ def drift(
     from adaptrix_export.load import open_adapter
     from adaptrix_export.load.base_model import open_base
     from adaptrix_export.load.mismatch import fitted
-    from adaptrix_export.pipeline import read_text
+    from adaptrix_export.load.text import read_text
     from adaptrix_export.plan import Plan
     from adaptrix_export.terminal import progress
     from adaptrix_export.verify import verify

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from adaptrix_export.errors import RecipeError
 from adaptrix_export.load.task import GENERATION
+from adaptrix_export.load.text import read_text
 from adaptrix_export.plan import Base
 
 AUTO, SELF, PYDOC = "auto", "self", "pydoc"
@@ -162,10 +163,7 @@ def _shuffled(rows: Ids, seed: int) -> Ids:
 def _texts(path: Path) -> list[str]:
     """The documents in a file: the whole of it, or the `text` of each line of a .jsonl file."""
     place = f"calibration.text: {path.name}"
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(place, str(error), "a UTF-8 text or jsonl file") from error
+    content = read_text(path, place)
     if path.suffix != ".jsonl":
         return [content]
     texts = []

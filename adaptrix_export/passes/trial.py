@@ -23,6 +23,7 @@ from adaptrix_export.check.executed import on_a_copy, put_parameter, sharing
 from adaptrix_export.check.reference import bare_model
 from adaptrix_export.errors import RecipeError, UnsupportedError
 from adaptrix_export.load.task import GENERATION
+from adaptrix_export.load.text import read_text
 from adaptrix_export.lower.merge import merged
 from adaptrix_export.lower.tuned import layers_freed
 from adaptrix_export.passes.compose import Compose
@@ -69,10 +70,7 @@ def measured(
 def text_rows(base: Base, path: Path) -> Rows:
     """Token ids (rows, length) of a UTF-8 text, from its beginning; at least two rows."""
     place = f"compose.calibration: {path.name}"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(place, str(error), "a UTF-8 text file") from error
+    text = read_text(path, place)
     from transformers import AutoTokenizer
 
     extra = {"gguf_file": base.gguf_file} if base.gguf_file else {}
