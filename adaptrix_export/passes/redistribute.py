@@ -10,13 +10,15 @@ Beside lowering this is the one place that reads weights: the models run, to fit
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from adaptrix_export.check.altered import oracle_folders, write_folder
+from adaptrix_export.check.altered import oracle_folders
+from adaptrix_export.convert import write_peft
 from adaptrix_export.errors import FidelityError, RecipeError, UnsupportedError
 from adaptrix_export.load.task import CLASSIFIERS, FEATURES, GENERATION
 from adaptrix_export.load.tensors import itemsize
@@ -24,7 +26,11 @@ from adaptrix_export.passes.calibration import AUTO, PYDOC, Calibration, calibra
 from adaptrix_export.passes.layers import SEARCH, Layers, check_layers, choose_layers
 from adaptrix_export.passes.moved import Place, Terms, common_dtype
 from adaptrix_export.passes.workshop import Workshop
-from adaptrix_export.passes.written import open_written, write_redistributed
+from adaptrix_export.passes.written import (
+    open_written,
+    with_one_term_a_site,
+    write_redistributed,
+)
 from adaptrix_export.plan import Adapter, Delta, LowRank, Plan, Site
 
 if TYPE_CHECKING:
@@ -259,25 +265,23 @@ def _immovable(adapter: Adapter, site: Site, found: str) -> UnsupportedError:
 
 @contextmanager
 def _as_folders(plan: Plan) -> Iterator[tuple[tuple[str, Path], ...]]:
-    """PEFT folders that together are the plan's adapter, for the live model to load.
+    """PEFT folders that are the plan's adapters, for the live model to load.
 
-    As they are on disk where no pass has changed the adapter; else one folder for each term.
+    As they are on disk where no pass has changed them; else written anew, with ranks and scales
+    that say what the passes made of them.
     """
-    with ExitStack() as stack:
-        if not plan.history:
-            yield stack.enter_context(oracle_folders(plan)).adapters
-            return
-        from tempfile import TemporaryDirectory
-
-        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="adaptrix-composed-")))
-        folders: list[tuple[str, Path]] = []
-        for adapter in plan.adapters:
-            parts = max((len(delta.terms) for delta in adapter.deltas), default=1)
-            for part in range(parts):
-                folder = scratch / f"{len(folders)}"
-                write_folder(plan.base, adapter, folder, part, True)
-                folders.append((adapter.name, folder))
-        yield tuple(folders)
+    if not plan.history:
+        with oracle_folders(plan) as folders:
+            yield folders.adapters
+        return
+    with TemporaryDirectory(prefix="adaptrix-composed-") as scratch:
+        found: list[tuple[str, Path]] = []
+        for number, adapter in enumerate(plan.adapters):
+            folder = Path(scratch) / f"{number}"
+            folder.mkdir()
+            write_peft(with_one_term_a_site(adapter, plan.base), plan.base, folder)
+            found.append((adapter.name, folder))
+        yield tuple(found)
 
 
 def _attach(live: Any, work: Work, terms: Terms) -> None:
