@@ -172,8 +172,8 @@ class Watch:
     def __init__(self, live: Live, number: int) -> None:
         self._live, self._number = live, number
 
-    def run(self, who: str, hidden: Tensor, write: Write) -> tuple[Tensor, Tensor, Tensor]:
-        """(what comes out of the layer, the input of the writing module, the value at its point)"""
+    def run(self, who: str, hidden: Tensor, write: Write) -> tuple[Tensor, Tensor]:
+        """(the input of the writing module, the value at its point)"""
         layer = self._live.layers[self._number]
         inputs: list[Tensor] = []
         module = layer.get_submodule(write.module)
@@ -183,4 +183,4 @@ class Watch:
                 output = self._live.layer(who, self._number, hidden)
         finally:
             handle.remove()
-        return output, inputs[0], seen.get(write.point, output)
+        return inputs[0], seen.get(write.point, output)

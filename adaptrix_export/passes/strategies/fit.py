@@ -27,7 +27,7 @@ from adaptrix_export.passes.moved import Factors, Place, Terms, as_term, beside,
 from adaptrix_export.passes.strategies import Moved
 from adaptrix_export.passes.strategies.select import select
 from adaptrix_export.passes.work import BATCH_TOKENS, Work
-from adaptrix_export.passes.writes import Watch, Write, find_writes
+from adaptrix_export.passes.writes import OUTPUT, Watch, Write, find_writes
 
 LAMBDAS = (0.3, 1.0, 3.0, 10.0)
 CHOSEN_BY = 5  # the last one in so many tokens chooses lambda and checks the fit
@@ -106,7 +106,7 @@ def _fit_layer(
     work: Work, states: dict[str, States], number: int, terms: Terms
 ) -> tuple[dict[str, Any], list[str]]:
     """Fit the writing modules of one layer, one after the other, and move both states past it."""
-    live, shape = work.live, work.rows.fit.shape
+    live = work.live
     start = {module: factors(held) for (layer, module), held in terms.items() if layer == number}
     for path, pair in factors_of(
         {work.path(number, m): f for m, f in start.items()}, live.device
@@ -135,8 +135,7 @@ def _fit_layer(
             place: Place = (number, module)
             own = [start[module]] if module in start else []
             terms[place] = (as_term(place, beside([*own, (a, used * b)]), work.dtype),)
-    for who, state in states.items():
-        _advance(live, who, number, state, shape)
+    one.pass_layer()
     total = one.size()
     entry = {
         "layer": number,
@@ -171,6 +170,7 @@ class _LayerFit:
     ) -> None:
         self.work, self.states, self.number, self.writes = work, states, number, writes
         self.watch = Watch(work.live, number)
+        self.wanted: dict[str, States] = {}  # by point
         self.chosen: list[float] = []
         tokens = work.rows.fit.size
         self.border = tokens - max(1, tokens // CHOSEN_BY)  # the first token that only chooses
@@ -227,15 +227,36 @@ class _LayerFit:
     def _rows(self, write: Write) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """(number of the first token, X, adapted residual, R), weighted, batch by batch."""
         live, length = self.work.live, self.work.rows.fit.shape[1]
+        adapted = self._adapted(write)
         for start, stop in batches(self.work.rows.fit.shape):
-            adapted, student = (
-                self.states[who].read(start, stop, live.device) for who in (ADAPTED, STUDENT)
-            )
-            _, _, wanted = self.watch.run(ADAPTED, adapted, write)
-            _, inputs, found = self.watch.run(STUDENT, student, write)
+            student = self.states[STUDENT].read(start, stop, live.device)
+            wanted = adapted.read(start, stop, live.device)
+            inputs, found = self.watch.run(STUDENT, student, write)
             weight = 1 / wanted.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
             flat = [(v * weight).flatten(0, 1) for v in (inputs, wanted, wanted - found)]
             yield start * length, flat[0], flat[1], flat[2]
+
+    def pass_layer(self) -> None:
+        """Move both states past the layer, as it is now."""
+        live, shape = self.work.live, self.work.rows.fit.shape
+        _advance(live, STUDENT, self.number, self.states[STUDENT], shape)
+        if OUTPUT not in self.wanted:
+            _advance(live, ADAPTED, self.number, self.states[ADAPTED], shape)
+            return
+        for start, stop in batches(shape):
+            self.states[ADAPTED].write(start, self.wanted[OUTPUT].read(start, stop, "cpu"))
+
+    def _adapted(self, write: Write) -> States:
+        """The adapted model's values at the point of a write, which no fit changes: run once."""
+        if write.point not in self.wanted:
+            rows, live = self.work.rows.fit, self.work.live
+            shape = (rows.shape[0], rows.shape[1], live.width)
+            state = States(self.work.scratch, f"wanted-{len(self.wanted)}.f32", shape)
+            for start, stop in batches(rows.shape):
+                hidden = self.states[ADAPTED].read(start, stop, live.device)
+                state.write(start, self.watch.run(ADAPTED, hidden, write)[1])
+            self.wanted[write.point] = state
+        return self.wanted[write.point]
 
 
 def solve(seen: Sums, unseen: Sums, rank: int) -> tuple[Tensor, Tensor, float]:
