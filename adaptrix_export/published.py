@@ -129,6 +129,7 @@ def _job(
         pooling=None if pooling == "none" else pooling,
         composition=manifest.get("composition"),
         gates=gates_of(manifest),
+        gate_stats=bool((manifest.get("context") or {}).get("stats")),
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from adaptrix_export.check.cases import feed, padded_batch
 from adaptrix_export.check.encoded import encode_prefill
-from adaptrix_export.check.gated import Statistics, compare_statistics
+from adaptrix_export.check.gated import STATISTICS, Statistics, compare_statistics
 from adaptrix_export.check.job import Job
 from adaptrix_export.check.prompts import Prompts
 from adaptrix_export.check.reference import Reference
@@ -74,21 +74,27 @@ def compare_gates(
     if job.target == "onnx":
         entry["checks"].append(function_nodes(job))
     if isinstance(subject, OnnxSubject):
-        entry["checks"] += _statistics(subject, asked, oracle, places)
+        entry["checks"] += _statistics(job, subject, asked, oracle, places)
     entry["passed"] = all(check["passed"] for check in entry["checks"])
     return entry
 
 
 def _statistics(
-    subject: OnnxSubject, asked: Prompts, oracle: OracleGates, places: Sequence[int] | None
+    job: Job,
+    subject: OnnxSubject,
+    asked: Prompts,
+    oracle: OracleGates,
+    places: Sequence[int] | None,
 ) -> list[dict[str, Any]]:
-    """Empty where the graph gives no statistics."""
+    """Empty where the graph gives no statistics and none are wanted."""
     if oracle.rows is None:
         encode_prefill(subject, asked)
     else:
         feed(subject, [asked.prefill])
-    if not subject.statistics:
-        return []
+    missing = [name for name in STATISTICS if name not in subject.statistics]
+    if missing:
+        wrong = {"name": f"statistics, no {', '.join(missing)}", "count": 0, "passed": False}
+        return [wrong] if job.gate_stats or subject.statistics else []
     found = [("statistics, prefill", oracle.prefill, subject.statistics, len(asked.prefill))]
     rows = _first(asked)
     for left in (True, False) if oracle.rows is not None else ():

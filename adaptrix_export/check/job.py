@@ -72,6 +72,7 @@ class Job:
     pooling: str | None = None  # "mean" or "cls": the artifact gives one vector a row, too
     composition: Mapping[str, Any] | None = None  # `Composition.as_dict`; None: all simply active
     gates: tuple[GateSpec, ...] = ()  # in the order of the plan's sites
+    gate_stats: bool = False  # the graph is to tell how far they were open
     # Where `NAME.onnx_adapter` files are, if not in the artifact: one that is to be added to it.
     adapter_folder: Path | None = None
 

@@ -31,5 +31,6 @@ class Artifact:
     frontend: str | None = None
     frontend_reason: str | None = None
     gates: tuple[Gate, ...] = ()  # what of the plan's gates is in it: all, in the graph or merged
+    gate_stats: bool = False  # the graph tells how far its gates were open
     # Of a switchable graph: its slots, its stamp and its adapters, as the manifest has them.
     switchable: Mapping[str, object] = field(default_factory=dict)

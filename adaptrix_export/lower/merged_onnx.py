@@ -66,6 +66,7 @@ def lower_merged_onnx(
         frontend=first.frontend,
         frontend_reason=first.reason,
         gates=plan.gates,
+        gate_stats=plan.gate_stats,
     )
 
 

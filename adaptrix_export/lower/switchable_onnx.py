@@ -104,6 +104,7 @@ def lower_switchable_onnx(
         frontend=graph.frontend,
         frontend_reason=graph.reason,
         gates=plan.gates,
+        gate_stats=plan.gate_stats,
         switchable=switchable,
     )
 

@@ -6,16 +6,19 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from rich.console import Console
 
 from adaptrix_export.check.child import run
 from adaptrix_export.check.gated import compare_statistics
 from adaptrix_export.check.job import GateSpec, Job, gate_specs
+from adaptrix_export.check.report import gates_table, table
 from adaptrix_export.lower import LOWERINGS
 from adaptrix_export.lower.gate_functions import DOMAIN
 from adaptrix_export.passes.wire_context import WireContext
@@ -39,7 +42,7 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> Job:
     artifact = LOWERINGS["onnx"].lower(plan, folder / "out", Silent())
     return Job(
         "onnx", artifact.folder, base, "fp32", artifact.weights, adapters=(("only", adapter),),
-        decode_steps=4, level="fast", threads=1, gates=gate_specs(plan.gates),
+        decode_steps=4, level="fast", threads=1, gates=gate_specs(plan.gates), gate_stats=True,
     )  # fmt: skip
 
 
@@ -137,11 +140,46 @@ def test_a_job_keeps_its_gates_in_json(right: Job) -> None:
     assert isinstance(right.gates[0], GateSpec)
 
 
+def test_statistics_that_the_graph_should_give_and_does_not_fail(
+    right: Job, tmp_path: Path
+) -> None:
+    def silence(model: ir.Model) -> None:
+        kept = [value for value in model.graph.outputs if value.name != "context.clamped"]
+        model.graph.outputs[:] = kept if tell else [v for v in kept if "context" not in v.name]
+
+    for tell in (True, False):
+        wanted = changed(right, tmp_path / f"told {tell}", silence)
+        report = run(wanted, Silent())
+        assert not report["passed"]
+        lost = "clamped" if tell else "gate_mean, gate_min, clamped"
+        assert checks(report)[f"statistics, no {lost}"] is False
+    assert run(replace(wanted, gate_stats=False), Silent())["passed"]
+
+
+def test_the_report_shows_every_site(right: Job) -> None:
+    report = run(right, Silent())
+    shown = Console(width=140, record=True, file=StringIO())
+    for made in (gates_table(report), table(report)):
+        shown.print(made)
+    text = shown.export_text()
+    for gate, line in zip(right.gates, report["context"]["sites"], strict=True):
+        row = next(row for row in text.splitlines() if f" {gate.site} " in row)
+        for number in (f"{line['gate_mean']:.3f}", f"{100 * line['clamped']:.1f}%"):
+            assert number in row
+    assert "gates: statistics, left-padded" in text
+
+
 @pytest.mark.parametrize(
     ("mean", "clamped", "passes"),
-    [(0.5, 0.50, True), (0.51, 0.50, False), (0.5, 0.53, True), (0.5, 0.56, False)],
-)
+    [
+        (0.5, 0.50, True), (0.51, 0.50, False), (0.5, 0.53, True), (0.5, 0.56, False),
+        (np.nan, 0.50, False), (0.5, np.nan, False),
+    ],
+)  # fmt: skip
 def test_how_close_statistics_must_be(mean: float, clamped: float, passes: bool) -> None:
     wanted = {"gate_mean": [0.5], "gate_min": [0.2], "clamped": [0.5]}
     found = {"gate_mean": [mean], "gate_min": [0.2], "clamped": [clamped]}
-    assert compare_statistics(wanted, found, 100)["passed"] is passes
+    compared = compare_statistics(wanted, found, 100)
+    assert compared["passed"] is passes
+    json.dumps(compared, allow_nan=False)
+    assert not compare_statistics(wanted, {**found, "gate_min": [0.2, 0.2]}, 100)["passed"]
