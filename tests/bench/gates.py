@@ -1,11 +1,13 @@
 """What gates cost: SmolLM2-135M with the adapter of the demo, one thread, on ONNX Runtime.
 
-    make bench        # or: python -m tests.bench.gates [--rounds 25]
+    make bench        # or: python -m tests.bench.gates [--rounds 8] [--sessions 4]
 
 The same graph four times: merged, gates at three middle layers, gates at all sites, and the last
 with every gate an Add, which is what side branches cost by themselves. A round runs each of them
-once, so that whatever else the machine does falls on all; the medians are compared. Time is the
-processor's, which is the wall's with one thread, and which other work does not stretch.
+once, so that whatever else the machine does falls on all. Where a session's weights happen to lie
+in memory makes a tenth of a difference, so each graph is loaded several times, in turns, and what
+is compared are the medians over all of it; beside each, the least and the largest of one loading.
+Time is the processor's, which is the wall's with one thread, and which other work does not stretch.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +48,30 @@ LIMITS = {  # percent beside the merged graph, as promised; None: for informatio
 
 
 @dataclass
-class Running:
-    """A session, its empty cache, and seconds measured so far."""
+class Times:
+    """Seconds measured of one graph, a list for each time that it was loaded."""
 
     name: str
+    folder: Path
+    prefill: list[list[float]] = field(default_factory=list)
+    decode: list[list[float]] = field(default_factory=list)
+
+
+@dataclass
+class Running:
+    """A session and its empty cache; measures into the last lists of `times`."""
+
+    times: Times
     session: Any
     empty: dict[str, Any]
-    prefill: list[float]
-    decode: list[float]
 
     @classmethod
-    def open(cls, name: str, folder: Path) -> Running:
+    def open(cls, times: Times) -> Running:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
         session = ort.InferenceSession(
-            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+            str(times.folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
         empty = {
             i.name: ort.OrtValue.ortvalue_from_numpy(
@@ -69,7 +80,7 @@ class Running:
             for i in session.get_inputs()
             if i.name.startswith("past")
         }
-        return cls(name, session, empty, [], [])
+        return cls(times, session, empty)
 
     def round(self, ids: np.ndarray, steps: int) -> None:
         """One prefill and `steps` decoded tokens, timed."""
@@ -90,7 +101,7 @@ class Running:
             start = time.process_time()
             out = self.session.run_with_ort_values(names, {**values, **cache})
             seconds = time.process_time() - start
-            (self.prefill if past == 0 else self.decode).append(seconds)
+            (self.times.prefill if past == 0 else self.times.decode)[-1].append(seconds)
             found = dict(zip(names, out, strict=True))
             cache = {n: found[n.replace("past_key_values", "present")] for n in self.empty}
             past = length
@@ -119,19 +130,20 @@ def without_functions(folder: Path, out: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=8, help="with each session")
+    parser.add_argument("--sessions", type=int, default=4, help="of each graph")
     parser.add_argument("--stats", action="store_true", help="with statistics at all sites, too")
     args = parser.parse_args()
     base = open_base(BASE)
     plan = Plan(base, (open_adapter(ADAPTER, base),))
     scratch = Path(tempfile.mkdtemp(prefix="adaptrix-bench-"))
     try:
-        report(compared(plan, scratch, args.rounds, args.stats))
+        report(compared(plan, scratch, args))
     finally:
         shutil.rmtree(scratch)
 
 
-def compared(plan: Plan, scratch: Path, rounds: int, stats: bool) -> list[Running]:
+def compared(plan: Plan, scratch: Path, args: argparse.Namespace) -> list[Times]:
     three = WireContext(tau=tuple((layer, TAU) for layer in MIDDLE))
     made: dict[str, Callable[[Path], Path]] = {
         "merged": lambda folder: lowered(plan, folder),
@@ -141,36 +153,45 @@ def compared(plan: Plan, scratch: Path, rounds: int, stats: bool) -> list[Runnin
             scratch / "2", folder
         ),
     }
-    if stats:
+    if args.stats:
         made["gates at all sites, statistics"] = lambda folder: lowered(
             WireContext(tau=TAU, stats=True)(plan), folder
         )
-    running = [
-        Running.open(name, make(scratch / str(i))) for i, (name, make) in enumerate(made.items())
-    ]
+    graphs = [Times(name, make(scratch / str(i))) for i, (name, make) in enumerate(made.items())]
+    for number in range(args.sessions):
+        turned = graphs[number % len(graphs) :] + graphs[: number % len(graphs)]
+        measure([Running.open(times) for times in turned], args.rounds)
+    return graphs
+
+
+def measure(running: list[Running], rounds: int) -> None:
+    """Adds a list to each of the times."""
+    for one in running:
+        one.times.prefill.append([])
+        one.times.decode.append([])
     ids = np.random.default_rng(0).integers(0, 49000, (1, PREFILL))
     for number in range(rounds + 1):
         for one in running[number % len(running) :] + running[: number % len(running)]:
             one.round(ids, STEPS)
             if number == 0:  # the first run allocates
-                one.prefill.clear()
-                one.decode.clear()
-    return running
+                one.times.prefill[-1].clear()
+                one.times.decode[-1].clear()
 
 
-def report(running: list[Running]) -> None:
-    base = running[0]
-    print(f"{'':40} {'prefill 128':>22} {'decode':>22}")
-    for one in running:
-        line = f"{one.name:40}"
+def report(graphs: list[Times]) -> None:
+    base = graphs[0]
+    print(f"{'':36} {'prefill 128':>34} {'decode':>36}")
+    for one in graphs:
+        line = f"{one.name:36}"
         for times, plain, limit in zip(
             (one.prefill, one.decode), (base.prefill, base.decode),
             reversed(LIMITS.get(one.name, (None, None))), strict=True,
         ):  # fmt: skip
-            middle = statistics.median(times)
-            more = 100 * (middle / statistics.median(plain) - 1)
+            middle, beside = (statistics.median(chain.from_iterable(t)) for t in (times, plain))
+            each = [1000 * statistics.median(loaded) for loaded in times]
             promise = f" (<={limit:g}%)" if limit is not None else ""
-            line += f" {1000 * middle:9.2f} ms {more:+5.1f}%{promise}"
+            line += f" {1000 * middle:7.2f} ms [{min(each):.2f}-{max(each):.2f}]"
+            line += f" {100 * (middle / beside - 1):+5.1f}%{promise}"
         print(line)
 
 
