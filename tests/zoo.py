@@ -209,11 +209,14 @@ def _apart(animal: Animal, target: str, frontend: str) -> Visit:
             sys.executable, "-m", "tests.zoo", "--alone", str(ANIMALS.index(animal)),
             "--target", target, "--frontend", frontend, "--json", str(told),
         ]  # fmt: skip
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        try:
+            ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+            last = " | ".join(ended.stderr.strip().splitlines()[-3:])
+            detail = f"its process ended with {ended.returncode}: {last}"
+        except subprocess.TimeoutExpired:
+            detail = f"its process was ended after {TIMEOUT_S:.0f} s"
         if told.exists():
             return Visit(**json.loads(told.read_text()))
-    last = " | ".join(ended.stderr.strip().splitlines()[-3:])
-    detail = f"its process ended with {ended.returncode}: {last}"
     return Visit(animal.kind, animal.task, target, "failed", detail=detail)
 
 
@@ -268,11 +271,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     visits = []
     for done in run(animals, targets, asked.frontend, asked.jobs):
         visits.append(done)
-        print(f"{len(visits)}/{len(animals) * len(targets)} {done.kind} {done.target} "
-              f"{done.status} {done.detail[:300]}", file=sys.stderr, flush=True)  # fmt: skip
+        error = "" if done.error is None else f"{done.error:.1e}"
+        print(f"{len(visits)}/{len(animals) * len(targets)} {done.kind} {done.task} {done.target} "
+              f"{done.status} {done.frontend} {error} {done.seconds:.0f}s {done.detail[:300]}",
+              file=sys.stderr, flush=True)  # fmt: skip
+        if asked.json:  # after each one: hours of visits are not lost with the last
+            asked.json.write_text(json.dumps([asdict(v) for v in visits], indent=1) + "\n")
     show(visits)
-    if asked.json:
-        asked.json.write_text(json.dumps([asdict(v) for v in visits], indent=1) + "\n")
     return int(any(v.status not in ("exact", "refused") for v in visits))
 
 

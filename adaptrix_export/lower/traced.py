@@ -39,7 +39,7 @@ def traced(plan: Plan, provider: str, progress: Progress) -> Graph:
     an initializer or a changed tensor is left without its match.
     """
     place = f"{plan.base.spec}: model type {plan.base.architecture.model_type!r}"
-    with traced_faults(place), traceable():
+    with traced_faults(place), traceable(plan.base.task):
         with progress.stage("tracing: model without weights"):
             model = weightless(live_config(plan), plan.base.task)
             sample = sample_of(model, plan.base.task)

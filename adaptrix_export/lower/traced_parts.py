@@ -16,7 +16,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from adaptrix_export.load.task import FEATURES, GENERATION
+from adaptrix_export.load.task import FEATURES, GENERATION, SEQ2SEQ
 from adaptrix_export.lower.live_config import live_config
 from adaptrix_export.lower.onnx_graph import Graph
 from adaptrix_export.lower.trace_patches import traceable
@@ -35,7 +35,7 @@ def traced_parts(plan: Plan, provider: str, progress: Progress) -> dict[str, Gra
     place = f"{plan.base.spec}: model type {plan.base.architecture.model_type!r}"
     made = {}
     for file, trace in ((ENCODER, _encoder), (DECODER, _decoder)):
-        with traced_faults(place), traceable(), progress.stage(f"tracing: {file}"):
+        with traced_faults(place), traceable(SEQ2SEQ), progress.stage(f"tracing: {file}"):
             graph, parameters = trace(weightless(live_config(plan), plan.base.task))
         with progress.stage("tracing: simplifying the graph"):
             made[file] = finish(plan, graph, parameters, provider)

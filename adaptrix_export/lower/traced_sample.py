@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ def _generating(model: Any) -> Sample:
     ids = torch.ones(BATCH, NEW, dtype=torch.long)
     mask = torch.ones(BATCH, PAST + NEW, dtype=torch.long)
     mask[0, 0] = 0
+    _scale_without_memory(model)
     cache = _cache(model)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in inspect.signature(model.forward).parameters:
@@ -72,12 +75,44 @@ def _count_positions(model: Any) -> None:
     model.forward = counting
 
 
+def _scale_without_memory(model: Any) -> None:
+    """Let dynamically scaled rotary embeddings follow from the positions of a call alone.
+
+    transformers keeps the longest sequence so far in Python and branches on it. The frequencies
+    are the same for a sequence that grows; those of a longer one before it are forgotten.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    def stateless(rotary: Any) -> Callable[[Any, Any], Any]:
+        inner = inspect.unwrap(type(rotary).forward)
+
+        def forward(x: Any, position_ids: Any) -> Any:
+            frequencies, scaling = ROPE_INIT_FUNCTIONS["dynamic"](
+                rotary.config, x.device, seq_len=position_ids.max() + 1
+            )
+            now = SimpleNamespace(inv_freq=frequencies, attention_scaling=scaling)
+            return inner(now, x, position_ids)
+
+        return forward
+
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.forward = stateless(module)
+
+
 def _cache(model: Any) -> Any:
-    """A cache of PAST tokens, as the model itself makes it, of zeros."""
+    """A cache of PAST tokens, as the model itself makes it, of zeros; each layer keeps every token.
+
+    A layer that forgets what left its sliding window counts tokens in Python, and a trace would
+    freeze the count. Where they are kept, its mask hides the same tokens.
+    """
+    from transformers import cache_utils
+
+    plain: Any = cache_utils.DynamicLayer  # it is not typed
     ids = torch.ones(BATCH, PAST, dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[0, 0] = 0
-    with torch.no_grad(), model.fake_mode:
+    with _untouched(model), torch.no_grad(), model.fake_mode:
         cache = model(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
     for number, layer in enumerate(getattr(cache, "layers", None) or [None]):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -87,8 +122,27 @@ def _cache(model: Any) -> Any:
                 f"a cache of kind {type(layer).__name__}", "keys and values of every token",
                 "use --target safetensors",
             )  # fmt: skip
-        layer.keys, layer.values = torch.zeros(keys.shape), torch.zeros(values.shape)
+        if layer.is_sliding:
+            cache.layers[number] = layer = plain()
+            layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = (
+            torch.zeros(*made.shape[:2], PAST, made.shape[3]) for made in (keys, values)
+        )
     return cache
+
+
+@contextmanager
+def _untouched(model: Any) -> Iterator[None]:
+    """Undo what a call leaves in the model: longrope keeps the frequencies, here fake ones."""
+    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 def _encoding(model: Any) -> Sample:

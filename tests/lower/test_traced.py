@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
+import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from adaptrix_export.check.cases import padded_batch
+from adaptrix_export.check.preflight_child import answer
+from adaptrix_export.check.replica import shrunk
 from adaptrix_export.lower.merged_onnx import lower_merged_onnx
 from adaptrix_export.pipeline import build
 from adaptrix_export.progress import Silent
 from adaptrix_export.recipe import Recipe
 from tests.artifacts import plan_of
 from tests.test_tasks import save_trained
-from tests.tiny import VOCAB, save_adapter, save_base
+from tests.tiny import VOCAB, config_of, save_adapter, save_base
+from tests.zoo_played import Session
 
 pytestmark = pytest.mark.slow
 
@@ -76,3 +81,43 @@ def test_types_that_native_gets_wrong_are_built_right_without_a_flag(tmp_path, k
     assert max(case["max_abs"] for case in outcome.report["cases"]) <= 1e-4
     assert outcome.manifest["frontend"] == "traced"
     assert outcome.manifest["frontend_reason"].startswith("native: ")
+
+
+def test_layers_with_a_sliding_window_pass_the_whole_proof(tmp_path):
+    """Past the window, in a cache too, and where a right-padded batch left pads between tokens."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    sliding = config_of("qwen3", layer_types=kinds, sliding_window=64, use_sliding_window=True)
+    config = shrunk(sliding.to_dict())
+    assert config["sliding_window"] == 12 and set(config["layer_types"]) == set(kinds)
+    asked = {"task": "text-generation", "provider": "cpu", "frontend": "traced"}
+    assert answer({**asked, "config": config}, tmp_path) == {"passed": True, "why": ""}
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_rotary_embeddings_that_change_with_the_length(tmp_path, rope_type):
+    """Within the original range of 32 tokens and beyond it, what transformers says to the same
+    batch: it picks the frequencies by the longest row."""
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}
+    if rope_type == "longrope":
+        factors = [1.0 + i / 8 for i in range(8)]
+        rope |= {"short_factor": factors, "long_factor": [3 * f for f in factors]}
+        rope |= {"original_max_position_embeddings": 32}
+    positions = 32 if rope_type == "dynamic" else 128
+    base = save_base(
+        "llama", tmp_path / "base", num_hidden_layers=2, rope_parameters=rope,
+        max_position_embeddings=positions, initializer_range=0.15,
+    )  # fmt: skip
+    (tmp_path / "out").mkdir()
+    lower_merged_onnx(plan_of(base), tmp_path / "out", Silent(), "traced")
+    session = Session(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    tokens = torch.randint(3, VOCAB, (100,), generator=torch.manual_seed(5)).tolist()
+    for rows in ([tokens[:20]], [tokens], [tokens[:20], tokens[:9]], [tokens[:90], tokens[:20]]):
+        ids, mask, places = padded_batch(rows, left=True)
+        found = session(input_ids=ids, attention_mask=mask, **session.empty(len(rows)))["logits"]
+        with torch.inference_mode():
+            expected = model(
+                input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask),
+                position_ids=torch.from_numpy(places),
+            ).logits.numpy()  # fmt: skip
+        assert abs(found - expected)[mask == 1].max() <= 1e-4
