@@ -63,33 +63,49 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Rows:
-    """Token ids (rows, length): `fit` to learn from, `held` to measure on; where they are from."""
+    """Token ids (rows, length): `fit` to learn from, `held` to measure on; where they are from.
+
+    `more` are rows beside `fit`, for a strategy that learns from each of them once.
+    """
 
     fit: Ids
     held: Ids
     source: str
     notes: tuple[str, ...] = field(default=())
+    more: Ids = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+
+    @property
+    def tokens(self) -> int:
+        """That something is learnt from."""
+        return int(self.fit.size + self.more.size)
 
 
 def calibration_rows(
-    calibration: Calibration, base: Base, vocabulary: int, room: int | None, generate: Generate
+    calibration: Calibration,
+    base: Base,
+    vocabulary: int,
+    room: int | None,
+    generate: Generate,
+    more_tokens: int = 0,
 ) -> Rows:
     """Rows for a model of `vocabulary` tokens and at most `room` positions.
 
-    `generate` writes rows of the adapted model's own text. Raises RecipeError for a text that
+    `generate` writes rows of the adapted model's own text. With `more_tokens`, there are `more`
+    rows until there are so many tokens, as far as the text goes. Raises RecipeError for a text that
     cannot be read, is too short, or has tokens that the model does not know.
     """
     source = calibration.source(base.task)
     length = min(calibration.length, room or calibration.length)
     wanted = max(1, calibration.tokens // length)
+    more = max(0, more_tokens // length - wanted)
     if source == SELF:
-        rows = _generated(calibration, base, generate, wanted, length)
+        rows = _generated(calibration, base, generate, wanted, length, more)
     elif source == PYDOC:
-        rows = _pydoc(calibration, base, wanted, length)
+        rows = _pydoc(calibration, base, wanted, length, more)
     else:
         ids = _tokens(base, _texts(Path(source)), source)
-        rows = _divided(ids, calibration, wanted, length, Path(source).name)
-    top = max(int(rows.fit.max()), int(rows.held.max()))
+        rows = _divided(ids, calibration, wanted, length, Path(source).name, more)
+    top = max(int(ids.max(initial=0)) for ids in (rows.fit, rows.held, rows.more))
     if top >= vocabulary:
         raise RecipeError(
             f"calibration.text: {rows.source}", f"token {top}", f"tokens below {vocabulary}",
@@ -99,7 +115,7 @@ def calibration_rows(
 
 
 def _generated(
-    calibration: Calibration, base: Base, generate: Generate, wanted: int, length: int
+    calibration: Calibration, base: Base, generate: Generate, wanted: int, length: int, more: int
 ) -> Rows:
     if base.task != GENERATION:
         raise RecipeError(
@@ -107,11 +123,12 @@ def _generated(
             "only a model that generates text can write its own",
         )  # fmt: skip
     held = max(1, wanted // MEASURED)
-    ids = generate(wanted + held, length, calibration.seed)
-    return Rows(ids[:wanted], ids[wanted:], "text that the adapted model wrote")
+    ids = generate(wanted + held + more, length, calibration.seed)
+    fit, held_out, rest = np.split(ids, [wanted, wanted + held])
+    return Rows(fit, held_out, "text that the adapted model wrote", (), rest)
 
 
-def _pydoc(calibration: Calibration, base: Base, wanted: int, length: int) -> Rows:
+def _pydoc(calibration: Calibration, base: Base, wanted: int, length: int, more: int) -> Rows:
     from pydoc_data.topics import topics
 
     names = sorted(topics)
@@ -122,13 +139,15 @@ def _pydoc(calibration: Calibration, base: Base, wanted: int, length: int) -> Ro
     ):
         ids = _tokens(base, [topics[name] for name in chosen], PYDOC)
         rows = _shuffled(_cut(ids, length), calibration.seed)
-        parts.append(rows[:count])
-    return Rows(
-        parts[0], parts[1], "pydoc_data.topics of the standard library", _short(parts, wanted)
-    )
+        parts += [rows[:count], rows[count : count + more]]
+    fit, rest, held, _ = parts
+    name = "pydoc_data.topics of the standard library"
+    return Rows(fit, held, name, _short(fit, wanted), rest)
 
 
-def _divided(ids: Ids, calibration: Calibration, wanted: int, length: int, name: str) -> Rows:
+def _divided(
+    ids: Ids, calibration: Calibration, wanted: int, length: int, name: str, more: int
+) -> Rows:
     """Rows of one text; a text of a single row is itself divided, four fifths and one."""
     if len(ids) < LEAST:
         raise RecipeError(
@@ -141,14 +160,14 @@ def _divided(ids: Ids, calibration: Calibration, wanted: int, length: int, name:
         return Rows(ids[None, :cut][:, :length], ids[None, cut:][:, :length], name, (note,))
     rows = _shuffled(_cut(ids, length), calibration.seed)
     held = min(max(1, wanted // MEASURED), max(1, len(rows) // (MEASURED + 1)))
-    parts = [rows[held : held + wanted], rows[:held]]
-    return Rows(parts[0], parts[1], name, _short(parts, wanted))
+    held_out, fit, rest, _ = np.split(rows, [held, held + wanted, held + wanted + more])
+    return Rows(fit, held_out, name, _short(fit, wanted), rest)
 
 
-def _short(parts: Sequence[Ids], wanted: int) -> tuple[str, ...]:
-    if len(parts[0]) >= wanted:
+def _short(fit: Ids, wanted: int) -> tuple[str, ...]:
+    if len(fit) >= wanted:
         return ()
-    return (f"the text gave {parts[0].size} calibration tokens of {wanted * parts[0].shape[1]}",)
+    return (f"the text gave {fit.size} calibration tokens of {wanted * fit.shape[1]}",)
 
 
 def _cut(ids: Ids, length: int) -> Ids:

@@ -147,7 +147,7 @@ class Redistribute:
     ) -> Work:
         """The text, the target layers, and the rest of what a strategy needs."""
         from adaptrix_export.passes.search import search
-        from adaptrix_export.passes.work import Work
+        from adaptrix_export.passes.work import STEP_TOKENS, Work
 
         shop = self.workshop
         assert shop is not None
@@ -160,8 +160,9 @@ class Redistribute:
                 calibration = replace(calibration, text=PYDOC)
         with shop.progress.stage("calibration: text"):
             rows = calibration_rows(
-                calibration, plan.base, live.vocabulary, live.positions, live.generate
-            )
+                calibration, plan.base, live.vocabulary, live.positions, live.generate,
+                more_tokens=self.steps * STEP_TOKENS if self.strategy == "distill" else 0,
+            )  # fmt: skip
         work = Work(
             base=plan.base, stack=stack, terms=terms, targets=(), rank=rank,
             dtype=common_dtype(terms), steps=self.steps, seed=self.calibration.seed, live=live,
@@ -198,7 +199,7 @@ class Redistribute:
             "of_layers": len(work.live.layers),
             "rank": work.rank,
             "calibration": {
-                "text": work.rows.source, "tokens": int(work.rows.fit.size),
+                "text": work.rows.source, "tokens": work.rows.tokens,
                 "length": int(work.rows.fit.shape[1]), "seed": self.calibration.seed,
             },
             **found,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from adaptrix_export.passes.live import Live
 
 BATCH_TOKENS = 1024  # that go through a layer at once
+STEP_TOKENS = 256  # of a training step
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ def written(rows, length, seed):
     return np.random.default_rng(seed).integers(0, 300, (rows, length))
 
 
-def rows_of(base, text, tokens=512, length=32, seed=0, vocabulary=300, room=None):
+def rows_of(base, text, tokens=512, length=32, seed=0, vocabulary=300, room=None, more=0):
     calibration = Calibration(str(text), tokens, length, seed)
-    return calibration_rows(calibration, base, vocabulary, room, written)
+    return calibration_rows(calibration, base, vocabulary, room, written, more)
 
 
 def as_set(rows):
@@ -87,6 +87,23 @@ def test_pydoc_measures_on_topics_that_it_does_not_fit_on(base):
     found = rows_of(base, "pydoc", tokens=4096)
     assert found.fit.shape == (128, 32) and found.held.shape == (32, 32)
     assert not as_set(found.fit) & as_set(found.held)
+
+
+@pytest.mark.parametrize("source", ["pydoc", "self", "mine.txt"])
+def test_more_rows_change_nothing_of_the_others(base, tmp_path, source):
+    """What a training reads beside the rows of the fit: as many as there are."""
+    if source == "mine.txt":
+        (tmp_path / source).write_text(" ".join(f"{i} {WORDS}" for i in range(300)))
+        source = tmp_path / source
+    plain, found = rows_of(base, source), rows_of(base, source, more=2048)
+    assert plain.more.size == 0 and plain.tokens == 512
+    assert found.more.shape == (48, 32) and found.tokens == 2048
+    assert np.array_equal(plain.fit, found.fit) or source == "self"
+    parts = [as_set(rows) for rows in (found.fit, found.held, found.more)]
+    assert sum(map(len, parts)) == len(set.union(*parts))
+    if source != "self":
+        assert np.array_equal(plain.held, found.held)
+        assert len(rows_of(base, source, more=10**9).more) > 48
 
 
 def test_self_is_what_the_model_writes(base):
