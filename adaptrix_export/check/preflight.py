@@ -27,7 +27,7 @@ from adaptrix_export.progress import Progress
 CHILD = "adaptrix_export.check.preflight_child"
 TIMEOUT_S = 600.0
 CACHE = "ADAPTRIX_EXPORT_CACHE"
-FORMAT = 1
+FORMAT = 2  # of a verdict; another number asks all questions anew
 _VERSIONS = ("torch", "transformers", "mobius-onnx", "onnxruntime", "onnxruntime-gpu", "onnx-ir")
 
 

@@ -69,9 +69,15 @@ class Reference:
 
     @property
     def positions(self) -> int | None:
-        """Longest sequence, or None where the config names no limit."""
-        found = getattr(self._plain.config.get_text_config(), "max_position_embeddings", None)
-        return int(found) if found else None
+        """Longest sequence, or None where the config names no limit.
+
+        Rotary embeddings that are scaled dynamically go on beyond the number in the config.
+        """
+        config = self._plain.config.get_text_config()
+        found = getattr(config, "max_position_embeddings", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        factor = rope.get("factor", 1) if rope.get("rope_type") == "dynamic" else 1
+        return int(found * factor) if found else None
 
     @property
     def pad(self) -> int | None:

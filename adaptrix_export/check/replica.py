@@ -18,8 +18,11 @@ WINDOW, POSITIONS, ORIGINAL = 12, 256, 32
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
+# Where these equal the width, the model has no projection between the two.
+_AS_WIDE = ("word_embed_proj_dim", "embedding_size")
+_INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "hidden_dim")
 _AT_MOST: dict[str, int] = {
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim"), WIDTH),
+    **dict.fromkeys(_INNER, WIDTH),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), WIDTH // 2),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), EXPERTS),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token"), EXPERTS // 2),
@@ -82,6 +85,7 @@ def _shrink_heads(small: dict[str, Any]) -> None:
     small[name] = few
     if hidden % heads == 0:
         small[width] = few * (hidden // heads)
+        small |= {name: small[width] for name in _AS_WIDE if small.get(name) == hidden}
 
 
 def _shrink_ranges(small: dict[str, Any], config: Mapping[str, Any]) -> None:
@@ -97,6 +101,9 @@ def _shrink_ranges(small: dict[str, Any], config: Mapping[str, Any]) -> None:
         if isinstance(small.get(key), dict):
             places += [small[key], *(v for v in small[key].values() if isinstance(v, dict))]
     for place in places:
+        if place.get("rope_type", place.get("type")) == "dynamic" and isinstance(whole, int):
+            small["max_position_embeddings"] = min(whole, ORIGINAL)  # its range is this very number
+            continue
         original = place.get(_RANGE)
         if isinstance(original, int) and original > ORIGINAL:
             place[_RANGE] = ORIGINAL

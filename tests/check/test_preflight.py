@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 
 import pytest
+from click.testing import CliRunner
 from transformers import AutoConfig
 
 from adaptrix_export.check import preflight as module
+from adaptrix_export.check import preflight_child
 from adaptrix_export.check.preflight import Verdict, preflight
 from adaptrix_export.check.preflight_child import answer
 from adaptrix_export.check.replica import shrunk
+from adaptrix_export.cli import main
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.lower import native
+from adaptrix_export.lower.artifact import Artifact
 from adaptrix_export.lower.onnx_graph import FRONTENDS, Graph, draw
 from adaptrix_export.progress import Silent
 from tests.artifacts import plan_of
-from tests.tiny import config_of, save_base
+from tests.tiny import config_of, save_adapter, save_base
 
 EXACT = (
     "llama mistral qwen2 qwen3 qwen3_moe phi3 gpt2 granite olmo2 smollm3 starcoder2 mixtral bert"
@@ -97,6 +101,37 @@ def test_auto_traces_where_native_fails_and_native_refuses(plan, cache, monkeypa
     assert told == ["front end traced, not native: off by 2"]
     with pytest.raises(UnsupportedError, match="model type 'llama': off by 2.*--frontend traced"):
         draw(plan, "cpu", "native", Silent())
+
+
+def test_native_by_name_ends_the_command_with_two_and_the_reason(
+    plan, cache, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "run_child", lambda *_: {"passed": False, "why": "off by 2"})
+    base = tmp_path / "base"
+    adapter = save_adapter(base, tmp_path / "adapter")
+    done = CliRunner().invoke(
+        main,
+        [
+            "build", "--base", str(base), "--adapter", str(adapter), "--target", "onnx",
+            "--frontend", "native", "--out", str(tmp_path / "out"),
+        ],
+    )  # fmt: skip
+    assert done.exit_code == 2
+    assert "front end native, model type 'llama': off by 2" in done.stderr
+    assert "--frontend traced" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "cache"}
+
+
+@pytest.mark.parametrize(
+    ("error", "why"), [(1e-5, ""), (8e-4, "prefill of a small replica is off by 0.0008")]
+)
+def test_a_front_end_has_a_tenth_of_the_tolerance(tmp_path, monkeypatch, error, why):
+    """An artifact may be off by 1e-3; mobius-onnx draws OPT wrong by less than that."""
+    made = Artifact(tmp_path, "onnx", "fp32", {}, {}, (), {})
+    monkeypatch.setattr("adaptrix_export.lower.merged_onnx.lower_merged_onnx", lambda *_: made)
+    report = {"passed": True, "cases": [{"name": "prefill", "passed": True, "max_abs": error}]}
+    monkeypatch.setattr(preflight_child, "run", lambda *_: report)
+    assert answer(question("llama"), tmp_path) == {"passed": not why, "why": why}
 
 
 def test_a_crash_is_a_verdict_that_is_not_kept(plan, cache, monkeypatch):
