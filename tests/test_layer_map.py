@@ -8,16 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
-from transformers import T5Config, T5ForConditionalGeneration
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, T5Config, T5ForConditionalGeneration
 
 from adaptrix_export.cli import main
 from adaptrix_export.layer_map import layer_norms
 from adaptrix_export.load import open_adapter, open_base
 from adaptrix_export.load.architecture import detect
+from adaptrix_export.load.task import TASKS
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
 from tests.tiny import live, save_adapter, save_base
+from tests.zoo_rows import ONE_TASK, Animal
 
 MORE: dict[str, dict[str, Any]] = {
     "lora": dict(target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 2]),
@@ -93,3 +97,56 @@ def test_an_encoder_decoder_has_two_stacks() -> None:
     found = detect(config.to_dict(), names, "t5")
     stacks = {s.prefix: found.middle_layers(i) for i, s in enumerate(found.stacks)}
     assert stacks == {"decoder.block": (3, 6, 9), "encoder.block": (2, 4, 6)}
+
+
+def test_the_command_shows_both_stacks_of_an_encoder_decoder(tmp_path: Path) -> None:
+    """With an adapter on the encoder's last layer and on the decoder's first."""
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=4, num_decoder_layers=3, num_heads=4,
+        vocab_size=50, decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "base")
+    sites = r"(encoder\.block\.3|decoder\.block\.0)\.layer\.0\.SelfAttention\.q"
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=sites, task_type="SEQ_2_SEQ_LM", lora_alpha=4)
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "lora")
+    command = ["inspect", str(tmp_path / "base"), str(tmp_path / "lora"), "--layers"]
+    told = CliRunner().invoke(main, [*command, "--json"])
+    stacks = json.loads(told.stdout)["layer_map"]["stacks"]
+    changed = {
+        (stack["stack"], row["layer"])
+        for stack in stacks
+        for row in stack["layers"]
+        if row["norms"]["lora"] > 0
+    }
+    assert changed == {("encoder.block", 3), ("decoder.block", 0)}
+    assert [len(stack["layers"]) for stack in stacks] == [4, 3]
+    shown = CliRunner().invoke(main, command)
+    assert shown.exit_code == 0
+    assert "layers of encoder.block" in shown.stdout and "layers of decoder.block" in shown.stdout
+    assert len([line for line in shown.stdout.splitlines() if "█" in line]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("animal", ONE_TASK, ids=lambda animal: animal.kind)
+def test_the_layers_of_every_type_are_found(animal: Animal) -> None:
+    """As many as transformers builds, from the names of the tensors alone."""
+    config = AutoConfig.for_model(animal.kind, **animal.config)
+    with torch.device("meta"):
+        model = getattr(transformers, TASKS[animal.task].auto).from_config(config)
+    found = detect(config.to_dict(), list(model.state_dict()), animal.kind)
+    counts = [stack.count for stack in found.stacks]
+    if animal.task == "text2text-generation":
+        assert counts == [config.num_decoder_layers, config.num_layers] == [3, 2]
+    else:
+        shared = getattr(config, "num_hidden_groups", None)  # ALBERT runs one layer several times
+        assert counts[0] == (shared or config.num_hidden_layers) and found.middle_layers()
+    for stack in found.stacks:
+        modules = model.get_submodule(stack.prefix)
+        assert isinstance(modules, torch.nn.ModuleList) and len(modules) == stack.count

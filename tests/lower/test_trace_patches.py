@@ -12,10 +12,14 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
+from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.lower import traced as module
 from adaptrix_export.lower.trace_patches import traceable
 from adaptrix_export.lower.traced_sample import PAST, sample_of
 from adaptrix_export.lower.weightless import weightless
-from tests.tiny import config_of
+from adaptrix_export.progress import Silent
+from tests.artifacts import plan_of
+from tests.tiny import config_of, save_base
 
 WINDOW = 3
 # five tokens and three pads: before them, after some of them, between them
@@ -104,3 +108,24 @@ def test_dynamically_scaled_frequencies_follow_from_the_length_alone(length):
         assert torch.allclose(a, b, atol=1e-6)
     plain = LlamaRotaryEmbedding(config_of("llama"))(x, places)
     assert torch.allclose(plain[0], found[0], atol=1e-6) == (length <= 32)
+
+
+def test_a_trace_tells_what_it_is_at_before_its_minutes_begin(tmp_path, monkeypatch):
+    """And what torch raises is a refusal with the type of the model and of the error."""
+    begun = []
+
+    class Told(Silent):
+        def stage(self, name, total=None, unit=""):
+            begun.append(name)
+            return super().stage(name, total, unit)
+
+    def export(model, sample):
+        raise RuntimeError("cannot follow\nand more")
+
+    monkeypatch.setattr(module, "export", export)
+    plan = plan_of(save_base("llama", tmp_path))
+    with pytest.raises(UnsupportedError, match="'llama'.*RuntimeError: cannot follow\\).*safetens"):
+        module.traced(plan, "cpu", Told())
+    assert begun == [
+        "tracing: model without weights", "tracing: 4 layers, which can take minutes",
+    ]  # fmt: skip
