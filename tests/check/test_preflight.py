@@ -28,6 +28,11 @@ EXACT = (
 WRONG = "bloom gemma gemma2 gemma3_text gpt_neox stablelm opt".split()
 
 
+# The default scale of Granite's scores, 1, which no model of the family uses, makes rounding twenty
+# times as large: PyTorch's own float32 is then off by 9e-5 from float64, and the graph by 3e-4.
+CHANGED = {"granite": {"attention_multiplier": 1 / 128}}
+
+
 def document(config):
     return json.loads(json.dumps(config.to_dict(), default=str))
 
@@ -155,7 +160,8 @@ def test_a_broken_graph_fails_by_the_case_that_it_breaks(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", EXACT)
 def test_types_that_native_draws_right(tmp_path, kind):
-    assert answer(question(kind), tmp_path) == {"passed": True, "why": ""}
+    asked = question(kind, **CHANGED.get(kind, {}))
+    assert answer(asked, tmp_path) == {"passed": True, "why": ""}
 
 
 @pytest.mark.slow
