@@ -220,7 +220,6 @@ def parity_job(
         composition=composition.as_dict() if composition else None,
         gates=gate_specs(artifact.gates),
         gate_stats=artifact.gate_stats,
-        gate_stats=artifact.gate_stats,
     )
 
 
