@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModel,
@@ -14,6 +15,7 @@ from transformers import (
     BertForMaskedLM,
 )
 
+from adaptrix_export.cli import main
 from adaptrix_export.errors import ParityError, SourceError, UnsupportedError
 from adaptrix_export.pipeline import build
 from adaptrix_export.published import verify_artifact
@@ -94,6 +96,33 @@ def test_a_classifier_brings_its_head(tmp_path):
     ]  # fmt: skip
     with pytest.raises(SourceError, match="a classifier"):
         Session(tmp_path / "onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("asked", "task", "name"),
+    [
+        ("auto", "text-classification", "BertForSequenceClassification"),
+        ("token-classification", "token-classification", "BertForTokenClassification"),
+    ],
+)
+def test_the_task_is_the_adapters_unless_another_is_asked_for(tmp_path, asked, task, name):
+    """The same adapter, whose `task_type` is SEQ_CLS, and the same head for every token."""
+    base = save_base("bert", tmp_path / "base", num_hidden_layers=2)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    adapter = save_trained(model, tmp_path / "a", task_type="SEQ_CLS")
+    done = CliRunner().invoke(
+        main,
+        [
+            "build", "--base", str(base), "--adapter", str(adapter), "--target", "safetensors",
+            "--task", asked, "--out", str(tmp_path / "out"), "--json",
+        ],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == [name]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["task"] == task and report["passed"]
 
 
 def test_a_pooler_drawn_at_random_is_refused(tmp_path):
