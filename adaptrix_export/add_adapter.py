@@ -178,6 +178,7 @@ def _prove(
             decode_steps=manifest["recipe"]["parity"]["decode_steps"],
             simulated=plan.base.simulated,
             gates=gates_of(manifest),
+            gate_stats=bool((manifest.get("context") or {}).get("stats")),
             adapter_folder=stage / FOLDER,
         )
         report = folders.told(prove(job, progress))

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping
 import onnx_ir as ir
 
 from adaptrix_export.lower.gates import put_gates
-from adaptrix_export.lower.slots import Branch, join
+from adaptrix_export.lower.slot_sums import join
+from adaptrix_export.lower.slots import Branch
 from adaptrix_export.lower.taps import Range, Tap, columns_of, joined
 from adaptrix_export.plan import Plan, Site
 
@@ -45,7 +46,6 @@ def join_gated(
     join(model, plain)
     if not gated:
         return 0
-    model.graph.extend(node for branch in behind for node in branch.nodes)
     taps = {site: places[site] for site in gated}
     put_gates(plan, model, taps, _contributions(model, taps, behind))
     return len(gated)
@@ -57,12 +57,11 @@ def _contributions(
     """What each site's slots contribute to it: (batch, tokens, outputs of the module)."""
     columns: dict[int, dict[Range, ir.Value]] = {}
     for branch in branches:
-        slot = branch.place.slot
+        slot, up = branch.place.slot, branch.up()
         ranges = [member.columns for member in slot.members]
-        parts, cut = columns_of(
-            model, branch.contribution, slot.outputs, ranges, f"{slot.name}.lora_parts"
-        )
-        model.graph.extend(cut)
+        name = f"{slot.name}.lora_parts"
+        parts, cut = columns_of(model, up.outputs[0], slot.outputs, ranges, name)
+        model.graph.extend([*branch.nodes, up, *cut])
         columns[id(branch.place.value)] = parts
     found = {}
     for site, tap in taps.items():

@@ -1,7 +1,7 @@
 """Adapter slots in a base graph: where they are, and what an adapter puts into them.
 
-    x -> MatMul W -------------------------> y0 \
-    x -> MatMul A (inputs, r) -> MatMul B (r, outputs) -> Add -> y
+    x -> MatMul W ----------------------------> y0 \
+    x -> MatMul A (inputs, r) -> times B (r, outputs) -> sum -> y      see `slot_sums.py`
 
 A and B are overridable initializers: graph inputs whose default has rank 0, so that a graph that
 is fed none of them computes the base. A slot belongs to a value of the graph, not to a module: for
@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from adaptrix_export.errors import AdapterError, UnsupportedError
 from adaptrix_export.load.task import GENERATION
-from adaptrix_export.lower.taps import Range, Tap, replaced
+from adaptrix_export.lower.taps import Range, Tap
 from adaptrix_export.plan import Adapter, Array, Delta, LowRank, Plan, Replacement, Site
 from adaptrix_export.runtime.graph import ADAPTER_IDS
 
@@ -161,19 +161,24 @@ def _name(members: Sequence[Member]) -> str:
 
 @dataclass(frozen=True)
 class Branch:
-    """The nodes that compute what a slot contributes, in order; they are not in the graph yet.
+    """The first half of what a slot contributes: `nodes`, in order, not in the graph yet, and the
+    factor `b` that their last output is to be multiplied by.
 
-    Make the branches of all places before any is joined: the output of one place may be what
-    another one reads, and that must be the output with the contribution in it.
+    `masked` says that rows have their own adapters. Make the branches of all places before any is
+    joined: the output of one place may be what another one reads, and that must be the output with
+    the contribution in it.
     """
 
     place: Place
     nodes: tuple[ir.Node, ...]
+    b: ir.Value
+    masked: bool = False
 
-    @property
-    def contribution(self) -> ir.Value:
-        """(batch, tokens, outputs), of what `place.value` is without an adapter."""
-        return self.nodes[-1].outputs[0]
+    def up(self) -> ir.Node:
+        """A node for the other half: it gives (batch, tokens, outputs), shaped as the value is."""
+        return node(
+            "MatMul", [self.nodes[-1].outputs[0], self.b], f"{self.place.slot.name}.lora_up"
+        )
 
 
 def slot_branches(model: ir.Model, places: Iterable[Place]) -> list[Branch]:
@@ -184,9 +189,8 @@ def slot_branches(model: ir.Model, places: Iterable[Place]) -> list[Branch]:
         rank = f"{slot.name}.rank"
         a = _input(model, slot.a, [slot.inputs, rank], (slot.inputs, 0))
         b = _input(model, slot.b, [rank, slot.outputs], (0, slot.outputs))
-        down = _node("MatMul", [place.x, a], f"{slot.name}.lora_down")
-        up = _node("MatMul", [down.outputs[0], b], f"{slot.name}.lora_up")
-        branches.append(Branch(place, (down, up)))
+        down = node("MatMul", [place.x, a], f"{slot.name}.lora_down")
+        branches.append(Branch(place, (down,), b))
     return branches
 
 
@@ -214,21 +218,11 @@ def row_branches(
         a, b = (_constant(model, name, values[name]) for name in (slot.a, slot.b))
         if owners.tobytes() not in masks:
             masks[owners.tobytes()] = _row_mask(model, ids, owners, len(masks), first)
-        down = _node("MatMul", [place.x, a], f"{slot.name}.lora_down")
-        own = _node("Mul", [down.outputs[0], masks[owners.tobytes()]], f"{slot.name}.lora_own")
-        up = _node("MatMul", [own.outputs[0], b], f"{slot.name}.lora_up")
-        branches.append(Branch(place, (down, own, up)))
+        down = node("MatMul", [place.x, a], f"{slot.name}.lora_down")
+        own = node("Mul", [down.outputs[0], masks[owners.tobytes()]], f"{slot.name}.lora_own")
+        branches.append(Branch(place, (down, own), b, masked=True))
     graph.insert_before(graph[0], first)
     return branches
-
-
-def join(model: ir.Model, branches: Iterable[Branch]) -> int:
-    """Add what each branch contributes to its place; returns how many there are."""
-    branches = list(branches)
-    for branch in branches:
-        _add(model, branch)
-    model.graph.sort()
-    return len(branches)
 
 
 def _row_mask(
@@ -241,25 +235,16 @@ def _row_mask(
     for adapter in range(count):
         table[adapter, 0] = owners == adapter
     values = _constant(model, f"adapter_rows.{number}", table)
-    node = _node("Gather", [values, ids], f"adapter_rows.{number}.mask")
-    nodes.append(node)
-    return node.outputs[0]
+    chosen = node("Gather", [values, ids], f"adapter_rows.{number}.mask")
+    nodes.append(chosen)
+    return chosen.outputs[0]
 
 
-def _add(model: ir.Model, branch: Branch) -> None:
-    """The slot's contribution joins the value, for all who read it."""
-    value = branch.place.value
-    total = _node("Add", [value, branch.contribution], f"{branch.place.slot.name}.lora_sum")
-    producer = value.producer()
-    assert producer is not None
-    model.graph.insert_after(producer, [*branch.nodes, total])
-    replaced(model, value, total.outputs[0], [total])
-
-
-def _node(kind: str, inputs: list[ir.Value], name: str) -> ir.Node:
-    node = ir.node(kind, inputs, name=name)
-    node.outputs[0].name = name
-    return node
+def node(kind: str, inputs: list[ir.Value], name: str) -> ir.Node:
+    """A node whose output has its name."""
+    made = ir.node(kind, inputs, name=name)
+    made.outputs[0].name = name
+    return made
 
 
 def _input(

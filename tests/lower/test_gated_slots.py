@@ -21,7 +21,6 @@ from adaptrix_export.cli import main
 from adaptrix_export.errors import AdapterError, ParityError, UnsupportedError
 from adaptrix_export.lower.gate_functions import DOMAIN
 from adaptrix_export.lower.merged_onnx import lower_merged_onnx
-from adaptrix_export.lower.slots import Member, Place, Slot, join, slot_branches
 from adaptrix_export.pipeline import build
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
@@ -178,37 +177,6 @@ def without_embeddings(folder):
     file = folder / "adapter_model.safetensors"
     tensors = {k: v for k, v in load_file(file).items() if "lora_" in k}
     save_file(tensors, file, metadata={"format": "pt"})
-
-
-def test_a_slot_reads_what_another_one_has_added_to():
-    """Two linear layers in a row: the second slot's input holds the first one's contribution."""
-    x = ir.Value(name="x", shape=ir.Shape(["n", 3]), type=ir.TensorType(ir.DataType.FLOAT))
-    weights = [np.full(shape, 0.5, np.float32) for shape in ((3, 4), (4, 2))]
-    named = [ir.Value(name=f"w{i}", const_value=ir.tensor(w)) for i, w in enumerate(weights)]
-    nodes = [ir.node("MatMul", [x, named[0]], name="one")]
-    nodes.append(ir.node("MatMul", [nodes[0].outputs[0], named[1]], name="two"))
-    for node in nodes:
-        node.outputs[0].name = f"{node.name}.y"
-        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    nodes[0].outputs[0].shape, nodes[1].outputs[0].shape = ir.Shape(["n", 4]), ir.Shape(["n", 2])
-    graph = ir.Graph(
-        [x], [nodes[1].outputs[0]], nodes=nodes, initializers=named, opset_imports={"": 21}
-    )
-    model = ir.Model(graph, ir_version=10)
-    sizes = ((3, 4), (4, 2))
-    places = [
-        Place(Slot(node.name, i, o, (Member(node.name, (0, o), (0, o)),)), node.inputs[0],
-              node.outputs[0])
-        for node, (i, o) in zip(nodes, sizes, strict=True)
-    ]  # fmt: skip
-    assert join(model, slot_branches(model, places)) == 2
-    session = ort.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
-    given = {"x": np.ones((1, 3), np.float32)}
-    for slot, (i, o) in zip(("one", "two"), sizes, strict=True):
-        given[f"{slot}.lora_A"] = np.ones((i, 1), np.float32)
-        given[f"{slot}.lora_B"] = np.full((1, o), 2.0, np.float32)
-    middle = given["x"] @ (weights[0] + 2)
-    assert np.allclose(session.run(None, given)[0], middle @ (weights[1] + 2))
 
 
 @pytest.mark.slow

@@ -129,8 +129,8 @@ def test_a_wrong_adapter_file_fails_the_proof(llama, tmp_path, monkeypatch, faul
 
     right = switchable_onnx.slot_values
 
-    def wrong(slots, adapter):
-        values = right(slots, adapter)
+    def wrong(slots, adapter, shares):
+        values = right(slots, adapter, shares)
         name = next(n for n in values if n.endswith("lora_B"))
         if fault == "scaled":
             values[name] = values[name] * np.float32(1.0001)
@@ -210,8 +210,8 @@ def test_two_rows_exchanged_fail_the_proof(llama, tmp_path, monkeypatch):
 
     right = switchable_onnx.stacked
 
-    def wrong(slots, adapters):
-        values, owners = right(slots, adapters)
+    def wrong(slots, adapters, shares):
+        values, owners = right(slots, adapters, shares)
         return values, {name: 1 - whose for name, whose in owners.items()}
 
     monkeypatch.setattr(switchable_onnx, "stacked", wrong)
