@@ -27,6 +27,7 @@ from adaptrix_export.check.translated import LiveTranslator
 from adaptrix_export.load.task import SEQ2SEQ
 from adaptrix_export.passes.divergence import Divergence, rounded
 from adaptrix_export.passes.live import ADAPTED, BASE
+from adaptrix_export.passes.redistribute import MEASURED
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress
 
@@ -117,7 +118,7 @@ class _Found:
 @contextmanager
 def _variants(original: Plan, plan: Plan, progress: Progress) -> Iterator[_Found]:
     """The models by name, as long as the context: their adapters' folders are temporary."""
-    moved = plan.adapters != original.adapters
+    moved = MEASURED in plan.measured  # composed adapters are still those of the files
     with ExitStack() as stack:
         own = stack.enter_context(oracle_folders(original)).adapters
         new = stack.enter_context(oracle_folders(_as_it_is(plan))).adapters if moved else own

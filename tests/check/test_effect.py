@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from adaptrix_export.check.effect import measure
 from adaptrix_export.fidelity_table import effect_table
+from adaptrix_export.passes.compose import Compose
 from adaptrix_export.passes.redistribute import Redistribute
 from adaptrix_export.passes.wire_context import WireContext
 from adaptrix_export.passes.workshop import workshop
@@ -131,3 +132,17 @@ def test_an_encoder_decoder_is_asked_to_copy(tmp_path: Path) -> None:
     told = measure(plan, half, ROWS, None, Silent())["models"]
     assert 0.3 < told["gated"]["retained"] < 1 and "clamped" not in told["gated"]
     assert told["gated"]["drift"]["median"] < told["adapted"]["drift"]["median"]
+
+
+def test_adapters_of_different_modules_are_measured_together(tmp_path: Path) -> None:
+    """Composed by their sum, which PEFT runs with all of them active; a wide gate is no gate."""
+    base = save_base("llama", tmp_path / "base", initializer_range=0.15)
+    one = save_adapter(base, tmp_path / "one", target_modules=["q_proj"])
+    two = save_adapter(base, tmp_path / "two", seed=2, target_modules=["down_proj"])
+    original = plan_of(base, one, two)
+    plan = WireContext(tau=1e3)(Compose()(original))
+    assert len(plan.gates) == 8
+    models = measure(original, plan, ROWS[:1], None, Silent())["models"]
+    assert "redistributed" not in models
+    assert models["gated"]["sites"] == models["adapted"]["sites"] == 8
+    assert models["gated"]["kl"] == pytest.approx(0, abs=1e-9)
