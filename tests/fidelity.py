@@ -52,6 +52,8 @@ STEPS = Redistribute(layers="auto").steps
 FLOORS: dict[tuple[str, str], dict[int | str, float]] = {
     (SMOLLM2, "fit"): {3: 0.45, 5: 0.60, 8: 0.70},
     (SMOLLM2, "distill"): {3: 0.75, 5: 0.85, 8: 0.90},
+    ("gpt2", "fit"): {"auto": 0.80},
+    ("gpt2", "distill"): {"auto": 0.90},
 }
 Row = dict[str, Any]
 
