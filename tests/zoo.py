@@ -89,7 +89,7 @@ def house(animal: Animal, folder: Path) -> Housed:
     model.save_pretrained(folder / "base")
     kind = TASKS[animal.task].peft
     # saved whole, and not adapted as well, which PEFT refuses
-    head = ["classifier", "score"] if animal.task in CLASSIFIERS else None
+    head = r"(.*\.)?(pre_)?(classifier|score)(\..*)?" if animal.task in CLASSIFIERS else None
     lora = LoraConfig(
         **{
             "r": 4, "lora_alpha": 7, "task_type": kind, "target_modules": _targets(animal),

@@ -11,6 +11,7 @@ from adaptrix_export.errors import SourceError, UnsupportedError
 from adaptrix_export.load.architecture import detect
 from adaptrix_export.load.experts import stack_experts
 from adaptrix_export.load.families import FAMILIES, FUSED_ON_DISK, Family, family_of
+from adaptrix_export.load.peft_keys import saved_by
 from adaptrix_export.load.quantized_base import dequantized
 from adaptrix_export.load.source import Source, resolve
 from adaptrix_export.load.task import (
@@ -177,7 +178,7 @@ def _check_pooler(
     if module is None or f"{module}.weight" in tensors:
         return
     for config in adapters:
-        if module.endswith(tuple(config.get("modules_to_save") or ("\0",))):
+        if saved_by(module, config.get("modules_to_save")):
             return
     raise UnsupportedError(
         f"{source.spec}: {task}", f"no {module} in the base", "one",

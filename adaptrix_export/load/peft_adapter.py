@@ -17,7 +17,7 @@ import regex
 
 from adaptrix_export.errors import AdapterError, SourceError, UnsupportedError
 from adaptrix_export.load.parameters import take_parameters
-from adaptrix_export.load.peft_keys import PREFIX, FileTensor, canonical
+from adaptrix_export.load.peft_keys import PREFIX, FileTensor, canonical, saved_by
 from adaptrix_export.load.reading import Reading
 from adaptrix_export.load.source import Source
 from adaptrix_export.load.tensors import StoredTensor, read_json, read_safetensors
@@ -207,7 +207,7 @@ def _whole(place: str, config: Mapping[str, Any], site: Site, parts: Parts) -> l
             found.append(Replacement(site, kind, tensor, shared=True))
         if not (tensor := parts.get(kind)):
             continue
-        own = _is_saved(site.path, tuple(config.get("modules_to_save") or ()))
+        own = saved_by(site.path, config.get("modules_to_save")) is not None
         trained_bias = kind == "bias" and config.get("bias", "none") != "none"
         if not (own or trained_bias or _is_vocabulary(tensor, site)):
             raise _unknown(place, tensor.name, "a module in modules_to_save")
@@ -234,11 +234,6 @@ def _token_rows(place: str, config: Mapping[str, Any], site: Site) -> tuple[int,
             f"{place}: {site.path}", f"trainable_token_indices = {indices!r}", "a list of rows"
         )
     return tuple(indices)
-
-
-def _is_saved(module: str, whole: tuple[str, ...]) -> bool:
-    """PEFT's rule, in which `norm` also means `input_layernorm`."""
-    return module.endswith(whole)
 
 
 def _unknown(place: str, key: str, expected: str) -> AdapterError:

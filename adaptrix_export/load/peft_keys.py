@@ -202,3 +202,12 @@ def _canonical_key(place: str, key: str, modules: Set[str]) -> tuple[str, str | 
 def _note(changed: list[tuple[str, str]]) -> str:
     old, new = changed[0]
     return f"{len(changed)} keys are not as PEFT writes them, which PEFT would drop: {old} is {new}"
+
+
+def saved_by(path: str, modules_to_save: Iterable[str] | None) -> str | None:
+    """The entry of `modules_to_save` that means this module, or one that holds it (a head of two
+    layers), by PEFT's rule: names are compared by their ends, so `norm` means `input_layernorm`."""
+    words = path.split(".")
+    holders = [".".join(words[:count]) for count in range(len(words), 0, -1)]
+    names = list(modules_to_save or ())
+    return next((name for holder in holders for name in names if holder.endswith(name)), None)

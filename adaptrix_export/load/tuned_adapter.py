@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adaptrix_export.errors import AdapterError, UnsupportedError
+from adaptrix_export.load.peft_keys import saved_by
 from adaptrix_export.load.tensors import StoredTensor, read_json, read_safetensors
 from adaptrix_export.load.tuners import REFUSED, REPLACING, TUNERS, Tuner
 from adaptrix_export.plan import Adapter, Base, Delta, Replacement, Site, Tuned
@@ -41,7 +42,7 @@ def open_tuned(
     replacements = [
         Replacement(base.architecture.site_of(path), parameter, tensor, shared=own is None)
         for (path, parameter), tensor in sorted(found.whole.items())
-        for own in [_saved_by(path, config)]
+        for own in [saved_by(path, config.get("modules_to_save"))]
     ]
     paths = module_paths(place, config, tuner, found, base)
     for site in (base.architecture.site_of(path) for path in paths):
@@ -118,12 +119,11 @@ def _is_whole(path: str, parameter: str, config: Mapping[str, Any]) -> bool:
     if parameter not in ("weight", "bias"):
         return False
     trained_bias = parameter == "bias" and config.get("bias", "none") != "none"
-    return bool(_saved_by(path, config)) or trained_bias or path.endswith(".base_layer")
-
-
-def _saved_by(path: str, config: Mapping[str, Any]) -> str | None:
-    """The entry of `modules_to_save` that means this module, by PEFT's rule."""
-    return next((m for m in config.get("modules_to_save") or () if path.endswith(m)), None)
+    return (
+        bool(saved_by(path, config.get("modules_to_save")))
+        or trained_bias
+        or path.endswith(".base_layer")
+    )
 
 
 def module_paths(
