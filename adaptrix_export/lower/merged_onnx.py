@@ -177,7 +177,8 @@ class Values:
             change = self.plan.changes().get(name)
             if change is not None:
                 return merged(change, dtype)
-            return np.concatenate(list(plain_blocks(self._stored(name), dtype)))
+            blocks = list(plain_blocks(self._stored(name), dtype))
+            return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)  # a scalar has one
 
         def rows(name: str, start: int, stop: int) -> Array:
             change = self.plan.changes().get(name)
