@@ -79,15 +79,13 @@ def measure(
 
 
 def _figures(name: str, one: _Variant, total: Divergence) -> dict[str, Any]:
-    if name == ADAPTED:
-        figures: dict[str, Any] = {"kl": 0.0, "retained": 1.0, "gain": 1.0, "agreement": 1.0}
-    else:
-        figures = {
-            "kl": total.kl(name),
-            "retained": total.retained(name),
-            "gain": total.gain(name),
-            "agreement": total.agreement(name),
-        }
+    merge = name == ADAPTED  # what the others are compared with
+    figures: dict[str, Any] = {
+        "kl": 0.0 if merge else total.kl(name),
+        "retained": 1.0 if merge else total.retained(name),
+        "agreement": 1.0 if merge else total.agreement(name),
+        "gain": total.gain(name),  # None for the merge, too, where it gains nothing on this text
+    }
     loss = total.loss()
     if loss:
         figures["loss"] = rounded(loss[name])

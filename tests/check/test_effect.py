@@ -74,6 +74,8 @@ def test_the_figures_are_those_of_the_models(folders: tuple[Path, Path]) -> None
     assert models["base"]["agreement"] == pytest.approx(same)
     assert models["base"]["retained"] == 0 and models["adapted"]["retained"] == 1
     assert models["adapted"]["loss"] == pytest.approx(loss, rel=1e-5)
+    better = models["base"]["loss"] > models["adapted"]["loss"]
+    assert models["adapted"]["gain"] == (1 if better else None)
     every = torch.cat(seen)
     assert models["adapted"]["sites"] == len(seen)
     assert models["adapted"]["drift"]["max"] == pytest.approx(float(every.max()), rel=1e-3)
