@@ -22,7 +22,7 @@ from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.lower.fold import fold, share_equal
 from adaptrix_export.lower.live_config import live_config
 from adaptrix_export.lower.onnx_graph import Graph
-from adaptrix_export.lower.trace_patches import traceable
+from adaptrix_export.lower.trace_patches import exactly_matched, traceable
 from adaptrix_export.lower.traced_interface import OUTPUTS, name_interface
 from adaptrix_export.lower.traced_sample import Sample, sample_of
 from adaptrix_export.lower.traced_weights import bind
@@ -85,7 +85,7 @@ def _simplify(model: ir.Model, weights: dict[str, Any], provider: str) -> None:
     import onnxscript.optimizer
     from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
-    with _quiet():
+    with _quiet(), exactly_matched():
         onnxscript.optimizer.optimize(model)
         share_equal(model, weights)
         while fold(model, weights):
