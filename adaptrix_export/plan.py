@@ -346,6 +346,15 @@ class Gate:
         return self.mode != "blend"
 
 
+def clamp_slope(tau: float, width: int) -> float:
+    """What a clamp to `tau` multiplies |y0| / |d| by, for outputs of `width` numbers.
+
+    It is tau less what float32 can be off by: norms of `width` squares, by 2^-24 for each in
+    whatever order they are summed, and y0 + g d, by 2^-22 |y0|.
+    """
+    return max(0.0, tau * (1 - (width + 16) * 2.0**-24) - 2.0**-22)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Base, adapters, and what the passes did, in order."""

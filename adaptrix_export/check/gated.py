@@ -16,6 +16,7 @@ import torch
 from adaptrix_export.check.job import GateSpec
 from adaptrix_export.check.live import live_parameter
 from adaptrix_export.errors import ParityError
+from adaptrix_export.plan import clamp_slope
 
 Statistics = dict[str, list[float]]  # name of a statistic -> a number a gated site
 STATISTICS = ("gate_mean", "gate_min", "clamped")
@@ -108,7 +109,7 @@ def openness(gate: GateSpec, y0: Any, d: Any) -> Any:
         return torch.ones_like(y0[..., :1])
     assert gate.tau is not None
     size = d.norm(dim=-1, keepdim=True)
-    limit = gate.tau * y0.norm(dim=-1, keepdim=True)
+    limit = clamp_slope(gate.tau, y0.shape[-1]) * y0.norm(dim=-1, keepdim=True)
     opened = torch.where(size <= limit, torch.ones_like(size), limit / size)
     return torch.where(limit > 0, opened, torch.zeros_like(size))
 

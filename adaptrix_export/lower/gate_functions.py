@@ -7,11 +7,15 @@ token's mask m (1 for a token, 0 for padding):
     Clamp   g = m min(1, tau |y0| / |d|)    y = y0 + g d
     Mask    g = m                           y = y0 + g d
 
-Clamp promises |y - y0| <= tau |y0| (1 + 1e-5) in float32, whatever the numbers. So the norms are
-taken in float64, where no square of a float32 overflows or vanishes, and the limit is a hair below
-tau |y0|: by ROUNDING |y0|, which is more than the last addition can be off by, and by TINY, which
-is more than the smallest float32 numbers can be off by and keeps 0/0 out. A padded token has a
-limit below zero, so its gate is 0.
+A decoding step spends its time on the number of nodes, so Clamp is as few as it takes, in float32:
+
+    g = HardSigmoid(|y0| / max(|d|, floor); tau, offset)
+
+`floor`, one number a token, is FLOOR, or infinite for padding, whose gate is then 0. Clamp promises
+|y - y0| <= tau |y0| (1 + 1e-5) for outputs up to 2^63, above which the norms of the model itself
+overflow. The attribute `tau` is therefore the plan's less what sums of squares and the last
+addition can be off by (`plan.clamp_slope`), and `offset` shuts the gate where |y0| is so small,
+less than 2^-55, that its squares are not all there.
 """
 
 from __future__ import annotations
@@ -20,10 +24,12 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from adaptrix_export.plan import clamp_slope
+
 DOMAIN = "ai.adaptrix"
 VERSION = 1
-ROUNDING = 2.0**-22
-TINY = 1.2345e-40
+FLOOR = 2.0**-26
+OFFSET = 2.0**-29
 
 
 class _Body:
@@ -38,36 +44,21 @@ class _Body:
         self.nodes.append(made)
         return made.outputs[0]
 
-    def double(self, number: float, name: str) -> ir.Value:
-        return self.add("Constant", name, value=ir.tensor(number, dtype=ir.DataType.DOUBLE))
 
-
-def _given(attribute: str) -> ir.Attr:
-    """An attribute of a node that the call of its function gives."""
-    return ir.RefAttr("value_float", attribute, ir.AttributeType.FLOAT)
+def _given(name: str, attribute: str) -> ir.Attr:
+    """Attribute `name` of a node, which the call of its function gives as `attribute`."""
+    return ir.RefAttr(name, attribute, ir.AttributeType.FLOAT)
 
 
 def _clamp() -> ir.Function:
-    y0, d, mask = (ir.Value(name=n) for n in ("y0", "d", "mask"))
+    y0, d, floor = (ir.Value(name=n) for n in ("y0", "d", "floor"))
     body = _Body()
-    tau = body.add("Constant", "tau", value_float=_given("tau"))
-    wide = {"to": ir.DataType.DOUBLE}
-    exact = body.add("Cast", "tau_double", tau, **wide)
-    share = body.add("Sub", "tau_below", exact, body.double(ROUNDING, "rounding"))
-    allowed = body.add("Mul", "allowed", mask, share)  # the same for all sites of one tau
-    norms = {
-        name: body.add(
-            "ReduceL2", f"{name}_norm", body.add("Cast", f"{name}_double", value, **wide),
-            body.add("Constant", f"{name}_axis", value_ints=[-1]), keepdims=1,
-        )
-        for name, value in (("y0", y0), ("d", d))
-    }  # fmt: skip
-    limit = body.add("Mul", "limit", norms["y0"], allowed)
-    below = body.add("Sub", "limit_below", limit, body.double(TINY, "tiny"))
-    ratio = body.add("Div", "ratio", below, norms["d"])
-    zero, one = body.double(0.0, "zero"), body.double(1.0, "one")
-    gate = body.add("CastLike", "gate", body.add("Clip", "gate_double", ratio, zero, one), y0)
-    return _function("Clamp", body, (y0, d, mask), gate, ["tau"])
+    axis = body.add("Constant", "axis", value_ints=[-1])
+    norms = [body.add("ReduceL2", f"{v.name}_norm", v, axis, keepdims=1) for v in (y0, d)]
+    ratio = body.add("Div", "ratio", norms[0], body.add("Max", "d_size", norms[1], floor))
+    line = {"alpha": _given("alpha", "tau"), "beta": _given("beta", "offset")}
+    gate = body.add("HardSigmoid", "gate", ratio, **line)
+    return _function("Clamp", body, (y0, d, floor), gate, ["tau", "offset"])
 
 
 def _mask() -> ir.Function:
@@ -105,9 +96,11 @@ def define(model: ir.Model, modes: set[str]) -> None:
         model.functions[function.identifier()] = function
 
 
-def call(mode: str, inputs: list[ir.Value], name: str, tau: float | None) -> ir.Node:
-    """The node of one site: (y0, d, mask) -> (y, gate)."""
-    attributes = None if tau is None else {"tau": float(tau)}
+def call(mode: str, inputs: list[ir.Value], name: str, tau: float | None, width: int) -> ir.Node:
+    """The node of one site of `width` outputs: (y0, d, mask or floor) -> (y, gate)."""
+    attributes = None
+    if tau is not None:
+        attributes = {"tau": clamp_slope(tau, width), "offset": -OFFSET * tau}
     kind = FUNCTIONS[mode][0]
     node = ir.node(kind, inputs, domain=DOMAIN, attributes=attributes, num_outputs=2, name=name)
     node.outputs[0].name, node.outputs[1].name = f"{name}.gated", f"{name}.gate"

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from adaptrix_export.errors import UnsupportedError
-from adaptrix_export.lower.gate_functions import call, define
+from adaptrix_export.lower.gate_functions import FLOOR, call, define
 from adaptrix_export.lower.merge import to_dtype
 from adaptrix_export.lower.onnx_graph import Graph
 from adaptrix_export.lower.taps import (
@@ -151,7 +151,8 @@ def _insert(
         y0, join = joined(
             [columns[id(p.value)][p.columns] for p in tap.pieces], f"{site.path}.base_output"
         )
-        node = call(gate.mode, [y0, deltas[site], masks.of(tap)], site.path, gate.tau)
+        third = masks.of(tap, gate.mode)
+        node = call(gate.mode, [y0, deltas[site], third], site.path, gate.tau, tap.outputs)
         rows, cut = columns_of(
             model, node.outputs[0], tap.outputs, [p.rows for p in tap.pieces], f"{site.path}.rows"
         )
@@ -170,12 +171,13 @@ def _insert(
 
 
 class _Masks:
-    """The mask of the tokens of this call, float64, in the shapes that the gates want."""
+    """What is known of the tokens of this call, float32, in the shapes that the gates want."""
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
         self._made: dict[str, ir.Value] = {}
-        self.rows = self._add("Unsqueeze", "rows", [self._tokens(), self._numbers("last", [-1])])
+        tokens, last = self._tokens(), self._numbers("last", [-1])
+        self.rows = self._add("Unsqueeze", "rows", [tokens, last])
 
     def _tokens(self) -> ir.Value:
         """(batch, tokens): where the graph rolls its rows, rolled in the same way."""
@@ -190,7 +192,7 @@ class _Masks:
             start = self._add("Neg", "start", [length])
             end = self._add("Shape", "end", [mask], start=1, end=2)
             chunk = self._add("Slice", "chunk", [mask, start, end, self._numbers("axis", [1])])
-        return self._add("Cast", "double", [chunk], to=ir.DataType.DOUBLE)
+        return self._add("Cast", "tokens", [chunk], to=ir.DataType.FLOAT)
 
     def _add(self, kind: str, name: str, inputs: list[ir.Value], **options: int) -> ir.Value:
         node = ir.node(kind, inputs, attributes=options or None, name=f"context.mask.{name}")
@@ -201,14 +203,28 @@ class _Masks:
     def _numbers(self, name: str, numbers: list[int]) -> ir.Value:
         return integers(self._model, f"context.mask.{name}", numbers)
 
-    def of(self, tap: Tap) -> ir.Value:
-        """(batch, tokens, 1), or (batch * tokens, 1) where the tap has them in one axis."""
+    def of(self, tap: Tap, mode: str) -> ir.Value:
+        """(batch, tokens, 1), or (batch * tokens, 1) where the tap has them in one axis.
+
+        The mask, 1 for a token and 0 for padding; for a clamp its floor.
+        """
+        name = "floor" if mode == "clamp" else "rows"
+        if name not in self._made:
+            self._made[name] = self.rows if name == "rows" else self._floor()
         if not tap.flat:
-            return self.rows
-        if "flat" not in self._made:
+            return self._made[name]
+        flat = f"flat_{name}"
+        if flat not in self._made:
             shape = self._numbers("flat_shape", [-1, 1])
-            self._made["flat"] = self._add("Reshape", "flat", [self.rows, shape])
-        return self._made["flat"]
+            self._made[flat] = self._add("Reshape", flat, [self._made[name], shape])
+        return self._made[flat]
+
+    def _floor(self) -> ir.Value:
+        """FLOOR / 1 for a token, FLOOR / 0 for padding."""
+        least = ir.node("Constant", [], {"value_float": FLOOR}, name="context.mask.least")
+        least.outputs[0].name = least.name
+        self._model.graph.append(least)
+        return self._add("Div", "floor", [least.outputs[0], self.rows])
 
     def by_row(self, gate: ir.Value, tap: Tap) -> ir.Value:
         """A site's gate as (batch, tokens, 1)."""

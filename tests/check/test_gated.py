@@ -20,7 +20,7 @@ from adaptrix_export.check.gated import compare_statistics
 from adaptrix_export.check.job import GateSpec, Job, gate_specs
 from adaptrix_export.check.report import gates_table, table
 from adaptrix_export.lower import LOWERINGS
-from adaptrix_export.lower.gate_functions import DOMAIN
+from adaptrix_export.lower.gate_functions import DOMAIN, FLOOR
 from adaptrix_export.passes.wire_context import WireContext
 from adaptrix_export.progress import Silent
 from adaptrix_export.verify import verify
@@ -92,9 +92,9 @@ def test_a_tau_that_is_five_percent_off_fails_by_node_and_by_value(
 def test_a_graph_whose_gates_ignore_the_mask_fails(right: Job, tmp_path: Path) -> None:
     def ignore(model: ir.Model) -> None:
         (mask,) = {id(n.inputs[2]): n.inputs[2] for n in gates(model)}.values()
-        one = ir.node("Constant", [], {"value": ir.tensor(1.0, dtype=ir.DataType.DOUBLE)})
-        added = ir.node("Max", [mask, one.outputs[0]])
-        added.outputs[0].name, one.outputs[0].name = "all.ones", "all.one"
+        one = ir.node("Constant", [], {"value_float": FLOOR})
+        added = ir.node("Min", [mask, one.outputs[0]])
+        added.outputs[0].name, one.outputs[0].name = "all.tokens", "all.floor"
         model.graph.insert_before(gates(model)[0], [one, added])
         for node in gates(model):
             node.replace_input_with(2, added.outputs[0])

@@ -201,7 +201,7 @@ def test_onnx_runtime_puts_the_nodes_of_the_function_in_its_place(
     )
     run = ir.load(tmp_path / "run.onnx")
     assert not [node for node in run.graph if node.domain == DOMAIN]
-    assert len([node for node in run.graph if node.op_type == "Clip"]) == 16
+    assert len([node for node in run.graph if node.op_type == "HardSigmoid"]) == 16
 
 
 @pytest.mark.slow
