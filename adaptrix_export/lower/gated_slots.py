@@ -57,15 +57,17 @@ def _contributions(
     """What each site's slots contribute to it: (batch, tokens, outputs of the module)."""
     columns: dict[int, dict[Range, ir.Value]] = {}
     for branch in branches:
-        slot, up = branch.place.slot, branch.up()
+        place, slot, up = branch.place, branch.place.slot, branch.up()
         ranges = [member.columns for member in slot.members]
         name = f"{slot.name}.lora_parts"
         parts, cut = columns_of(model, up.outputs[0], slot.outputs, ranges, name)
         model.graph.extend([*branch.nodes, up, *cut])
-        columns[id(branch.place.value)] = parts
-    found = {}
+        start = place.columns[0]
+        found = {(start + first, start + last): part for (first, last), part in parts.items()}
+        columns.setdefault(id(place.value), {}).update(found)
+    contributions = {}
     for site, tap in taps.items():
         pieces = [columns[id(piece.value)][piece.columns] for piece in tap.pieces]
-        found[site], together = joined(pieces, f"{site.path}.contribution")
+        contributions[site], together = joined(pieces, f"{site.path}.contribution")
         model.graph.extend(together)
-    return found
+    return contributions

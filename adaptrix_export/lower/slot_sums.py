@@ -9,7 +9,9 @@ it adds of an empty slot is nothing at all, so y is y0 bit for bit.
 
     x -> MatMul A -> [mask] -> MatMul B -> d,  y0 + d -> y
 
-is how it is done where the graph has no plain product to add to, or where rows are masked.
+is how it is done where the graph has no plain product to add to, or where rows are masked; and
+where modules are packed into one value, d being what their slots contribute, side by side, with
+zeros for modules without a slot.
 """
 
 from __future__ import annotations
@@ -19,27 +21,49 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from adaptrix_export.lower.slots import Branch, node
-from adaptrix_export.lower.taps import integers, replaced
+from adaptrix_export.lower.taps import integers, joined, replaced
 
 
 def join(model: ir.Model, branches: Iterable[Branch]) -> int:
     """Add what each branch contributes to its place; returns how many there are."""
-    branches = list(branches)
-    products = _Products(model)
+    by_value: dict[int, list[Branch]] = {}
     for branch in branches:
-        if branch.masked or not (_add_to_gemm(model, branch) or products.add(branch)):
-            _add(model, branch)
+        by_value.setdefault(id(branch.place.value), []).append(branch)
+    products = _Products(model)
+    for parts in by_value.values():
+        (first, *more) = parts
+        alone = not more and not first.masked and first.place.is_whole
+        if not (alone and (_add_to_gemm(model, first) or products.add(first))):
+            _add(model, parts)
     model.graph.sort()
-    return len(branches)
+    return sum(map(len, by_value.values()))
 
 
-def _add(model: ir.Model, branch: Branch) -> None:
-    """MatMul and Add: the contribution joins the value, for all who read it."""
-    value, up = branch.place.value, branch.up()
-    total = node("Add", [value, up.outputs[0]], f"{branch.place.slot.name}.lora_sum")
+def _add(model: ir.Model, branches: list[Branch]) -> None:
+    """MatMul and Add: what the branches contribute to one value joins it, for all who read it."""
+    value, name = branches[0].place.value, branches[0].place.slot.name
+    nodes = [n for branch in branches for n in branch.nodes]
+    parts: list[ir.Value] = []
+    branches.sort(key=lambda branch: branch.place.columns)
+    ends = [branch.place.columns[0] for branch in branches[1:]] + [branches[0].place.width]
+    done = 0
+    for branch, end in zip(branches, ends, strict=True):
+        up = branch.up()
+        nodes.append(up)
+        zeros = (branch.place.columns[0] - done, end - branch.place.columns[1])
+        if any(zeros):
+            widths = integers(model, f"{branch.place.slot.name}.lora_zeros", list(zeros))
+            axis = integers(model, "slots.last_axis", [-1])
+            up = ir.node("Pad", [up.outputs[0], widths, None, axis])
+            up.name = up.outputs[0].name = f"{branch.place.slot.name}.lora_wide"
+            nodes.append(up)
+        parts.append(up.outputs[0])
+        done = end
+    contribution, together = joined(parts, f"{name}.lora_parts")
+    total = node("Add", [value, contribution], f"{name}.lora_sum")
     producer = value.producer()
     assert producer is not None
-    model.graph.insert_after(producer, [*branch.nodes, up, total])
+    model.graph.insert_after(producer, [*nodes, *together, total])
     replaced(model, value, total.outputs[0], [total])
 
 

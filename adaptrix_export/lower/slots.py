@@ -4,16 +4,18 @@
     x -> MatMul A (inputs, r) -> times B (r, outputs) -> sum -> y      see `slot_sums.py`
 
 A and B are overridable initializers: graph inputs whose default has rank 0, so that a graph that
-is fed none of them computes the base. A slot belongs to a value of the graph, not to a module: for
-query, key and value packed into one MatMul the A of each stand side by side and their B are
-the blocks of a larger one. The scale is B's.
+is fed none of them computes the base. A module has a slot of its own also where the graph packs
+query, key and value into one MatMul: a B for all three would be two thirds zeros. The scale is B's.
 
 With an adapter for each row of a batch the factors of all adapters stand side by side along the
-rank instead, as weights, and what a row's own adapter did not make is multiplied by zero.
+rank instead, as weights, and what a row's own adapter did not make is multiplied by zero. There a
+slot belongs to a value of the graph: the A of the modules packed in it stand side by side, too, and
+their B are the blocks of a larger one.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -75,11 +77,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a slot is wired: it reads `x` and adds to `value`."""
+    """Where a slot is wired: it reads `x` and adds to columns `columns` of `value`, of `width`."""
 
     slot: Slot
     x: ir.Value
     value: ir.Value
+    columns: Range
+    width: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.columns == (0, self.width)
 
 
 def check_slots(plan: Plan) -> None:
@@ -127,6 +135,18 @@ def sites_of(adapters: Iterable[Adapter]) -> tuple[Site, ...]:
 
 
 def places_of(taps: Mapping[Site, Tap]) -> list[Place]:
+    """A place for each module, in the order of the sites; one for each part where it was cut."""
+    places = []
+    for site, tap in taps.items():
+        for piece in tap.pieces:
+            size = piece.columns[1] - piece.columns[0]
+            member = Member(site.path, (0, size), piece.rows)
+            slot = Slot(_name([member]), tap.inputs, size, (member,))
+            places.append(Place(slot, tap.x, piece.value, piece.columns, piece.width))
+    return _told_apart(places)
+
+
+def packed_places_of(taps: Mapping[Site, Tap]) -> list[Place]:
     """One place for each value that some site acts on, in the order of the sites."""
     values: dict[int, tuple[ir.Value, ir.Value, int, int]] = {}
     members: dict[int, list[Member]] = {}
@@ -135,17 +155,24 @@ def places_of(taps: Mapping[Site, Tap]) -> list[Place]:
             key = id(piece.value)
             values.setdefault(key, (tap.x, piece.value, tap.inputs, piece.width))
             members.setdefault(key, []).append(Member(site.path, piece.columns, piece.rows))
-    places, taken = [], set[str]()
+    places = []
     for key, (x, value, inputs, outputs) in values.items():
         held = tuple(sorted(members[key], key=lambda m: m.columns))
-        name = _name(held)
-        if name in taken:
-            raise UnsupportedError(
-                f"{name} in the graph", "two values of that name", "a slot for each",
-                "merge the adapter (target onnx)",
-            )  # fmt: skip
-        taken.add(name)
-        places.append(Place(Slot(name, inputs, outputs, held), x, value))
+        places.append(
+            Place(Slot(_name(held), inputs, outputs, held), x, value, (0, outputs), outputs)
+        )
+    return _told_apart(places)
+
+
+def _told_apart(places: list[Place]) -> list[Place]:
+    """The places, or UnsupportedError where two have one name."""
+    counted = Counter(place.slot.name for place in places)
+    twice = next((name for name, count in counted.items() if count > 1), None)
+    if twice is not None:
+        raise UnsupportedError(
+            f"{twice} in the graph", "two values of that name", "a slot for each",
+            "merge the adapter (target onnx)",
+        )  # fmt: skip
     return places
 
 

@@ -27,6 +27,7 @@ from adaptrix_export.lower.slots import (
     Slot,
     base_plan,
     check_slots,
+    packed_places_of,
     places_of,
     row_branches,
     sites_of,
@@ -61,7 +62,7 @@ def lower_switchable_onnx(
     graph = draw(alone, provider, frontend, progress)
     with progress.stage("slots"):
         found = taps(alone, graph, sites_of(plan.adapters))
-        places = places_of(found)
+        places = packed_places_of(found) if rows else places_of(found)
         slots = [place.slot for place in places]
         owners: dict[str, Array] = {}
         if rows:

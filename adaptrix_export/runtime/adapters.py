@@ -12,7 +12,8 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -51,7 +52,8 @@ class AdapterStore:
     def __init__(self, graph: DecoderGraph) -> None:
         self._graph = graph
         self._loaded: dict[str, Loaded] = {}
-        self._mixes: OrderedDict[tuple[tuple[str, float], ...], Factors] = OrderedDict()
+        self._mixes: OrderedDict[tuple[tuple[str, float], ...], Future[Factors]] = OrderedDict()
+        self._mixer = ThreadPoolExecutor(1, "adaptrix-mix")  # its thread starts with the first mix
         self._lock = threading.Lock()
 
     @property
@@ -87,11 +89,13 @@ class AdapterStore:
         log.info("adapter %s: %d bytes in %.1f ms", name, found.bytes, 1e3 * found.seconds)
         return found
 
-    def factors(self, weights: Weights) -> Factors:
-        """What to bind for a weighted mix; one adapter at weight 1 is what its file holds.
+    def factors(self, weights: Weights) -> Callable[[], Factors]:
+        """A function that gives what to bind for a weighted mix; for one adapter at weight 1, what
+        its file holds.
 
-        A mix stacks the ranks of its adapters: sum of weight * B A, exactly. Raises SourceError
-        for an unknown name or a weight that is no number.
+        A mix stacks the ranks of its adapters: sum of weight * B A, exactly. That copies all their
+        factors, so it begins now, in a thread of its own, and the function waits for it. Raises
+        SourceError for an unknown name or a weight that is no number.
         """
         with self._lock:
             missing = [name for name in weights if name not in self._loaded]
@@ -105,18 +109,24 @@ class AdapterStore:
             if isinstance(weight, bool) or not np.isfinite(weight):
                 raise SourceError(f"weight of adapter {name}", repr(weight), "a number")
         if len(weights) == 1 and next(iter(weights.values())) == 1:
-            return next(iter(chosen.values())).factors
+            own = next(iter(chosen.values())).factors
+            return lambda: own
         key = tuple(sorted(weights.items()))
         with self._lock:
             if key in self._mixes:
                 self._mixes.move_to_end(key)
-                return self._mixes[key]
-        mixed = self._on_device(_mixed(self._graph.slots, chosen, weights))
-        with self._lock:
+                return self._mixes[key].result
+            mixed = self._mixer.submit(self._mix, chosen, dict(weights))
             if all(self._loaded[name] is adapter for name, adapter in chosen.items()):
                 self._mixes[key] = mixed
                 while len(self._mixes) > MIXES:
                     self._mixes.popitem(last=False)
+        return mixed.result
+
+    def _mix(self, chosen: Mapping[str, Loaded], weights: Weights) -> Factors:
+        start = time.perf_counter()
+        mixed = self._on_device(_mixed(self._graph.slots, chosen, weights))
+        log.info("mix of %s: %.1f ms", ", ".join(chosen), 1e3 * (time.perf_counter() - start))
         return mixed
 
     def _on_device(self, factors: Factors) -> Factors:

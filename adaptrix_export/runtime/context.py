@@ -52,7 +52,7 @@ def context_statistics(
         shape = [1, slot.heads, 0, slot.size]
         values[slot.past] = make.ortvalue_from_shape_and_type(shape, slot.element)
     found = graph.session.run_with_ort_values(
-        list(OUTPUTS.values()), {**values, **choice.factors}
+        list(OUTPUTS.values()), {**values, **choice.factors()}
     )  # fmt: skip
     numbers = [value.numpy() for value in found]
     return [SiteStatistics(s, *(float(n[i]) for n in numbers)) for i, s in enumerate(sites)]

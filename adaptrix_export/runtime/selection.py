@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,13 +18,14 @@ Selection = str | Mapping[str, float] | Sequence[str | None] | None
 
 @dataclass(frozen=True)
 class Choice:
-    """A selection, resolved: `factors` to bind, or `ids` of the adapters of each row (-1: none).
+    """A selection, resolved: `factors` gives what to bind, as soon as it is ready; `ids` are the
+    adapters of each row (-1: none).
 
     One id stands for every row. `label` is what statistics call it.
     """
 
     label: str = BASE
-    factors: Factors = field(default_factory=lambda: NOTHING)
+    factors: Callable[[], Factors] = lambda: NOTHING
     ids: tuple[int, ...] = (-1,)
 
     def row_ids(self, batch: int) -> Ids:

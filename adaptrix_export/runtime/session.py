@@ -228,7 +228,7 @@ class Session:
     def _start(self, choice: Choice, batch: int, capacity: int) -> tuple[Run, str]:
         ids = choice.row_ids(batch) if self._graph.takes_ids else None
         self._statistics.request(choice.label)
-        return Run(self._graph, batch, capacity, choice.factors, ids), choice.label
+        return Run(self._graph, batch, capacity, choice.factors(), ids), choice.label
 
     def _decode(
         self,

@@ -1,11 +1,13 @@
 """What adapter slots cost: decode and prefill beside the merged graph, switching, many adapters.
 
-    make bench        # or: python tests/bench/switching.py [--runs 9] [--data FOLDER]
+    make bench        # or: python tests/bench/switching.py [--runs 4] [--sessions 4] [--data DIR]
 
 SmolLM2-135M, one thread, float32, every graph through this package's runtime in one process. The
 graphs take turns in an order that changes with every step, medians are compared, and time is the
-thread's own, so that a busy machine slows all of them alike; a second session on the merged graph
-shows what is noise. Adapters are random: rank 16 on all linear modules, or on layers 7, 15 and 22.
+thread's own, so that a busy machine slows all of them alike. Where a session's weights happen to
+lie in memory makes up to a tenth of a difference, so all sessions are opened several times; a
+second one on the merged graph shows the noise that is left. Adapters are random: rank 16 on all
+linear modules, or on layers 7, 15 and 22.
 """
 
 from __future__ import annotations
@@ -70,27 +72,32 @@ def built(folder: Path, name: str, target: str, adapters: list[str], rows: bool 
 
 
 class Timed:
-    """One graph with one choice of adapters: prefill and decode times of its own runs."""
+    """A graph with one choice of adapters: prefill and decode times of its own runs, over however
+    many sessions are given to it, one after the other."""
 
-    def __init__(self, session: Any, adapter: Any, batch: int = 1) -> None:
-        self.session, self.adapter, self.batch = session, adapter, batch
+    def __init__(self, folder: Path, adapter: Any = None, batch: int = 1) -> None:
+        self.folder, self.adapter, self.batch = folder, adapter, batch
         self.prefill: list[float] = []
         self.decode: list[float] = []
+        self.session: Any = None
         self.run: Any = None
+        self.counts = False
 
     def start(self, tokens: int) -> None:
         choice = self.session._chosen(self.adapter)
         self.run, _ = self.session._start(choice, self.batch, tokens + STEPS)
         ids = np.arange(100, 100 + tokens)[None].repeat(self.batch, 0)
-        begin = time.thread_time()  # ONNX Runtime's one thread is this one
-        self.run.step(ids, np.ones_like(ids))
-        self.prefill.append(time.thread_time() - begin)
+        self._timed(self.prefill, ids, np.ones_like(ids))
 
     def step(self, token: int) -> None:
         mask = np.ones((self.batch, self.run.length + 1), np.int64)
-        begin = time.thread_time()
-        self.run.step(np.full((self.batch, 1), token, np.int64), mask)
-        self.decode.append(time.thread_time() - begin)
+        self._timed(self.decode, np.full((self.batch, 1), token, np.int64), mask)
+
+    def _timed(self, times: list[float], ids: Any, mask: Any) -> None:
+        begin = time.thread_time()  # ONNX Runtime's one thread is this one
+        self.run.step(ids, mask)
+        if self.counts:
+            times.append(time.thread_time() - begin)
 
     def figures(self) -> tuple[float, float, float]:
         """Seconds: medians of prefill and decode, and what the best tenth of decode steps took.
@@ -101,21 +108,14 @@ class Timed:
         return statistics.median(self.prefill), statistics.median(self.decode), best
 
 
-def interleaved(cases: dict[str, Timed], runs: int, tokens: int) -> dict[str, dict[str, float]]:
+def interleaved(
+    cases: dict[str, Timed], sessions: int, runs: int, tokens: int
+) -> dict[str, dict[str, float]]:
     """Figures in ms, and as a ratio to the first case."""
-    order, shuffle = list(cases.values()), random.Random(0).shuffle
-    for turn in range(runs + 1):
-        shuffle(order)
-        for case in order:
-            case.start(tokens)
-        for token in range(STEPS):
-            shuffle(order)
-            for case in order:
-                case.step(200 + token)
-        if not turn:  # the first turn warms everything up and is not counted
-            for case in cases.values():
-                case.prefill.clear()
-                case.decode.clear()
+    for number in range(sessions):
+        order = list(cases.values())
+        order = order[number % len(order) :] + order[: number % len(order)]
+        one_session_each(order, runs, tokens, random.Random(number).shuffle)
     names = ("prefill", "decode", "decode_best")
     first = next(iter(cases.values())).figures()
     found: dict[str, dict[str, float]] = {}
@@ -125,6 +125,26 @@ def interleaved(cases: dict[str, Timed], runs: int, tokens: int) -> dict[str, di
             row[f"{name}_ms"] = round(1e3 * seconds, 3)
             row[f"{name}_ratio"] = round(seconds / start, 4)
     return found
+
+
+def one_session_each(order: list[Timed], runs: int, tokens: int, shuffle: Any) -> None:
+    """`runs` of each, after one that warms everything up and is not counted."""
+    from adaptrix_export.runtime import Session
+
+    for case in order:
+        case.session = Session(case.folder, threads=1)
+    for turn in range(runs + 1):
+        shuffle(order)
+        for case in order:
+            case.counts = turn > 0
+            case.start(tokens)
+        for token in range(STEPS):
+            shuffle(order)
+            for case in order:
+                case.step(200 + token)
+    for case in order:
+        case.session = case.run = None
+    gc.collect()
 
 
 def show(title: str, rows: dict[str, dict[str, float]]) -> None:
@@ -201,7 +221,8 @@ def in_a_process(out: Path) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--runs", type=int, default=4, help="with each session")
+    parser.add_argument("--sessions", type=int, default=4, help="of each graph")
     parser.add_argument("--data", type=Path, help="keep models and artifacts here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -214,30 +235,25 @@ def main() -> None:
         small = built(folder, "slots-small", "onnx-switchable", ["small"])
         from adaptrix_export.runtime import Session
 
-        open_ = {p.name: Session(p, threads=1) for p in (merged, slots, three)}
-        open_["again"] = Session(merged, threads=1)
         cases = {
-            "merged": Timed(open_["merged"], None),
-            "merged, a second time": Timed(open_["again"], None),  # what is noise
-            "slots, base alone": Timed(open_["slots"], None),
-            "slots, rank 16 everywhere": Timed(open_["slots"], "adapter"),
-            "slots on 3 layers, rank 16": Timed(open_["slots3"], "three"),
+            "merged": Timed(merged),
+            "merged, a second time": Timed(merged),  # what is noise
+            "slots, base alone": Timed(slots),
+            "slots, rank 16 everywhere": Timed(slots, "adapter"),
+            "slots on 3 layers, rank 16": Timed(three, "three"),
         }
-        result: dict[str, Any] = {"cost": interleaved(cases, args.runs, PROMPT)}
+        result: dict[str, Any] = {"cost": interleaved(cases, args.sessions, args.runs, PROMPT)}
         show(f"against the merged graph, {PROMPT} tokens, then {STEPS} steps", result["cost"])
-        result["use"] = switching(open_["slots"], ["adapter", "second"])
+        result["use"] = switching(Session(slots, threads=1), ["adapter", "second"])
         show("use()", {"by name": result["use"]})
-        del open_["merged"], open_["again"], open_["slots3"], cases
-        gc.collect()
-        by_row = Session(rows, threads=1)
         names = ["adapter", "second", "third"]
-        mixed = [names[row % 3] for row in range(ROWS)]
         cases = {
-            "slots, one adapter": Timed(open_["slots"], "adapter", ROWS),
-            "rows, one adapter": Timed(by_row, "adapter", ROWS),
-            "rows, three adapters": Timed(by_row, mixed, ROWS),
+            "slots, one adapter": Timed(slots, "adapter", ROWS),
+            "rows, one adapter": Timed(rows, "adapter", ROWS),
+            "rows, three adapters": Timed(rows, [names[row % 3] for row in range(ROWS)], ROWS),
         }
-        result["rows"] = interleaved(cases, max(3, args.runs // 2), 16)
+        runs = max(2, args.runs // 2)
+        result["rows"] = interleaved(cases, args.sessions, runs, 16)
         show(f"a batch of {ROWS}, 16 tokens, then {STEPS} steps", result["rows"])
         result["many"] = in_a_process(small)
         show("many small adapters on one base", result["many"])

@@ -45,7 +45,7 @@ def drawn(form):
             out.shape, out.type = ir.Shape([*axes, outputs]), ir.TensorType(ir.DataType.FLOAT)
         members = (Member(f"layer{number}", (0, outputs), (0, outputs)),)
         slot = Slot(f"layer{number}", inputs, outputs, members)
-        places.append(Place(slot, x, made[-1].outputs[0]))
+        places.append(Place(slot, x, made[-1].outputs[0], (0, outputs), outputs))
         nodes += made
         x = made[-1].outputs[0]
     graph = ir.Graph([first, ids], [x], nodes=nodes, initializers=constants,
@@ -106,7 +106,7 @@ def test_what_reads_one_value_shares_its_matrix():
         out = node.outputs[0]
         out.name = f"{name}.y"
         out.shape, out.type = ir.Shape(["b", "t", 4]), ir.TensorType(ir.DataType.FLOAT)
-        places.append(Place(Slot(name, 3, 4, (Member(name, (0, 4), (0, 4)),)), x, out))
+        places.append(Place(Slot(name, 3, 4, (Member(name, (0, 4), (0, 4)),)), x, out, (0, 4), 4))
         nodes.append(node)
     graph = ir.Graph([x, ids], [node.outputs[0] for node in nodes], nodes=nodes,
                      initializers=constants, opset_imports={"": 21})  # fmt: skip
@@ -116,3 +116,47 @@ def test_what_reads_one_value_shares_its_matrix():
     assert Counter(node.op_type for node in model.graph)["Reshape"] == 1 + 2
     given = {"x": np.ones((1, 2, 3), np.float32), "input_ids": np.zeros((1, 2), np.int64)}
     assert answers(model, given).shape == (1, 2, 4)
+
+
+def packed(slots):
+    """One product of 9 columns, and a slot for each (name, first column, last column)."""
+    x, ids = value("x", ["b", "t", 3]), value("input_ids", ["b", "t"], ir.DataType.INT64)
+    weight = ir.Value(name="w", const_value=ir.tensor(np.ones((3, 9), np.float32)))
+    node = ir.node("MatMul", [x, weight], name="qkv")
+    out = node.outputs[0]
+    out.name, out.shape, out.type = "y", ir.Shape(["b", "t", 9]), x.type
+    places = [
+        Place(Slot(name, 3, b - a, (Member(name, (0, b - a), (0, b - a)),)), x, out, (a, b), 9)
+        for name, a, b in slots
+    ]
+    graph = ir.Graph([x, ids], [out], nodes=[node], initializers=[weight],
+                     opset_imports={"": 21})  # fmt: skip
+    return ir.Model(graph, ir_version=10), places
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [
+        [("q", 0, 4), ("k", 4, 6), ("v", 6, 9)],
+        [("v", 6, 9), ("q", 0, 4)],
+        [("k", 4, 6)],
+        [("k", 4, 6), ("v", 6, 9)],
+        [("q", 0, 4)],
+    ],
+)
+def test_modules_packed_into_one_value_have_slots_of_their_own(slots):
+    model, places = packed(slots)
+    given = {"x": RANDOM.normal(size=(2, 5, 3)).astype("f"), "input_ids": np.zeros((2, 5), int)}
+    base = answers(packed([])[0], given)
+    assert join(model, slot_branches(model, places)) == len(slots)
+    assert np.array_equal(answers(model, given), base)
+    expected = base.astype(np.float64)
+    for rank, (name, first, last) in enumerate(slots, 1):
+        a, b = (RANDOM.normal(size=s).astype("f") for s in ((3, rank), (rank, last - first)))
+        given |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
+        expected[..., first:last] += given["x"].astype(np.float64) @ a @ b
+    found = answers(model, given)
+    assert np.abs(found - expected).max() < 1e-5 < np.abs(base - expected).max()
+    only = {k: v for k, v in given.items() if not k.startswith(slots[0][0])}
+    first, last = slots[0][1:]
+    assert np.array_equal(answers(model, only)[..., first:last], base[..., first:last])
