@@ -94,11 +94,26 @@ def _stored(
     if tensor is None:
         return AdapterError(
             f"{adapter.name}: {path}", f"no {parameter} in the base", "a module of the base",
-            fused_hint(base, path) or "was this adapter trained on another model?",
+            fused_hint(base, path)
+            or _task_hint(base, adapter, name)
+            or "was this adapter trained on another model?",
         )  # fmt: skip
     if tensor.dtype not in FLOATS:
         return UnsupportedError(f"{path}.{parameter}", f"dtype {tensor.dtype}", " ".join(FLOATS))
     return tensor.shape
+
+
+def _task_hint(base: Base, adapter: Adapter, name: str) -> str:
+    """A remedy when the module is there, under the name that it has in a model for another task."""
+    body = name.partition(".")[2]
+    if body not in base.tensors and not any(n.endswith(f".{name}") for n in base.tensors):
+        return ""
+    trained = adapter.config.get("task_type")
+    fitting = next((task for task, kind in TASKS.items() if kind.peft == trained), None)
+    if fitting in (None, base.task):
+        return ""
+    told = f"it was trained with task_type {trained}, and the base was opened for {base.task}"
+    return f"{told}; use --task {fitting}"
 
 
 def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> Iterator[InputError]:

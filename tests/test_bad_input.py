@@ -10,6 +10,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from adaptrix_export.cli import main
+from adaptrix_export.errors import AdapterError
+from adaptrix_export.pipeline import build
+from adaptrix_export.recipe import Recipe
 from tests.tiny import save_adapter, save_base
 
 
@@ -65,3 +68,20 @@ def test_bad_input_ends_in_one_line(tmp_path, files, monkeypatch, case):
     told = json.loads(result.stdout)
     assert result.exit_code == 2 and told["place"] and told["found"]
     assert told["expected"] or told["remedy"]
+
+
+def test_an_adapter_for_another_task_is_told_which(tmp_path):
+    """The modules are there, under the names that they have beside a head."""
+    base = save_base("llama", tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    recipe = Recipe(
+        base=str(base), adapters=[str(adapter)], target="onnx", out=tmp_path / "out",
+        task="feature-extraction",
+    )  # fmt: skip
+    with pytest.raises(AdapterError, match="task_type CAUSAL_LM.*; use --task text-generation"):
+        build(recipe)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["task_type"] = None
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="was this adapter trained on another model"):
+        build(recipe)
