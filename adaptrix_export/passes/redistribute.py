@@ -64,7 +64,7 @@ class Redistribute:
     rank: int | None = None
     calibration: Calibration = field(default_factory=Calibration)
     min_retained: float | None = None
-    steps: int = 120
+    steps: int = 200
     max_sites: int | None = None
     max_bytes: int | None = None
     max_memory: int | None = field(default=None, repr=False)  # how it runs, not what it does
