@@ -32,7 +32,8 @@ LAST, WARM = 0.1, 5  # its share at the end, steps to reach it
 CLIP = 1.0  # norm of all gradients together
 TOP = 64  # tokens of a prediction that are kept
 CHECKS = 5  # looks at unseen rows in the course of the training
-PATIENCE = 2  # of those in a row that may be no better before it stops, the rate halved at each
+PATIENCE = 3  # of those in a row that may be no better before it stops
+COOLING = 4  # what the rate is divided by each time
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _train(
 ) -> dict[str, Any]:
     """Adam over shuffled batches; the factors end as they were when unseen rows liked them best.
 
-    Where they like them less it goes on from there at half the rate, for a rate that suits one
+    Where they like them less it goes on from there at a lower rate, for one that suits one
     adapter can be too high for another.
     """
     generator = torch.Generator().manual_seed(work.seed)
@@ -220,7 +221,7 @@ def _train(
             worse += 1
             _restore(parameters, kept)
             optimizer.state.clear()
-            peak /= 2
+            peak /= COOLING
             if worse >= PATIENCE:
                 break
     _restore(parameters, kept)
