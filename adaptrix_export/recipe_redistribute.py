@@ -74,7 +74,10 @@ class Redistribution(Section):
     min_retained: float | None = Field(
         default=None, ge=0, le=1, description="Fail where less of the adapter than this is kept."
     )
-    steps: int = Field(default=200, ge=1, strict=True, description="Training steps of distill.")
+    steps: int | None = Field(
+        default=None, ge=1, strict=True,
+        description="Training steps of distill; by default 100 and 20 for each layer.",
+    )  # fmt: skip
     max_sites: int | None = Field(default=None, ge=1, strict=True, description="For search.")
     max_bytes: int | None = Field(default=None, ge=1, strict=True, description="For search.")
     max_memory: int | None = Field(

@@ -34,10 +34,10 @@ from adaptrix_export.passes.layers import choose_layers
 from adaptrix_export.passes.live import ADAPTED, STUDENT, Live, factors_of
 from adaptrix_export.passes.live import BASE as BARE
 from adaptrix_export.passes.moved import Terms, common_dtype, factors
-from adaptrix_export.passes.redistribute import RANK_FACTOR, Redistribute, taken_apart
+from adaptrix_export.passes.redistribute import RANK_FACTOR, taken_apart
 from adaptrix_export.passes.strategies import STRATEGIES, Moved
 from adaptrix_export.passes.strategies.distill import distill
-from adaptrix_export.passes.work import STEP_TOKENS, Work
+from adaptrix_export.passes.work import STEP_TOKENS, Work, distill_steps
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
 from tests.fidelity_models import HOME, SUBJECTS, out_of_domain, smollm2_base, trained_adapter
@@ -47,7 +47,6 @@ __all__ = ["BASE", "HOME", "out_of_domain", "trained_adapter"]  # for `gate_tabl
 BASE = smollm2_base()
 SMOLLM2 = "smollm2"
 TOKENS = 8192
-STEPS = Redistribute(layers="auto").steps
 # The least of all seeds. Those of SmolLM2 were set beforehand, the others are as found.
 FLOORS: dict[tuple[str, str], dict[int | str, float]] = {
     (SMOLLM2, "fit"): {3: 0.45, 5: 0.60, 8: 0.70},
@@ -126,16 +125,16 @@ class Bench:
         self.plan = Plan(self.base, (adapter,))
         stack, self.terms, _ = taken_apart(self.plan, adapter)
         self.live = Live.open(self.base, ((model, adapter.folder),), stack)
-        self.held = Held(self.live, self.rows("pydoc", 0).held, scratch, self.base.task)
+        self.held = Held(self.live, self.rows("pydoc", 0, 0).held, scratch, self.base.task)
         self.fitted: dict[tuple[Any, ...], tuple[Moved, float]] = {}
 
     @cache  # noqa: B019  # one bench a model, as long as the process
-    def rows(self, text: str, seed: int) -> Rows:
+    def rows(self, text: str, seed: int, steps: int) -> Rows:
         calibration = Calibration(text, TOKENS, self.subject.length, seed)
         live = self.live
         return calibration_rows(
             calibration, self.base, live.vocabulary, live.positions, live.generate,
-            more_tokens=STEPS * STEP_TOKENS,
+            more_tokens=steps * STEP_TOKENS,
         )  # fmt: skip
 
     def row(self, wanted: Row) -> Row:
@@ -159,13 +158,14 @@ class Bench:
 
     def work(self, wanted: Row, scratch: Path) -> Work:
         text, seed = str(wanted["text"]), int(wanted["seed"])
+        targets = choose_layers(wanted["layers"], len(self.live.layers))
+        steps = distill_steps(len(targets))
         rank = max(sum(t.rank for t in held) for held in self.terms.values())
         self.live.detach_all()
         return Work(
-            base=self.base, stack=self.subject.stack, terms=self.terms,
-            targets=choose_layers(wanted["layers"], len(self.live.layers)),
-            rank=RANK_FACTOR * rank, dtype=common_dtype(self.terms), steps=STEPS, seed=seed,
-            live=self.live, rows=self.rows(text, seed), scratch=scratch, progress=Silent(),
+            base=self.base, stack=self.subject.stack, terms=self.terms, targets=targets,
+            rank=RANK_FACTOR * rank, dtype=common_dtype(self.terms), steps=steps, seed=seed,
+            live=self.live, rows=self.rows(text, seed, steps), scratch=scratch, progress=Silent(),
         )  # fmt: skip
 
     def moved(self, wanted: Row, work: Work) -> tuple[Moved, float]:

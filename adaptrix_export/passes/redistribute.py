@@ -41,6 +41,7 @@ MEASURED = "fidelity"  # in Plan.measured
 # Times the adapter's largest rank: what a site of a target layer may have in the place of a third
 # to a tenth of all layers.
 RANK_FACTOR = 4
+_SEARCHED = 5  # layers for whose training there is text before `search` has counted them
 TASKS_MOVED = (GENERATION, FEATURES, *CLASSIFIERS)
 WORDS = ("select", "fold", "fit", "distill")
 
@@ -50,7 +51,8 @@ class Redistribute:
     """Moves every delta of the stack onto `layers` (see `layers.py`) by a strategy.
 
     `rank` bounds what is computed for a site (None: four times the adapter's largest);
-    `min_retained` is the least share that must be kept; `steps` are those of `distill`;
+    `min_retained` is the least share that must be kept; `steps` are those of `distill` (None: by the
+    number of layers, see `distill_steps`);
     `max_sites` and `max_bytes` are the budget of `layers: search`. `max_memory` is the bytes that
     the model's weights may take (None: most of what is free); a larger model is read layer by
     layer.
@@ -64,7 +66,7 @@ class Redistribute:
     rank: int | None = None
     calibration: Calibration = field(default_factory=Calibration)
     min_retained: float | None = None
-    steps: int = 200
+    steps: int | None = None
     max_sites: int | None = None
     max_bytes: int | None = None
     max_memory: int | None = field(default=None, repr=False)  # how it runs, not what it does
@@ -147,12 +149,14 @@ class Redistribute:
     ) -> Work:
         """The text, the target layers, and the rest of what a strategy needs."""
         from adaptrix_export.passes.search import search
-        from adaptrix_export.passes.work import STEP_TOKENS, Work
+        from adaptrix_export.passes.work import STEP_TOKENS, Work, distill_steps
 
         shop = self.workshop
         assert shop is not None
+        targets: tuple[int, ...] = ()
         if self.layers != SEARCH:  # before any work is done
-            choose_layers(self.layers, len(live.layers))
+            targets = choose_layers(self.layers, len(live.layers))
+        steps = self.steps or distill_steps(len(targets) or _SEARCHED)
         calibration = self.calibration
         if live.reader is not None:
             shop.progress.note("memory does not hold the model: its layers are read one by one")
@@ -161,17 +165,17 @@ class Redistribute:
         with shop.progress.stage("calibration: text"):
             rows = calibration_rows(
                 calibration, plan.base, live.vocabulary, live.positions, live.generate,
-                more_tokens=self.steps * STEP_TOKENS if self.strategy == "distill" else 0,
+                more_tokens=steps * STEP_TOKENS if self.strategy == "distill" else 0,
             )  # fmt: skip
         work = Work(
-            base=plan.base, stack=stack, terms=terms, targets=(), rank=rank,
-            dtype=common_dtype(terms), steps=self.steps, seed=self.calibration.seed, live=live,
+            base=plan.base, stack=stack, terms=terms, targets=targets, rank=rank,
+            dtype=common_dtype(terms), steps=steps, seed=self.calibration.seed, live=live,
             rows=rows, scratch=shop.folder_for(f"states of {adapter.name}"),
             progress=shop.progress,
         )  # fmt: skip
         if self.layers == SEARCH:
             return replace(work, targets=search(work, self.max_sites, self.max_bytes))
-        return replace(work, targets=choose_layers(self.layers, len(live.layers)))
+        return work
 
     def _moved(self, work: Work, adapter: Adapter) -> Moved:
         """What the strategy makes of it; nothing, where all of it is on the target layers."""

@@ -18,6 +18,14 @@ BATCH_TOKENS = 1024  # that go through a layer at once
 STEP_TOKENS = 256  # of a training step
 
 
+def distill_steps(targets: int) -> int:
+    """Training steps of `distill` by default: more layers have more factors to train.
+
+    SmolLM2 on 3, 5 and 8 of 30 layers retains .77, .85 and .90 after them.
+    """
+    return 100 + 20 * targets
+
+
 @dataclass(frozen=True)
 class Work:
     """The deltas of one stack, where they are to go, the models and the text to see them by.
