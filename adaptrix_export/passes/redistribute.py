@@ -52,9 +52,9 @@ class Redistribute:
 
     `rank` bounds what is computed for a site (None: four times the adapter's largest);
     `min_retained` is the least share that must be kept; `steps` are those of `distill` (None: 100
-    and 20 for each layer); `max_sites` and `max_bytes` are the budget of `layers: search`. `max_memory` is the bytes that
-    the model's weights may take (None: most of what is free); a larger model is read layer by
-    layer.
+    and 20 for each layer); `max_sites` and `max_bytes` are the budget of `layers: search`.
+    `max_memory` is the bytes that the model's weights may take (None: most of what is free); a
+    larger model is read layer by layer.
 
     Raises UnsupportedError for what cannot be moved, RecipeError for layers that the base lacks,
     FidelityError for too little retained.
