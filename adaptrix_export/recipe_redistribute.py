@@ -76,7 +76,7 @@ class Redistribution(Section):
     )
     steps: int | None = Field(
         default=None, ge=1, strict=True,
-        description="Training steps of distill; by default 40 for each layer, at least 160.",
+        description="Training steps of distill; by default 100 and 20 for each layer.",
     )  # fmt: skip
     max_sites: int | None = Field(default=None, ge=1, strict=True, description="For search.")
     max_bytes: int | None = Field(default=None, ge=1, strict=True, description="For search.")

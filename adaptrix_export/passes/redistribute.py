@@ -51,8 +51,8 @@ class Redistribute:
     """Moves every delta of the stack onto `layers` (see `layers.py`) by a strategy.
 
     `rank` bounds what is computed for a site (None: four times the adapter's largest);
-    `min_retained` is the least share that must be kept; `steps` are those of `distill` (None: 40
-    for each layer, at least 160); `max_sites` and `max_bytes` are the budget of `layers: search`.
+    `min_retained` is the least share that must be kept; `steps` are those of `distill` (None: 100
+    and 20 for each layer); `max_sites` and `max_bytes` are the budget of `layers: search`.
     `max_memory` is the bytes that the model's weights may take (None: most of what is free); a
     larger model is read layer by layer.
 
