@@ -19,6 +19,8 @@ from adaptrix_export.load.task import GENERATION
 from adaptrix_export.lower.gate_functions import DOMAIN, FUNCTIONS
 from adaptrix_export.plan import clamp_slope
 
+_WIDEST = 2**18  # outputs of a module
+
 
 @dataclass(frozen=True)
 class OracleGates:
@@ -137,6 +139,3 @@ def _is_node_of(gate: GateSpec, node: Any) -> bool:
         return True
     # the widest output that there is has the smallest slope, 2% below
     return bool(clamp_slope(gate.tau, _WIDEST) <= cast(float, tau.value) <= np.float32(gate.tau))
-
-
-_WIDEST = 2**18

@@ -113,9 +113,12 @@ class AdapterStore:
             return lambda: own
         key = tuple(sorted(weights.items()))
         with self._lock:
-            if key in self._mixes:
+            known = self._mixes.get(key)
+            if known is not None and not (
+                known.done() and known.exception()
+            ):  # or it is tried anew
                 self._mixes.move_to_end(key)
-                return self._mixes[key].result
+                return known.result
             mixed = self._mixer.submit(self._mix, chosen, dict(weights))
             if all(self._loaded[name] is adapter for name, adapter in chosen.items()):
                 self._mixes[key] = mixed
