@@ -54,10 +54,10 @@ type: $(VENV)/.test
 	$(BIN)/mypy
 
 bench: $(VENV)/.test
-	$(QUIET_ENV) $(BIN)/python tests/bench/merge_speed.py
-	$(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python tests/bench/switching.py
+	$(QUIET_ENV) $(BIN)/python -m tests.bench.merge_speed
+	$(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.switching
 	$(QUIET_ENV) $(BIN)/python -m tests.bench.gates
-	$(QUIET_ENV) $(BIN)/python tests/bench/redistribution.py
+	$(QUIET_ENV) $(BIN)/python -m tests.bench.redistribution
 
 gates: $(VENV)/.test
 	$(QUIET_ENV) $(BIN)/python -m tests.gate_table

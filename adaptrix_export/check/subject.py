@@ -13,7 +13,7 @@ from adaptrix_export.check.job import Job
 from adaptrix_export.errors import ParityError
 from adaptrix_export.load.task import FEATURES, GENERATION, SEQ2SEQ
 from adaptrix_export.runtime.adapters import FOLDER, SUFFIX
-from adaptrix_export.runtime.graph import ADAPTER_IDS
+from adaptrix_export.runtime.graph import ADAPTER_IDS, GRAPH
 
 CONTEXT = "context."  # how the outputs begin that tell of gates
 Ids = NDArray[np.int64]
@@ -45,14 +45,16 @@ class OnnxSubject:
 
     own_inputs: tuple[str, ...] = ()  # of a kind of graph, beyond that interface
 
-    def __init__(self, folder: Path, threads: int | None, task: str = GENERATION) -> None:
+    def __init__(
+        self, folder: Path, threads: int | None, task: str = GENERATION, file: str = GRAPH
+    ) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
         self._session = ort.InferenceSession(
-            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+            str(folder / file), options, providers=["CPUExecutionProvider"]
         )
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self.statistics: dict[str, list[float]] = {}  # of the gates, in the last step
@@ -65,7 +67,7 @@ class OnnxSubject:
         if odd or self._answer not in self._outputs:
             inside = ", ".join(sorted(known)) + (f", {_PAST}*" if cached else "")
             raise ParityError(
-                "model.onnx",
+                file,
                 f"inputs {odd} beyond the interface" if odd else f"no output {self._answer}",
                 f"{inside} -> {self._answer}" + (", present.*" if cached else ""),
             )

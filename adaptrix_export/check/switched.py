@@ -32,13 +32,15 @@ from adaptrix_export.check.prompts import Prompts, prompts
 from adaptrix_export.check.reference import Reference
 from adaptrix_export.check.replay import replay
 from adaptrix_export.check.stored import open_stored
-from adaptrix_export.check.subject import SwitchableSubject, adapter_values
+from adaptrix_export.check.subject import OnnxSubject, SwitchableSubject, adapter_values
 from adaptrix_export.lower.slots import Slot
 from adaptrix_export.progress import Progress
+from adaptrix_export.runtime.graph import SLOTLESS
 from adaptrix_export.runtime.stamps import FACTS
 
 ALONE = ", each adapter by itself"
 BASE = "base alone"
+TWIN = "base alone, without slots"
 # A slot holds A as it is and scale * B rounded once to fp32; sums of fp64 products differ by less.
 ROUNDING = 2.0**-23
 NOISE = 2.0**-46
@@ -88,9 +90,12 @@ def run_switched(job: Job, progress: Progress) -> dict[str, Any]:
             factors[name] = check_factors(slots, held, reference, shares)
         reference.close()
     assert asked is not None
+    entries = list[dict[str, Any]]()
+    if answered[0].name is None and "rows" not in facts:
+        entries += _compared_twin(job, cases, asked, answered[0], progress)
     with progress.stage("artifact: loading"):
         subject = SwitchableSubject(job)
-    entries = _compared(job, cases, subject, asked, answered, progress)
+    entries += _compared(job, cases, subject, asked, answered, progress)
     passed = replayed["passed"] and all(entry["passed"] for entry in (*entries, *factors.values()))
     told: dict[str, Any] = {}
     if job.gates:
@@ -136,6 +141,25 @@ def _nothing() -> dict[str, Any]:
         "tensors": 0, "elements": 0, "changed": 0, "worst": worst, "failed": 0, "failures": [],
         "unmapped": [], "passed": True,
     }  # fmt: skip
+
+
+def _compared_twin(
+    job: Job,
+    cases: Sequence[Case],
+    asked: Prompts,
+    base: Answers,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """A line for each case on the graph without slots."""
+    limits = tolerance_of(job.precision, job.task)
+    with progress.stage("the graph without slots", len(cases), "cases") as advance:
+        subject = OnnxSubject(job.artifact, job.threads, file=SLOTLESS)
+        entries = []
+        for case in cases:
+            entry = compare(case, subject, asked, base.of[case.ask], limits)
+            entries.append({**entry, "name": f"{TWIN}: {case.name}"})
+            advance(1)
+    return entries
 
 
 def _compared(

@@ -43,7 +43,7 @@ def join_gated(
     for branch in branches:
         members = {member.site for member in branch.place.slot.members}
         (behind if members <= paths else plain).append(branch)
-    join(model, plain)
+    join(model, plain, settle=not gated)  # the gates are wired to whole values
     if not gated:
         return 0
     taps = {site: places[site] for site in gated}

@@ -4,14 +4,15 @@
     x2 -> MatMul W -> y0 -> Gemm(t, B, y0) -> y
 
 A Gemm adds while it multiplies: a node less than MatMul and Add, and a pass less over the outputs.
-It takes matrices, so that batch and tokens are one axis there (x2), and two again after it. What
-it adds of an empty slot is nothing at all, so y is y0 bit for bit.
+It takes matrices, so that batch and tokens are one axis there (x2; see `matrices.py`). What it adds
+of an empty slot is nothing at all, so y is y0 bit for bit.
 
     x -> MatMul A -> [mask] -> MatMul B -> d,  y0 + d -> y
 
-is how it is done where the graph has no plain product to add to, or where rows are masked; and
-where modules are packed into one value, d being what their slots contribute, side by side, with
-zeros for modules without a slot.
+is how it is done where the graph has no plain product to add to, or where rows are masked.
+
+Where modules are packed into one value, d is what their slots contribute, side by side, with zeros
+for modules without a slot, and the product of the module itself is the Gemm that adds it.
 """
 
 from __future__ import annotations
@@ -20,28 +21,47 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
+from adaptrix_export.lower.matrices import Matrices
 from adaptrix_export.lower.slots import Branch, node
 from adaptrix_export.lower.taps import integers, joined, replaced
 
 
-def join(model: ir.Model, branches: Iterable[Branch]) -> int:
-    """Add what each branch contributes to its place; returns how many there are."""
+def join(model: ir.Model, branches: Iterable[Branch], settle: bool = True) -> int:
+    """Add what each branch contributes to its place; returns how many there are.
+
+    Without `settle` the values of the graph that were whole stay so, for others to be wired to.
+    """
     by_value: dict[int, list[Branch]] = {}
     for branch in branches:
         by_value.setdefault(id(branch.place.value), []).append(branch)
     products = _Products(model)
     for parts in by_value.values():
         (first, *more) = parts
-        alone = not more and not first.masked and first.place.is_whole
-        if not (alone and (_add_to_gemm(model, first) or products.add(first))):
+        alone = not more and first.place.is_whole
+        if first.masked or not (
+            (alone and (_add_to_gemm(model, first) or products.add(first)))
+            or (not alone and products.add_packed(parts))
+        ):
             _add(model, parts)
+    if settle:
+        products.matrices.settle()
     model.graph.sort()
     return sum(map(len, by_value.values()))
 
 
 def _add(model: ir.Model, branches: list[Branch]) -> None:
     """MatMul and Add: what the branches contribute to one value joins it, for all who read it."""
-    value, name = branches[0].place.value, branches[0].place.slot.name
+    value = branches[0].place.value
+    contribution, nodes = _side_by_side(model, branches)
+    total = node("Add", [value, contribution], f"{branches[0].place.slot.name}.lora_sum")
+    producer = value.producer()
+    assert producer is not None
+    model.graph.insert_after(producer, [*nodes, total])
+    replaced(model, value, total.outputs[0], [total])
+
+
+def _side_by_side(model: ir.Model, branches: list[Branch]) -> tuple[ir.Value, list[ir.Node]]:
+    """What the branches contribute to one value, as wide as that is, and the nodes for it."""
     nodes = [n for branch in branches for n in branch.nodes]
     parts: list[ir.Value] = []
     branches.sort(key=lambda branch: branch.place.columns)
@@ -59,12 +79,8 @@ def _add(model: ir.Model, branches: list[Branch]) -> None:
             nodes.append(up)
         parts.append(up.outputs[0])
         done = end
-    contribution, together = joined(parts, f"{name}.lora_parts")
-    total = node("Add", [value, contribution], f"{name}.lora_sum")
-    producer = value.producer()
-    assert producer is not None
-    model.graph.insert_after(producer, [*nodes, *together, total])
-    replaced(model, value, total.outputs[0], [total])
+    contribution, together = joined(parts, f"{branches[0].place.slot.name}.lora_parts")
+    return contribution, [*nodes, *together]
 
 
 def _add_to_gemm(model: ir.Model, branch: Branch) -> bool:
@@ -85,63 +101,61 @@ def _gemm(branch: Branch, value: ir.Value) -> ir.Node:
 
 
 class _Products:
-    """Products of a whole (batch, tokens, inputs) with a weight, made products of matrices."""
+    """Products of a whole (batch, tokens, inputs) with a weight, made products of matrices.
+
+    Both ways to add return False, and do nothing, where the value is not such a product, with or
+    without a bias.
+    """
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
-        self._matrices: dict[int, ir.Value] = {}
-        self._shape: ir.Value | None = None
-        self._ids = next((v for v in model.graph.inputs if v.name == "input_ids"), None)
+        self.matrices = Matrices(model)
 
     def add(self, branch: Branch) -> bool:
-        """False, and nothing done, where the value is not such a product, with or without bias."""
-        down = branch.nodes[0]
-        x = down.inputs[0]
-        assert x is not None  # what `branch.place.x` is by now: an earlier slot may have joined it
-        product = _product(branch.place.value, x)
-        if product is None or not self._is_whole(x):
+        """A slot on all columns: its last product takes the module's own and adds to that."""
+        found = self._found([branch])
+        if found is None:
             return False
-        model, name, value = self._model, branch.place.slot.name, product.outputs[0]
-        matrix = self._matrix(x, branch.place.slot.inputs)
-        for reader in (product, down):
+        product, matrix = found
+        for reader in (product, branch.nodes[0]):
             reader.replace_input_with(0, matrix)
-        total = _gemm(branch, value)
-        whole = node("Reshape", [total.outputs[0], self._whole()], f"{name}.lora_whole")
-        model.graph.insert_after(product, [*branch.nodes, total, whole])
-        replaced(model, value, whole.outputs[0], [total])
-        value.shape = None  # a matrix now
+        total = _gemm(branch, product.outputs[0])
+        self._join(product, [*branch.nodes, total], branch.place.slot.name)
         return True
 
-    def _is_whole(self, x: ir.Value) -> bool:
-        """Whether x has the batch and the tokens of this call, and one axis more."""
-        if x.shape is None or self._ids is None or self._ids.shape is None:
+    def add_packed(self, branches: list[Branch]) -> bool:
+        """Slots on some columns each: the module's own product takes what they give together."""
+        found = self._found(branches)
+        weight = found[0].inputs[1] if found is not None else None
+        if found is None or weight is None or weight.shape is None or len(weight.shape) != 2:
             return False
-        return list(x.shape)[:-1] == list(self._ids.shape)
+        product, matrix = found
+        for branch in branches:
+            branch.nodes[0].replace_input_with(0, matrix)
+        contribution, nodes = _side_by_side(self._model, branches)
+        name = branches[0].place.slot.name
+        total = node("Gemm", [matrix, weight, contribution], f"{name}.lora_sum")
+        self._join(product, [*nodes, total], name)
+        self._model.graph.remove(product, safe=True)
+        return True
 
-    def _matrix(self, x: ir.Value, inputs: int) -> ir.Value:
-        """(batch * tokens, inputs), once for all slots that read x."""
-        if id(x) not in self._matrices:
-            sizes = integers(self._model, f"{x.name}.matrix_shape", [-1, inputs])
-            made = node("Reshape", [x, sizes], f"{x.name}.matrix")
-            producer = x.producer()
-            if producer is None:
-                self._model.graph.insert_before(self._model.graph[0], [made])
-            else:
-                self._model.graph.insert_after(producer, [made])
-            self._matrices[id(x)] = made.outputs[0]
-        return self._matrices[id(x)]
+    def _found(self, branches: list[Branch]) -> tuple[ir.Node, ir.Value] | None:
+        """The product, and the matrix that it and the branches are to read."""
+        place = branches[0].place
+        x = branches[0].nodes[0].inputs[0]
+        assert x is not None  # what `place.x` is by now: an earlier slot may have joined it
+        product = _product(place.value, x)
+        if product is None or not self.matrices.is_whole(x):
+            return None
+        return product, self.matrices.of(x, place.slot.inputs)
 
-    def _whole(self) -> ir.Value:
-        """[batch, tokens, -1]"""
-        if self._shape is None:
-            assert self._ids is not None  # `_is_whole` saw to it
-            sizes = node("Shape", [self._ids], "slots.batch_and_tokens")
-            rest = integers(self._model, "slots.rest", [-1])
-            made = ir.node("Concat", [sizes.outputs[0], rest], {"axis": 0}, name="slots.whole")
-            made.outputs[0].name = made.name
-            self._model.graph.insert_before(self._model.graph[0], [sizes, made])
-            self._shape = made.outputs[0]
-        return self._shape
+    def _join(self, product: ir.Node, nodes: list[ir.Node], name: str) -> None:
+        """Put the nodes behind the product; the last one gives what is read in its place."""
+        (*_, total), value = nodes, product.outputs[0]
+        whole = self.matrices.whole(total.outputs[0], f"{name}.lora_whole")
+        self._model.graph.insert_after(product, [*nodes, whole])
+        replaced(self._model, value, whole.outputs[0], [total])
+        value.shape = None  # a matrix now
 
 
 def _product(value: ir.Value, x: ir.Value) -> ir.Node | None:

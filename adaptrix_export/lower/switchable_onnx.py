@@ -1,11 +1,14 @@
 """Target `onnx-switchable`: the base's graph with slots, and a file for each adapter.
 
-With rows, the adapters are in the graph, side by side, and every row of a batch chooses its own.
+Beside it lies the graph without slots, over the same weights file, for a runtime that does not want
+to pay for slots while no adapter is in them. With rows, the adapters are in the graph, side by
+side, and every row of a batch chooses its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ from adaptrix_export.lower.taps import taps
 from adaptrix_export.plan import Adapter, Array, Plan
 from adaptrix_export.progress import Progress
 from adaptrix_export.runtime.adapters import FOLDER, SUFFIX
+from adaptrix_export.runtime.graph import SLOTLESS
 from adaptrix_export.runtime.stamps import model_version
 
 TARGET = "onnx-switchable"
@@ -60,6 +64,9 @@ def lower_switchable_onnx(
     alone = base_plan(plan)
     names = [adapter.name for adapter in plan.adapters]
     graph = draw(alone, provider, frontend, progress)
+    graphs = {MODEL: graph}
+    if not rows:
+        graphs[SLOTLESS] = replace(graph, model=graph.model.clone())
     with progress.stage("slots"):
         found = taps(alone, graph, sites_of(plan.adapters))
         places = packed_places_of(found) if rows else places_of(found)
@@ -71,7 +78,7 @@ def lower_switchable_onnx(
         else:
             branches = slot_branches(graph.model, places)
         join_gated(plan, graph.model, found, branches)
-    hashes = {DATA: write_data(Values(alone), {MODEL: graph}, stage / DATA, progress)}
+    hashes = {DATA: write_data(Values(alone), graphs, stage / DATA, progress)}
     entries = [slot.as_dict() for slot in slots]
     gates = [(gate.site.path, gate.mode, gate.tau, gate.weight) for gate in plan.gates]
     parts = (plan.base.architecture.model_type, hashes[DATA], entries)
@@ -81,7 +88,10 @@ def lower_switchable_onnx(
         ranks = [{**slot.as_dict(), "owners": owners[slot.name].tolist()} for slot in slots]
         facts = {"rows": names, "row_slots": ranks}
     state_facts(graph.model, model_version=version, **facts)
-    hashes[MODEL] = write_model(graph.model, plan.base, stage / MODEL)
+    if SLOTLESS in graphs:
+        state_facts(graphs[SLOTLESS].model)
+    for file, one in graphs.items():
+        hashes[file] = write_model(one.model, plan.base, stage / file)
     note_unused((graph,), progress)
     switchable: dict[str, Any] = {"model_version": version, "slots": entries, "rows": rows}
     switchable["adapters"] = {}

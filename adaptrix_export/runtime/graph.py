@@ -16,6 +16,7 @@ from adaptrix_export.runtime.providers import AUTO, absent, wanted
 from adaptrix_export.runtime.stamps import FACTS
 
 GRAPH = "model.onnx"
+SLOTLESS = "slotless.onnx"  # beside a graph with slots: the base over the same weights file
 ENCODER = "encoder_model.onnx"  # beside a decoder that takes its states
 LOGITS = "logits"
 ADAPTER_IDS = "adapter_ids"
@@ -23,6 +24,12 @@ ADAPTER_IDS = "adapter_ids"
 # ONNX Runtime's name of an element type -> its number in ONNX.
 _CACHE_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 _LOGIT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+# What has a file, and how to make one.
+_MADE_BY = {
+    GRAPH: ("an ONNX artifact folder", "name a folder that `build --target onnx` made"),
+    SLOTLESS: ("an artifact with slots, and not of an adapter a row", "leave the twin out"),
+}
 
 Ids = NDArray[np.int64]
 
@@ -64,22 +71,23 @@ def _refuse_others(folder: Path) -> None:
 
 
 class DecoderGraph:
-    """An ONNX Runtime session over `model.onnx` of an artifact folder.
+    """An ONNX Runtime session over `model.onnx`, or another `file`, of an artifact folder.
 
     Raises SourceError if the folder holds no graph, or one that is not a language model, and for
     a provider that is not there. `shares_cache` says that the cache may be updated in place;
     `rows` names the adapters that `adapter_ids` chooses among, where the graph has that input.
     """
 
-    def __init__(self, folder: Path, threads: int = 0, provider: str = AUTO) -> None:
-        path = folder / GRAPH
+    def __init__(
+        self, folder: Path, threads: int = 0, provider: str = AUTO, file: str = GRAPH
+    ) -> None:
+        path = folder / file
         _refuse_others(folder)
         if not path.is_file():
             raise SourceError(
                 str(folder),
-                f"no {GRAPH}",
-                "an ONNX artifact folder",
-                "name a folder that `build --target onnx` made",
+                f"no {file}",
+                *_MADE_BY[file],
             )
         self.session = _session(path, threads, provider)
         found = self.session.get_providers()

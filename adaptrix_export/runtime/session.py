@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from adaptrix_export.errors import SourceError
 from adaptrix_export.runtime.adapters import SUFFIX, AdapterStore, listed
 from adaptrix_export.runtime.context import SiteStatistics, context_statistics
-from adaptrix_export.runtime.graph import DecoderGraph, Ids
+from adaptrix_export.runtime.graph import SLOTLESS, DecoderGraph, Ids
 from adaptrix_export.runtime.padding import padded
 from adaptrix_export.runtime.providers import AUTO
 from adaptrix_export.runtime.running import Run
@@ -50,13 +50,20 @@ class Session:
     Raises SourceError if `folder` is not an artifact, here or at the first use of a part that it
     lacks. `threads` is the number that ONNX Runtime works with, 0 for its own choice; `provider`
     is auto (the best there is), cpu or cuda. The artifact's adapters are loaded and checked here.
+
+    With `twin`, requests without an adapter run on a second graph over the same weights file, one
+    without slots: they cost what they would if there were none, and ONNX Runtime holds the weights
+    of both graphs in memory. Only an artifact with slots has it.
     """
 
-    def __init__(self, folder: Path | str, threads: int = 0, provider: str = AUTO) -> None:
+    def __init__(
+        self, folder: Path | str, threads: int = 0, provider: str = AUTO, twin: bool = False
+    ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise SourceError(str(folder), "no such folder", "an ONNX artifact folder")
         self._graph = DecoderGraph(self.folder, threads, provider)
+        self._twin = DecoderGraph(self.folder, threads, provider, SLOTLESS) if twin else None
         self._store = AdapterStore(self._graph)
         self._statistics = Statistics()
         self._current = Choice()
@@ -228,7 +235,9 @@ class Session:
     def _start(self, choice: Choice, batch: int, capacity: int) -> tuple[Run, str]:
         ids = choice.row_ids(batch) if self._graph.takes_ids else None
         self._statistics.request(choice.label)
-        return Run(self._graph, batch, capacity, choice.factors(), ids), choice.label
+        factors = choice.factors()
+        graph = self._graph if factors or self._twin is None else self._twin
+        return Run(graph, batch, capacity, factors, ids), choice.label
 
     def _decode(
         self,

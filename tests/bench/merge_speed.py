@@ -1,6 +1,6 @@
 """Merging to safetensors: this tool beside PEFT, on the same inputs, as whole processes in turn.
 
-    make bench        # or: python tests/bench/merge_speed.py [--runs 3]
+    make bench        # or: python -m tests.bench.merge_speed [--runs 3]
 
 Prints seconds and peak resident memory of each process: SmolLM2-135M with a rank-16 LoRA on all
 linear modules, then a model of twice as many layers. Parity is off, because PEFT's side has none.

@@ -1,6 +1,6 @@
 """What `redistribute` takes: seconds and peak memory, beside loading the same model.
 
-    make bench        # or: python tests/bench/redistribution.py [--parity full] [--only fit,...]
+    make bench        # or: python -m tests.bench.redistribution [--parity full] [--only fit,...]
 
 SmolLM2-135M with the demo's adapter moved onto five layers, fitted on 8,192 tokens, each row a
 process of its own, proof included if asked for. The model's own memory is that of a process which
@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from merge_speed import PREPARE, measured
+from tests.bench.merge_speed import PREPARE, measured
 
 LOAD = """
 import sys, torch

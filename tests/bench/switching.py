@@ -1,13 +1,13 @@
 """What adapter slots cost: decode and prefill beside the merged graph, switching, many adapters.
 
-    make bench        # or: python tests/bench/switching.py [--runs 4] [--sessions 4] [--data DIR]
+    make bench        # or: python -m tests.bench.switching [--runs 4] [--sessions 4] [--data DIR]
 
 SmolLM2-135M, one thread, float32, every graph through this package's runtime in one process. The
 graphs take turns in an order that changes with every step, medians are compared, and time is the
 thread's own, so that a busy machine slows all of them alike. Where a session's weights happen to
 lie in memory makes up to a tenth of a difference, so all sessions are opened several times; a
 second one on the merged graph shows the noise that is left. Adapters are random: rank 16 on all
-linear modules, or on layers 7, 15 and 22.
+linear modules, or on layers 7, 15 and 22. `twin` is a session with the graph without slots beside.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import random
 import statistics
 import subprocess
 import sys
@@ -24,9 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-from merge_speed import PREPARE, measured
+
+from tests.bench.merge_speed import PREPARE, measured
+from tests.bench.timed import STEPS, Timed, interleaved
 
 MORE = """
 import sys, torch
@@ -50,7 +50,7 @@ for name, seed, options in rows:
             torch.nn.init.normal_(value, std=0.02)
     peft.save_pretrained(out / name)
 """
-PROMPT, STEPS, ROWS = 128, 24, 8
+PROMPT, ROWS = 128, 8
 
 
 def prepared(folder: Path) -> None:
@@ -69,82 +69,6 @@ def built(folder: Path, name: str, target: str, adapters: list[str], rows: bool 
         build(Recipe(base=str(folder / "base"), adapters=sources, target=target, out=out,
                      rows=rows, parity={"level": "off"}))  # fmt: skip
     return out
-
-
-class Timed:
-    """A graph with one choice of adapters: prefill and decode times of its own runs, over however
-    many sessions are given to it, one after the other."""
-
-    def __init__(self, folder: Path, adapter: Any = None, batch: int = 1) -> None:
-        self.folder, self.adapter, self.batch = folder, adapter, batch
-        self.prefill: list[float] = []
-        self.decode: list[float] = []
-        self.session: Any = None
-        self.run: Any = None
-        self.counts = False
-
-    def start(self, tokens: int) -> None:
-        choice = self.session._chosen(self.adapter)
-        self.run, _ = self.session._start(choice, self.batch, tokens + STEPS)
-        ids = np.arange(100, 100 + tokens)[None].repeat(self.batch, 0)
-        self._timed(self.prefill, ids, np.ones_like(ids))
-
-    def step(self, token: int) -> None:
-        mask = np.ones((self.batch, self.run.length + 1), np.int64)
-        self._timed(self.decode, np.full((self.batch, 1), token, np.int64), mask)
-
-    def _timed(self, times: list[float], ids: Any, mask: Any) -> None:
-        begin = time.thread_time()  # ONNX Runtime's one thread is this one
-        self.run.step(ids, mask)
-        if self.counts:
-            times.append(time.thread_time() - begin)
-
-    def figures(self) -> tuple[float, float, float]:
-        """Seconds: medians of prefill and decode, and what the best tenth of decode steps took.
-
-        The last is the cost itself where others use the memory at the same time.
-        """
-        best = statistics.quantiles(self.decode, n=10)[0]
-        return statistics.median(self.prefill), statistics.median(self.decode), best
-
-
-def interleaved(
-    cases: dict[str, Timed], sessions: int, runs: int, tokens: int
-) -> dict[str, dict[str, float]]:
-    """Figures in ms, and as a ratio to the first case."""
-    for number in range(sessions):
-        order = list(cases.values())
-        order = order[number % len(order) :] + order[: number % len(order)]
-        one_session_each(order, runs, tokens, random.Random(number).shuffle)
-    names = ("prefill", "decode", "decode_best")
-    first = next(iter(cases.values())).figures()
-    found: dict[str, dict[str, float]] = {}
-    for label, case in cases.items():
-        row = found[label] = {}
-        for name, seconds, start in zip(names, case.figures(), first, strict=True):
-            row[f"{name}_ms"] = round(1e3 * seconds, 3)
-            row[f"{name}_ratio"] = round(seconds / start, 4)
-    return found
-
-
-def one_session_each(order: list[Timed], runs: int, tokens: int, shuffle: Any) -> None:
-    """`runs` of each, after one that warms everything up and is not counted."""
-    from adaptrix_export.runtime import Session
-
-    for case in order:
-        case.session = Session(case.folder, threads=1)
-    for turn in range(runs + 1):
-        shuffle(order)
-        for case in order:
-            case.counts = turn > 0
-            case.start(tokens)
-        for token in range(STEPS):
-            shuffle(order)
-            for case in order:
-                case.step(200 + token)
-    for case in order:
-        case.session = case.run = None
-    gc.collect()
 
 
 def show(title: str, rows: dict[str, dict[str, float]]) -> None:
@@ -210,12 +134,11 @@ def many(out: Path) -> dict[str, dict[str, float]]:
 
 def in_a_process(out: Path) -> dict[str, dict[str, float]]:
     """`many` on its own."""
-    code = "import json, sys, switching; from pathlib import Path; "
-    code += "print(json.dumps(switching.many(Path(sys.argv[1]))))"
+    code = "import json, sys; from pathlib import Path; from tests.bench.switching import many; "
+    code += "print(json.dumps(many(Path(sys.argv[1]))))"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(out.resolve())], cwd=Path(__file__).parent,
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code, str(out.resolve())], check=True, capture_output=True, text=True
+    )
     return dict(json.loads(done.stdout))
 
 
@@ -239,6 +162,7 @@ def main() -> None:
             "merged": Timed(merged),
             "merged, a second time": Timed(merged),  # what is noise
             "slots, base alone": Timed(slots),
+            "slots, base alone, twin": Timed(slots, twin=True),
             "slots, rank 16 everywhere": Timed(slots, "adapter"),
             "slots on 3 layers, rank 16": Timed(three, "three"),
         }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
@@ -15,6 +17,7 @@ from adaptrix_export.check.report import summary
 from adaptrix_export.errors import RecipeError, UnsupportedError
 from adaptrix_export.lower.adapter_file import write_adapter
 from adaptrix_export.pipeline import build
+from adaptrix_export.runtime.graph import SLOTLESS
 from adaptrix_export.runtime.stamps import adapter_version
 from tests.artifacts import plan_of
 from tests.switchable import recipe, switchable
@@ -37,8 +40,8 @@ def feeds(session, ids=IDS):
     return {n: v for n, v in given.items() if n in {i.name for i in session.get_inputs()}}
 
 
-def opened(folder):
-    return ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+def opened(folder, file="model.onnx"):
+    return ort.InferenceSession(str(folder / file), providers=["CPUExecutionProvider"])
 
 
 def test_base_alone_is_the_base_graph_bit_for_bit(llama, tmp_path):
@@ -48,9 +51,13 @@ def test_base_alone_is_the_base_graph_bit_for_bit(llama, tmp_path):
 
     plan = plan_of(llama.base)
     lower_merged_onnx(Plan(plan.base, ()), tmp_path, Silent())
-    base, slots = opened(tmp_path), opened(llama.out)
-    ours, theirs = slots.run(None, feeds(slots)), base.run(None, feeds(base))
-    assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    expected = opened(tmp_path)
+    theirs = expected.run(None, feeds(expected))
+    for file in ("model.onnx", SLOTLESS):
+        base = opened(llama.out, file)
+        ours = base.run(None, feeds(base))
+        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert not any("lora" in value.name for value in base.get_overridable_initializers())
 
 
 def test_onnxruntime_applies_the_files_through_run_options(llama):
@@ -114,7 +121,19 @@ def test_the_proof_covers_every_adapter_and_the_base(tmp_path, kind):
 def test_the_artifact_as_it_is_passes(llama):
     report = llama.proof()
     assert report["passed"], summary(report)
-    assert len(report["cases"]) == 4 * 2
+    assert len(report["cases"]) == (4 + 1) * 2  # the base twice: with slots and without
+
+
+def test_a_wrong_graph_without_slots_fails_the_proof(llama, tmp_path):
+    shutil.copytree(llama.out, tmp_path / "out")
+    model = ir.load(tmp_path / "out" / SLOTLESS)
+    norm = next(n for n in model.graph if "Norm" in n.op_type)
+    norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-2)
+    ir.save(model, tmp_path / "out" / SLOTLESS)
+    report = replace(llama, out=tmp_path / "out").proof()
+    wrong = {case["name"] for case in report["cases"] if not case["passed"]}
+    assert not report["passed"] and len(wrong) == 2
+    assert all(name.startswith("base alone, without slots: ") for name in wrong)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from adaptrix_export.errors import SourceError
 from adaptrix_export.pipeline import build
 from adaptrix_export.runtime import Sampling, Session
+from adaptrix_export.runtime.graph import SLOTLESS
 from adaptrix_export.runtime.stamps import adapter_version
 from tests.switchable import recipe, switchable
 from tests.tiny import VOCAB, live, save_adapter, save_base
@@ -155,6 +157,30 @@ def test_statistics_count_requests_and_bytes(made):
     # up: 64 x 16 and 16 x 96, down: 96 x 16 and 16 x 64, on two layers, four bytes each
     assert stats["adapters"]["mlp"]["bytes"] == 2 * 2 * 16 * (64 + 96) * 4
     assert stats["switches"]["number"] == 1 and stats["switches"]["max_ms"] > 0
+
+
+def test_a_twin_serves_requests_without_an_adapter_and_no_others(made, session, copy):
+    twin = Session(made.out, threads=1, twin=True)
+    for mode in MODES:
+        assert answer(twin, mode) == answer(session, mode)
+    plain = session.logits([PROMPT])
+    model = ir.load(copy / SLOTLESS)  # it alone: logits of the other sign
+    (logits,) = (value for value in model.graph.outputs if value.name == "logits")
+    producer = logits.producer()
+    turned = ir.node("Neg", [logits])
+    model.graph.insert_after(producer, [turned])
+    logits.name, turned.outputs[0].name = "plain", "logits"
+    turned.outputs[0].shape, turned.outputs[0].type = logits.shape, logits.type
+    model.graph.outputs[0] = turned.outputs[0]
+    ir.save(model, copy / SLOTLESS)
+    changed = Session(copy, threads=1, twin=True)
+    assert np.array_equal(changed.logits([PROMPT]), -plain)
+    assert np.array_equal(changed.logits([PROMPT], adapter="mlp"),
+                          session.logits([PROMPT], adapter="mlp"))  # fmt: skip
+    assert np.array_equal(Session(copy, threads=1).logits([PROMPT]), plain)
+    (copy / SLOTLESS).unlink()
+    with pytest.raises(SourceError, match="no slotless.onnx.*leave the twin out"):
+        Session(copy, twin=True)
 
 
 def test_unknown_names_and_kinds_are_refused(session):

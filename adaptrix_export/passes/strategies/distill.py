@@ -1,7 +1,11 @@
 """`distill`: starts from `fit`, then trains the new factors alone to predict as the adapted model.
 
 It reads each row of text once, as far as there is text: the closed form has enough in 8,000 tokens,
-but factors that meet them three times learn those by heart. The loss is KL(adapted || student).
+but factors that meet them three times learn those by heart. The loss is KL(adapted || student) and,
+with a weight, how far the residual behind the last layer is from the adapted model's: a token of
+text says little about a distribution, and as many numbers of a residual as that is wide. On eight
+layers of SmolLM2-135M that takes what is retained on unseen topics from .899 to .913.
+
 What lies below the first target layer never changes, so its residual is kept in a file; of the
 adapted model's predictions the TOP most likely tokens are kept, and the rest counts as one. Every
 module that the adapter uses anywhere is trained at every target layer, all at one rank: a new
@@ -27,7 +31,9 @@ from adaptrix_export.passes.strategies import Moved
 from adaptrix_export.passes.strategies.fit import CHOSEN_BY, fit
 from adaptrix_export.passes.work import STEP_TOKENS, Work
 
-PEAK = 2e-3  # learning rate: with 120 steps on five layers, half and twice that ended 7% worse
+RESIDUAL = 4.0  # weight of the residual's error beside the KL; with 12 it ends the same
+PEAK = 1e-3  # learning rate: up to 2e-3 most runs end the same, and some of them worse
+BETAS = (0.9, 0.95)  # of Adam: in so few steps a longer memory of gradients holds on to the first
 LAST, WARM = 0.1, 5  # its share at the end, steps to reach it
 CLIP = 1.0  # norm of all gradients together
 TOP = 64  # tokens of a prediction that are kept
@@ -69,18 +75,20 @@ def distill(work: Work, started: Moved | None = None) -> Moved:
     below = _below(work, ids)
     seen = list(torch.split(torch.arange(rows - unseen), batch))
     checked = list(torch.split(torch.arange(rows - unseen, rows), batch))
+    last = States(work.scratch, "last.f32", (*ids.shape, live.width))
     with work.progress.stage("distilling: what to predict", rows, "rows") as advance:
-        wanted = {int(b[0]): _answers(live, work, ids[b], advance) for b in (*seen, *checked)}
+        wanted = {int(b[0]): _answers(live, work, ids, b, last, advance) for b in (*seen, *checked)}
 
-    def loss(batch: Tensor) -> Tensor:
+    def losses(batch: Tensor) -> tuple[Tensor, Tensor]:
         start, stop = int(batch[0]), int(batch[-1]) + 1
         hidden = below.read(start, stop, live.device)
         for number in range(work.targets[0], len(live.layers)):
             hidden = live.trained(number, hidden)
+        apart = _apart(last.read(start, stop, live.device), hidden)
         answer = live.leave(ids[start:stop].to(live.device), hidden)
-        return _distance(wanted[start], answer)
+        return _distance(wanted[start], answer), apart
 
-    told = _train(work, [x for pair in pairs.values() for x in pair], loss, seen, checked)
+    told = _train(work, [x for pair in pairs.values() for x in pair], losses, seen, checked)
     terms: Terms = {
         place: (as_term(place, _as_numpy(pairs[work.path(*place)]), work.dtype),)
         for place in _places(work, started.terms)
@@ -145,15 +153,18 @@ def _below(work: Work, ids: Tensor) -> States:
     return states
 
 
-def _answers(live: Live, work: Work, ids: Tensor, advance: Callable[[int], None]) -> _Wanted:
-    """What the adapted model answers to a batch of rows."""
-    fed = ids.to(live.device)
+def _answers(
+    live: Live, work: Work, ids: Tensor, batch: Tensor, last: States, advance: Callable[[int], None]
+) -> _Wanted:
+    """What the adapted model answers to a batch of rows; its residual goes into `last`."""
+    fed = ids[batch].to(live.device)
     with torch.no_grad():
         hidden = live.enter(fed)
         for number in range(len(live.layers)):
             hidden = live.layer(ADAPTED, number, hidden)
+        last.write(int(batch[0]), hidden)
         answer = live.leave(fed, hidden).float()
-        advance(len(ids))
+        advance(len(batch))
         if work.base.task == FEATURES:
             return _Wanted(answer, None)
         chances = answer.log_softmax(-1)
@@ -164,14 +175,19 @@ def _answers(live: Live, work: Work, ids: Tensor, advance: Callable[[int], None]
 def _distance(wanted: _Wanted, answer: Tensor) -> Tensor:
     """KL in nats a token, the tokens that were not kept as one; or squared relative difference."""
     if wanted.tokens is None:
-        off = (answer - wanted.values).square().sum(-1) / wanted.values.square().sum(-1)
-        return off.mean()
+        return _apart(wanted.values, answer)
     found = answer.float().log_softmax(-1).gather(-1, wanted.tokens)
     kl = (wanted.values.exp() * (wanted.values - found)).sum(-1)
     if wanted.values.shape[-1] < answer.shape[-1]:
         rest = _rest(wanted.values)
         kl = kl + rest * (rest.log() - _rest(found).log())
     return kl.mean()
+
+
+def _apart(wanted: Tensor, found: Tensor) -> Tensor:
+    """Squared relative difference of vectors (rows, tokens, width), a mean over the tokens."""
+    off = (found - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
+    return off.mean()
 
 
 def _rest(values: Tensor) -> Tensor:
@@ -182,20 +198,21 @@ def _rest(values: Tensor) -> Tensor:
 def _train(
     work: Work,
     parameters: list[Any],
-    loss: Callable[[Tensor], Tensor],
+    losses: Callable[[Tensor], tuple[Tensor, Tensor]],
     seen: list[Tensor],
     checked: list[Tensor],
 ) -> dict[str, Any]:
     """Adam over shuffled batches; the factors end as they were when unseen rows liked them best.
 
-    Where they like them less it goes on from there at a lower rate, for one that suits one
-    adapter can be too high for another.
+    `losses` are the distance of a batch's answers and that of its residuals; unseen rows are asked
+    for the first alone. Where they like the factors less it goes on from the best ones at a lower
+    rate, for one that suits one adapter can be too high for another.
     """
     generator = torch.Generator().manual_seed(work.seed)
     peak = PEAK
-    optimizer = torch.optim.Adam(parameters, lr=peak)
+    optimizer = torch.optim.Adam(parameters, lr=peak, betas=BETAS)
     every = max(1, work.steps // CHECKS)
-    best = _mean(loss, checked)
+    best = _mean(losses, checked)
     told: dict[str, Any] = {"steps": 0, "unseen_before": _rounded(best)}
     kept, worse = [p.detach().clone() for p in parameters], 0
     order: list[int] = []
@@ -205,15 +222,15 @@ def _train(
                 order = torch.randperm(len(seen), generator=generator).tolist()
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate(step, work.steps)
-            value = loss(seen[order.pop()])
-            torch.autograd.backward(value)
+            distance, apart = losses(seen[order.pop()])
+            torch.autograd.backward(distance + RESIDUAL * apart)
             torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             advance(1)
             if (step + 1) % every and step + 1 != work.steps:
                 continue
-            now = _mean(loss, checked)
+            now = _mean(losses, checked)
             if now < best:
                 best, worse, told["steps"] = now, 0, step + 1
                 kept = [p.detach().clone() for p in parameters]
@@ -240,9 +257,9 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM) * cosine
 
 
-def _mean(loss: Callable[[Tensor], Tensor], batches: list[Tensor]) -> float:
+def _mean(losses: Callable[[Tensor], tuple[Tensor, Tensor]], batches: list[Tensor]) -> float:
     with torch.no_grad():
-        return sum(float(loss(batch)) for batch in batches) / len(batches)
+        return sum(float(losses(batch)[0]) for batch in batches) / len(batches)
 
 
 def _rounded(value: float) -> float:
