@@ -53,6 +53,8 @@ FLOORS: dict[tuple[str, str], dict[int | str, float]] = {
     (SMOLLM2, "distill"): {3: 0.75, 5: 0.85, 8: 0.90},
     ("gpt2", "fit"): {"auto": 0.80},
     ("gpt2", "distill"): {"auto": 0.90},
+    ("minilm", "fit"): {"auto": 0.80},
+    ("minilm", "distill"): {"auto": 0.90},
 }
 Row = dict[str, Any]
 
