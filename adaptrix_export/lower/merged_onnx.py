@@ -108,7 +108,7 @@ def write_data(
     values_of: Values, graphs: Mapping[str, Graph], path: Path, progress: Progress
 ) -> str:
     """Evaluate each initializer, write it once, and point the graphs at its bytes; returns the
-    sha256. Equal expressions share their bytes."""
+    sha256. Equal expressions share their bytes, and so does a constant of several graphs."""
     wanted = {(name, file): graph for file, graph in graphs.items() for name in graph.weights}
     sizes = {
         repr(g.weights[n]): _size(g.model.graph.initializers[n]) for (n, _), g in wanted.items()
@@ -130,13 +130,16 @@ def write_data(
                 advance(placed[key][1])
             value = graph.model.graph.initializers[name]
             value.const_value = _external(name, ir.DataType.FLOAT, placed[key], path)
+        constants: dict[int, tuple[object, tuple[int, int, tuple[int, ...]]]] = {}
         for graph in graphs.values():
             for name, value in sorted(graph.model.graph.initializers.items()):
                 constant = value.const_value
                 if isinstance(constant, ir.ExternalTensor) or constant is None:
                     continue
                 if constant.nbytes > INLINE:
-                    placed_at = write(constant.numpy())
+                    if id(constant) not in constants:  # a copy of a graph shares its constants
+                        constants[id(constant)] = (constant, write(constant.numpy()))
+                    _, placed_at = constants[id(constant)]
                     value.const_value = _external(name, constant.dtype, placed_at, path)
         return out.hexdigest
 

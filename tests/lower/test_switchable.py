@@ -58,6 +58,13 @@ def test_base_alone_is_the_base_graph_bit_for_bit(llama, tmp_path):
         ours = base.run(None, feeds(base))
         assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert not any("lora" in value.name for value in base.get_overridable_initializers())
+    files = [ir.load(llama.out / file).graph.initializers for file in ("model.onnx", SLOTLESS)]
+    slots, alone = (
+        {n: (t.offset, t.length) for n, v in found.items()
+         if isinstance(t := v.const_value, ir.ExternalTensor)}
+        for found in files
+    )  # fmt: skip
+    assert alone and alone.items() <= slots.items()  # no weight is there twice
 
 
 def test_onnxruntime_applies_the_files_through_run_options(llama):
