@@ -60,16 +60,16 @@ bench: $(VENV)/.test
 	$(QUIET_ENV) $(BIN)/python -m tests.bench.redistribution
 
 gates: $(VENV)/.test
-	$(QUIET_ENV) $(BIN)/python -m tests.gate_table
+	$(QUIET_ENV) $(BIN)/python -m tests.tools.gate_table
 
 matrix: $(VENV)/.test
-	$(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix --jobs 2
+	$(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m tests.tools.matrix --jobs 2
 
 fidelity: $(VENV)/.test
-	$(QUIET_ENV) $(BIN)/python -m tests.fidelity
+	$(QUIET_ENV) $(BIN)/python -m tests.tools.fidelity
 
 zoo: $(VENV)/.test
-	$(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo --jobs 2
+	$(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m tests.tools.zoo --jobs 2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

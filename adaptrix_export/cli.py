@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from adaptrix_export import __version__, failures
+from adaptrix_export import __version__
 from adaptrix_export.commands.add_adapter import add_adapter
 from adaptrix_export.commands.build import build
 from adaptrix_export.commands.conflicts import conflicts
@@ -26,6 +26,7 @@ from adaptrix_export.commands.run import run
 from adaptrix_export.commands.schema import schema
 from adaptrix_export.commands.validate import validate
 from adaptrix_export.commands.verify import verify
+from adaptrix_export.show import failures
 
 
 class Commands(click.Group):

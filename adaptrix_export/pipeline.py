@@ -11,23 +11,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adaptrix_export.check.altered import oracle_folders
-from adaptrix_export.check.bases import other_base
-from adaptrix_export.check.job import Job, gate_specs
-from adaptrix_export.check.parity import prove
-from adaptrix_export.check.report import save, summary
 from adaptrix_export.errors import ParityError
-from adaptrix_export.gated import with_context, with_gates_of
+from adaptrix_export.graph.expression import names
 from adaptrix_export.load import Reading, open_adapter
 from adaptrix_export.load.base_weights import note_of, open_bases
-from adaptrix_export.load.finite import check_finite
-from adaptrix_export.load.mismatch import fitted
+from adaptrix_export.load.files.finite import check_finite
+from adaptrix_export.load.fit.invariants import verify
+from adaptrix_export.load.fit.mismatch import fitted
 from adaptrix_export.load.text import read_text
-from adaptrix_export.lower import LOWERINGS
-from adaptrix_export.lower.approximate import Loss, approximated
-from adaptrix_export.lower.approximate import told as approximations_told
-from adaptrix_export.lower.artifact import Artifact
-from adaptrix_export.lower.weights import names
+from adaptrix_export.oracle.job import Job, gate_specs
+from adaptrix_export.oracle.peft_folders import oracle_folders
 from adaptrix_export.package import (
     InputHashes,
     build_manifest,
@@ -37,17 +30,24 @@ from adaptrix_export.package import (
     write_manifest,
     write_package,
 )
-from adaptrix_export.passes.composition import Composition
+from adaptrix_export.package.redistributed import keep_redistributed, oracle_plan, with_oracle
+from adaptrix_export.passes.approximate import Loss, approximated
+from adaptrix_export.passes.approximate import told as approximations_told
+from adaptrix_export.passes.context import Workshop, workshop
+from adaptrix_export.passes.gating import with_context, with_gates_of
 from adaptrix_export.passes.pool import Pool
-from adaptrix_export.passes.workshop import Workshop, workshop
 from adaptrix_export.plan import Pass, Plan
+from adaptrix_export.plan.composition import Composition
 from adaptrix_export.progress import Progress, Silent
+from adaptrix_export.prove.bases import other_base
+from adaptrix_export.prove.parity import prove
 from adaptrix_export.recipe import Recipe
-from adaptrix_export.recipe_compose import compose_of
-from adaptrix_export.recipe_redistribute import redistribution
-from adaptrix_export.recipe_words import ParityLevel, Pooling, Target
-from adaptrix_export.redistributed import keep_redistributed, oracle_plan, with_oracle
-from adaptrix_export.verify import verify
+from adaptrix_export.recipe.compose import compose_of
+from adaptrix_export.recipe.redistribute import redistribution
+from adaptrix_export.recipe.words import ParityLevel, Pooling, Target
+from adaptrix_export.show.parity_tables import save, summary
+from adaptrix_export.targets import LOWERINGS
+from adaptrix_export.targets.artifact import Artifact
 
 REPORT = "report.json"
 
@@ -113,7 +113,7 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
 def open_plan(recipe: Recipe) -> Plan:
     """The plan before any pass: base and adapters as they are on disk, headers only.
 
-    The adapters are read as they mean on this base; see `load/adjust.py` and `load/mismatch.py`.
+    The adapters are read as they mean on this base; see `load/fit/adjust.py` and `load/fit/mismatch.py`.
     """
     specs = [adapter.source for adapter in recipe.adapters]
     simulated = recipe.simulate.value if recipe.simulate else None
@@ -139,7 +139,7 @@ def with_conflicts(plan: Plan, progress: Progress) -> Plan:
     """The plan with the conflict report of its adapters, if it has several."""
     if len(plan.adapters) < 2:
         return plan
-    from adaptrix_export.passes.conflicts import conflicts
+    from adaptrix_export.measure.conflicts import conflicts
 
     return replace(plan, measured={**plan.measured, "conflicts": conflicts(plan, progress)})
 

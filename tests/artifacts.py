@@ -8,11 +8,11 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from adaptrix_export.load import open_adapter, open_base
-from adaptrix_export.lower.artifact import Artifact
-from adaptrix_export.lower.merged_onnx import lower_merged_onnx
 from adaptrix_export.package import write_package
 from adaptrix_export.plan import Pass, Plan
 from adaptrix_export.progress import Silent
+from adaptrix_export.targets.artifact import Artifact
+from adaptrix_export.targets.merged_onnx import lower_merged_onnx
 from tests.tiny import VOCAB, save_adapter, save_base
 
 SPECIAL = ["<s>", "</s>", "<pad>"]

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptrix_export.check.child import run
-from adaptrix_export.check.job import Job
+from adaptrix_export.oracle.job import Job
 from adaptrix_export.pipeline import Outcome, build
 from adaptrix_export.progress import Silent
+from adaptrix_export.prove.child import run
 from adaptrix_export.recipe import Recipe
 from tests.artifacts import save_base_with_tokenizer
 from tests.tiny import save_adapter

@@ -14,11 +14,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 import adaptrix_export
-from adaptrix_export import recipe, recipe_words, terminal
 from adaptrix_export.cli import main
 from adaptrix_export.commands.build import build as build_command
 from adaptrix_export.errors import AdapterError, ParityError, VerificationError
 from adaptrix_export.pipeline import Outcome
+from adaptrix_export.recipe import recipe
+from adaptrix_export.recipe import words as recipe_words
+from adaptrix_export.show import terminal
 from tests.tiny import save_adapter, save_base
 
 ROOT = Path(__file__).parents[1]
@@ -284,7 +286,7 @@ def test_verify(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((path, base, adapters))
         return found
 
-    monkeypatch.setattr("adaptrix_export.published.verify_artifact", verify_artifact)
+    monkeypatch.setattr("adaptrix_export.manage.verify_artifact.verify_artifact", verify_artifact)
     done = invoke("verify", "art", "--base", "b", "--adapter", "x", "--adapter", "y")
     assert "prefill" in done.stdout
     assert done.stdout.endswith("verified art, 9 files\n")
@@ -298,7 +300,7 @@ def test_verify_fails_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
     def damaged(*anything: object) -> None:
         raise VerificationError("model.onnx", "another sha256", "that of the manifest")
 
-    monkeypatch.setattr("adaptrix_export.published.verify_artifact", damaged)
+    monkeypatch.setattr("adaptrix_export.manage.verify_artifact.verify_artifact", damaged)
     done = invoke("verify", "art")
     assert done.exit_code == 1
     assert "error: model.onnx: another sha256" in done.stderr

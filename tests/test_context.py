@@ -9,13 +9,13 @@ import pytest
 from click.testing import CliRunner
 
 from adaptrix_export.cli import main
+from adaptrix_export.manage.verify_artifact import verify_artifact
 from adaptrix_export.pipeline import build
-from adaptrix_export.published import verify_artifact
 from adaptrix_export.recipe import Recipe
 from tests.artifacts import save_base_with_tokenizer
 from tests.tiny import save_adapter
-from tests.zoo import house
-from tests.zoo_rows import ANIMALS
+from tests.tools.zoo import house
+from tests.tools.zoo_rows import ANIMALS
 
 pytestmark = pytest.mark.slow
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-import adaptrix_export.lower.merge as merge
-from tests.matrix import TARGETS, cells_of, main
-from tests.matrix_rows import KINDS, LORA, LORA_REFUSED, ROWS, TUNERS
+import adaptrix_export.merge.merge as merge
+from tests.tools.matrix import TARGETS, cells_of, main
+from tests.tools.matrix_rows import KINDS, LORA, LORA_REFUSED, ROWS, TUNERS
 
 BY_NAME = {row.name: row for row in ROWS}
 
@@ -52,7 +52,7 @@ def test_a_fault_is_seen(monkeypatch):
     def broken(*_):
         raise KeyError("a fault of ours")
 
-    monkeypatch.setattr("tests.matrix.open_plan", broken)
+    monkeypatch.setattr("tests.tools.matrix.open_plan", broken)
     assert set(statuses(row, "llama").values()) == {"wrong"}
 
 

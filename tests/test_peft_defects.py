@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from adaptrix_export.pipeline import build
 from adaptrix_export.recipe import Recipe
-from tests.matrix import EXACT, IDS, LOUD, TARGETS, Trained, compare
 from tests.tiny import live, save_adapter, save_base
+from tests.tools.matrix import EXACT, IDS, LOUD, TARGETS, Trained, compare
 
 TIED = {"tie_word_embeddings": True}
 Q = "q_proj"

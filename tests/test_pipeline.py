@@ -9,7 +9,7 @@ from math import sqrt
 import pytest
 from click.testing import CliRunner
 
-import adaptrix_export.lower.merge as merge
+import adaptrix_export.merge.merge as merge
 from adaptrix_export import pipeline
 from adaptrix_export.cli import main
 from adaptrix_export.errors import (
@@ -19,8 +19,8 @@ from adaptrix_export.errors import (
     SourceError,
     VerificationError,
 )
+from adaptrix_export.manage.verify_artifact import verify_artifact
 from adaptrix_export.pipeline import build
-from adaptrix_export.published import verify_artifact
 from adaptrix_export.recipe import Recipe
 from tests.tiny import save_adapter, save_base
 
@@ -102,7 +102,7 @@ def test_negative_controls_publish_nothing(tmp_path, llama, monkeypatch, target,
     good = merge.merged_blocks
     monkeypatch.setattr(merge, "merged_blocks", lambda c, *rest: good(FAULTS[fault](c), *rest))
     monkeypatch.setattr(
-        "adaptrix_export.lower.merged_safetensors.merged_blocks", merge.merged_blocks
+        "adaptrix_export.targets.merged_safetensors.merged_blocks", merge.merged_blocks
     )
     base, adapter = llama
     result = CliRunner().invoke(

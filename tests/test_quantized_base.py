@@ -10,18 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from adaptrix_export.check import dequantize
 from adaptrix_export.errors import (
     ParityError,
     RecipeError,
     SourceError,
     UnsupportedError,
 )
-from adaptrix_export.load import bitsandbytes as stored_form
 from adaptrix_export.load import open_base
 from adaptrix_export.load.base_weights import note_of, open_bases
+from adaptrix_export.load.quantized import bitsandbytes as stored_form
+from adaptrix_export.manage.verify_artifact import verify_artifact
+from adaptrix_export.oracle import dequantize
 from adaptrix_export.pipeline import build
-from adaptrix_export.published import verify_artifact
 from adaptrix_export.recipe import Recipe
 from tests.quantized import save_nf4, train
 from tests.tiny import live, save_adapter, save_base

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from adaptrix_export.load import open_base
+from adaptrix_export.manage.verify_artifact import verify_artifact
 from adaptrix_export.pipeline import build
-from adaptrix_export.published import verify_artifact
 from adaptrix_export.recipe import Recipe, load_recipe
 from adaptrix_export.runtime.session import Session
 
@@ -77,8 +77,8 @@ def live_ids(adapter, prompt):
     """What stock transformers and PEFT generate greedily: STEPS tokens."""
     import torch
 
-    from adaptrix_export.check.job import Job
-    from adaptrix_export.check.reference import Reference
+    from adaptrix_export.oracle.job import Job
+    from adaptrix_export.oracle.reference import Reference
 
     base = open_base(BASE)
     job = Job(

@@ -10,20 +10,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from adaptrix_export.check.live import live_parameter
 from adaptrix_export.errors import AdapterError, UnsupportedError
 from adaptrix_export.load import open_adapter, open_base
-from adaptrix_export.load.tuners import REFUSED, TUNERS
-from adaptrix_export.load.tuners import REPLACING as REPLACING_ROWS
-from adaptrix_export.lower import LOWERINGS, tuned
-from adaptrix_export.lower.merge import merged
-from adaptrix_export.lower.peft_layers import Skeleton
-from adaptrix_export.passes.compose import Compose
+from adaptrix_export.load.adapters.tuners import REFUSED, TUNERS
+from adaptrix_export.load.adapters.tuners import REPLACING as REPLACING_ROWS
+from adaptrix_export.load.fit.invariants import verify
+from adaptrix_export.merge import tuned
+from adaptrix_export.merge.merge import merged
+from adaptrix_export.merge.peft_layers import Skeleton
+from adaptrix_export.oracle.live import live_parameter
+from adaptrix_export.passes.compose.compose import Compose
 from adaptrix_export.pipeline import build
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
 from adaptrix_export.recipe import Recipe
-from adaptrix_export.verify import verify
+from adaptrix_export.targets import LOWERINGS
 from tests.tiny import VOCAB, live, save_base
 from tests.tuned import CONV1D, LINEAR, REPLACING, options_of, save_tuned
 

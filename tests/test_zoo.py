@@ -7,8 +7,8 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from tests import zoo
-from tests.zoo_rows import ANIMALS, Animal
+from tests.tools import zoo
+from tests.tools.zoo_rows import ANIMALS, Animal
 
 
 def animal(kind: str, task: str = "") -> Animal:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from adaptrix_export import failures
 from adaptrix_export.commands.options import examples, shared_options
+from adaptrix_export.show import failures
 
 
 @click.command(
@@ -34,8 +34,8 @@ def add_adapter(
 
     The adapter is compared with its own PyTorch + PEFT model through the artifact's graph first.
     """
-    from adaptrix_export.add_adapter import add_adapter as add
-    from adaptrix_export.terminal import progress
+    from adaptrix_export.manage.add_adapter import add_adapter as add
+    from adaptrix_export.show.terminal import progress
 
     with progress() as telling:
         added = add(artifact, adapter, name, base, level, telling)

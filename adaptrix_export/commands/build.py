@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from adaptrix_export import failures
 from adaptrix_export.commands.options import examples, shared_options
+from adaptrix_export.show import failures
 
 
 @click.command(
@@ -73,7 +73,7 @@ def build(recipe: Path | None, settings: tuple[str, ...], as_json: bool, **optio
     It is written beside --out, compared with PyTorch and PEFT, and put in place only if it agrees.
     """
     from adaptrix_export.recipe import make_recipe, read_document
-    from adaptrix_export.terminal import progress
+    from adaptrix_export.show.terminal import progress
 
     dotted = {
         "parity": "parity.level",
@@ -108,8 +108,8 @@ def build(recipe: Path | None, settings: tuple[str, ...], as_json: bool, **optio
         )
         return
     if "conflicts" in outcome.measured:
-        from adaptrix_export.passes.conflict_tables import pair_table
-        from adaptrix_export.terminal import show
+        from adaptrix_export.show.conflict_tables import pair_table
+        from adaptrix_export.show.terminal import show
 
         show(pair_table(outcome.measured["conflicts"]))
     if "choice" in outcome.measured:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from adaptrix_export import failures
 from adaptrix_export.commands.options import examples, shared_options
+from adaptrix_export.show import failures
 
 
 @click.command(
@@ -24,9 +24,9 @@ def conflicts(base: str, adapters: tuple[str, ...], as_json: bool) -> None:
     For each pair: the share of their changes that cancels when they are added (conflict), cosine,
     values with opposed signs, overlap of their output and input spaces.
     """
-    from adaptrix_export.passes.conflict_tables import pair_table, site_table
-    from adaptrix_export.passes.conflicts import conflicts_between
-    from adaptrix_export.terminal import progress, show
+    from adaptrix_export.measure.conflicts import conflicts_between
+    from adaptrix_export.show.conflict_tables import pair_table, site_table
+    from adaptrix_export.show.terminal import progress, show
 
     with progress() as telling:
         report = conflicts_between(base, adapters, telling)

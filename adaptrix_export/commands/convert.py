@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from adaptrix_export import failures
 from adaptrix_export.commands.options import examples, shared_options
+from adaptrix_export.show import failures
 
 
 @click.command(
@@ -38,8 +38,8 @@ def convert(
     The base says which modules the adapter's names mean. What was written is read again and
     compared bit by bit before it is put in place.
     """
-    from adaptrix_export.convert import convert as write
     from adaptrix_export.load import Reading
+    from adaptrix_export.save.convert import convert as write
 
     done = write(source, base, to, out, Reading(allow_pickle, adaptrix_scaling))
     if as_json:

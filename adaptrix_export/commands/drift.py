@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from adaptrix_export import failures
 from adaptrix_export.commands.options import examples, shared_options
+from adaptrix_export.show import failures
 
 
 @click.command(
@@ -44,14 +44,14 @@ def drift(
     Prints a line a site and proposes a tau for `context: {mode: clamp}`. Measured on text from the
     standard library's documentation unless --text names some; nothing is clamped meanwhile.
     """
-    from adaptrix_export.check.drift import measure
     from adaptrix_export.load import open_adapter
     from adaptrix_export.load.base_model import open_base
-    from adaptrix_export.load.mismatch import fitted
+    from adaptrix_export.load.fit.invariants import verify
+    from adaptrix_export.load.fit.mismatch import fitted
     from adaptrix_export.load.text import read_text
+    from adaptrix_export.measure.drift import measure
     from adaptrix_export.plan import Plan
-    from adaptrix_export.terminal import progress
-    from adaptrix_export.verify import verify
+    from adaptrix_export.show.terminal import progress
 
     opened = open_base(base, adapters=adapters)
     found_adapters = tuple(open_adapter(adapter, opened) for adapter in adapters)
@@ -70,7 +70,7 @@ def drift(
 def _show(told: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from adaptrix_export.terminal import show
+    from adaptrix_export.show.terminal import show
 
     shown = Table(title=f"|d| / |y0| over {told['tokens']} tokens ({told['text']})")
     shown.add_column("site")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from adaptrix_export import failures
 from adaptrix_export.commands.options import examples, shared_options
+from adaptrix_export.show import failures
 
 
 @click.command(
@@ -26,8 +26,8 @@ def inspect(base: str, adapters: tuple[str, ...], layers: bool, as_json: bool) -
 
     Weights are read only for --layers, which measures each adapter's norm in each layer.
     """
-    from adaptrix_export import describe
-    from adaptrix_export.terminal import progress, show
+    from adaptrix_export.manage import inspect as describe
+    from adaptrix_export.show.terminal import progress, show
 
     with progress() as telling:
         facts = describe.inspect(base, adapters, layers, telling)

@@ -23,7 +23,7 @@ def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
 
 
 def _set_up(ctx: click.Context, param: click.Parameter, value: int) -> int:
-    from adaptrix_export.terminal import set_up_logging
+    from adaptrix_export.show.terminal import set_up_logging
 
     set_up_logging(value)
     verbosity: int = _remember(ctx, param, value)

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from adaptrix_export import failures
 from adaptrix_export.commands.options import examples, shared_options
+from adaptrix_export.show import failures
 
 
 @click.command(
@@ -48,7 +48,7 @@ def redistribute(
     target of `build` read the result.
     """
     from adaptrix_export.recipe import make_recipe
-    from adaptrix_export.terminal import progress
+    from adaptrix_export.show.terminal import progress
 
     calibration = {"calibration": "text", "tokens": "tokens", "seed": "seed"}
     flags: dict[str, Any] = {"base": base, "adapters": [adapter], "target": "peft", "out": out}

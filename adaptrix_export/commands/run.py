@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from adaptrix_export import failures
 from adaptrix_export.commands.options import examples, shared_options
+from adaptrix_export.show import failures
 
 
 @click.command(

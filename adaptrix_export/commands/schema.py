@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from adaptrix_export import failures
 from adaptrix_export.commands.options import examples
+from adaptrix_export.show import failures
 
 
 @click.command(epilog=examples("schema > recipe.schema.json"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from adaptrix_export import failures
 from adaptrix_export.commands.options import examples, shared_options
+from adaptrix_export.show import failures
 
 
 @click.command(
@@ -25,9 +25,9 @@ def validate(base: str, adapters: tuple[str, ...], strict: bool, as_json: bool) 
 
     Exits with 0 if there are no errors, with 2 if there are.
     """
-    from adaptrix_export import findings
-    from adaptrix_export.terminal import progress, show
-    from adaptrix_export.validate import validate as check
+    from adaptrix_export.manage.validate import validate as check
+    from adaptrix_export.show import findings
+    from adaptrix_export.show.terminal import progress, show
 
     with progress() as telling:
         found = check(base, adapters, telling)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from adaptrix_export import failures
 from adaptrix_export.commands.options import examples, shared_options
+from adaptrix_export.show import failures
 
 
 @click.command(
@@ -20,8 +20,8 @@ from adaptrix_export.commands.options import examples, shared_options
 @shared_options
 def verify(artifact: Path, base: str | None, adapters: tuple[str, ...], as_json: bool) -> None:
     """Check a published ARTIFACT: its hashes, and parity when base and adapters are at hand."""
-    from adaptrix_export.published import verify_artifact
-    from adaptrix_export.terminal import progress
+    from adaptrix_export.manage.verify_artifact import verify_artifact
+    from adaptrix_export.show.terminal import progress
 
     with progress() as telling:
         found = verify_artifact(artifact, telling, base, adapters)

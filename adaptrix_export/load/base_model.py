@@ -7,14 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adaptrix_export.errors import SourceError, UnsupportedError
-from adaptrix_export.load.architecture import detect
-from adaptrix_export.load.experts import stack_experts
-from adaptrix_export.load.families import FAMILIES, FUSED_ON_DISK, Family, family_of
-from adaptrix_export.load.peft_keys import saved_by
-from adaptrix_export.load.quantized_base import dequantized
-from adaptrix_export.load.source import Source, resolve
-from adaptrix_export.load.task import (
+from adaptrix_export.arch.architecture import detect
+from adaptrix_export.arch.families import FAMILIES, FUSED_ON_DISK, Family, family_of
+from adaptrix_export.arch.tasks import (
     FEATURES,
     GENERATION,
     KNOWN_HEADS,
@@ -22,10 +17,15 @@ from adaptrix_export.load.task import (
     SEQ2SEQ,
     TASKS,
     TOKENS,
-    adapter_config,
     choose_task,
 )
-from adaptrix_export.load.tensors import StoredTensor, read_json, read_safetensors
+from adaptrix_export.errors import SourceError, UnsupportedError
+from adaptrix_export.load.adapters.adapter_config import adapter_config
+from adaptrix_export.load.adapters.peft_keys import saved_by
+from adaptrix_export.load.files.tensors import StoredTensor, read_json, read_safetensors
+from adaptrix_export.load.quantized.experts import stack_experts
+from adaptrix_export.load.quantized.quantized_base import dequantized
+from adaptrix_export.load.source import Source, resolve
 from adaptrix_export.plan import Base, Tensor
 
 INDEX = "model.safetensors.index.json"
@@ -42,7 +42,7 @@ def open_base(spec: str, task: str = "auto", adapters: Iterable[str] = ()) -> Ba
     """
     source = resolve(spec)
     if source.gguf_file is not None:
-        from adaptrix_export.load.gguf_base import open_gguf
+        from adaptrix_export.load.quantized.gguf_base import open_gguf
 
         return open_gguf(source, source.gguf_file)
     config = read_json(source.folder / "config.json")

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from adaptrix_export.errors import RecipeError
 from adaptrix_export.load.base_model import open_base
-from adaptrix_export.load.quantized_base import COMPUTING
-from adaptrix_export.load.simulated import SIMULATED, simulate
+from adaptrix_export.load.quantized.quantized_base import COMPUTING
+from adaptrix_export.load.quantized.simulated import SIMULATED, simulate
 from adaptrix_export.plan import Base
 
 AUTO, DEQUANTIZED, ORIGINAL = "auto", "dequantized", "original"

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from adaptrix_export.errors import SourceError
-from adaptrix_export.load.adaptrix_adapter import METADATA, open_adaptrix
-from adaptrix_export.load.gguf_adapter import open_gguf_adapter
-from adaptrix_export.load.mlx_adapter import WEIGHTS as MLX_WEIGHTS
-from adaptrix_export.load.mlx_adapter import open_mlx
-from adaptrix_export.load.peft_adapter import PICKLED, WEIGHTS, open_peft
+from adaptrix_export.load.adapters.adaptrix_adapter import METADATA, open_adaptrix
+from adaptrix_export.load.adapters.gguf_adapter import open_gguf_adapter
+from adaptrix_export.load.adapters.mlx_adapter import WEIGHTS as MLX_WEIGHTS
+from adaptrix_export.load.adapters.mlx_adapter import open_mlx
+from adaptrix_export.load.adapters.peft_adapter import PICKLED, WEIGHTS, open_peft
 from adaptrix_export.load.reading import DEFAULT, Reading
 from adaptrix_export.load.source import Source, resolve
 from adaptrix_export.plan import Adapter, Base

@@ -1,7 +1,6 @@
 """What lies beside the weights, the manifest over all of it, and the one step that publishes it."""
 
 from adaptrix_export.package.content import write_package
-from adaptrix_export.package.hashes import InputHashes, hash_file
 from adaptrix_export.package.manifest import (
     MANIFEST,
     Problem,
@@ -12,7 +11,8 @@ from adaptrix_export.package.manifest import (
     write_manifest,
 )
 from adaptrix_export.package.model_config import portable_config
-from adaptrix_export.package.staging import addition, install, publish, staging
+from adaptrix_export.save.hashes import InputHashes, hash_file
+from adaptrix_export.save.staging import addition, install, publish, staging
 
 __all__ = [
     "MANIFEST",

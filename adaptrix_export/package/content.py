@@ -9,14 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from adaptrix_export.load.task import FEATURES
+from adaptrix_export.arch.tasks import FEATURES
 from adaptrix_export.package.genai import GRAPH, genai_config, token_ids
 from adaptrix_export.package.model_config import portable_config
 from adaptrix_export.package.sentence import copy_sentence_files
 
 if TYPE_CHECKING:
-    from adaptrix_export.lower.artifact import Artifact
     from adaptrix_export.plan import Base, Plan
+    from adaptrix_export.targets.artifact import Artifact
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"

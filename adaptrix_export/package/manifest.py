@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from adaptrix_export import __version__
 from adaptrix_export.errors import MachineError, SourceError
 from adaptrix_export.load.base_weights import how_read
-from adaptrix_export.package.hashes import (
+from adaptrix_export.save.hashes import (
     FileHash,
     InputFile,
     files_under,
@@ -25,8 +25,8 @@ from adaptrix_export.package.hashes import (
 )
 
 if TYPE_CHECKING:
-    from adaptrix_export.lower.artifact import Artifact
     from adaptrix_export.plan import Plan
+    from adaptrix_export.targets.artifact import Artifact
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from adaptrix_export.arch.tasks import FEATURES
 from adaptrix_export.errors import UnsupportedError
-from adaptrix_export.load.task import FEATURES
 from adaptrix_export.plan import Plan
 
 
 @dataclass(frozen=True)
 class Pool:
-    """`kind` is "mean" or "cls"; see `lower/pooling.py`."""
+    """`kind` is "mean" or "cls"; see `graph/rewrite/pooling.py`."""
 
     kind: str
 

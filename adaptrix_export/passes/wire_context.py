@@ -5,7 +5,7 @@
     blend   y = y0 + weight d                       merged into the weights, exactly
 
 y0 is the base's output at a site, d what the adapters add there, m the token's mask. The pass only
-says which site gets which gate; lowering draws them (`lower/gates.py`).
+says which site gets which gate; lowering draws them (`graph/rewrite/gates.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from math import sqrt
 
 from adaptrix_export.errors import AdapterError
+from adaptrix_export.load.fit.invariants import ungateable
 from adaptrix_export.plan import Adjustment, Gate, Plan, Site
-from adaptrix_export.verify import ungateable
 
 PerLayer = tuple[tuple[int, float], ...]  # (layer, value), in order
 

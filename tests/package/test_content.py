@@ -12,12 +12,12 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from adaptrix_export.lower.artifact import Artifact
 from adaptrix_export.package import write_package
 from adaptrix_export.package.content import DTYPES
 from adaptrix_export.passes.wire_context import WireContext
 from adaptrix_export.runtime.session import Session
 from adaptrix_export.runtime.tokenizer import TextTokenizer
+from adaptrix_export.targets.artifact import Artifact
 from tests.artifacts import packaged, plan_of, save_base_with_tokenizer
 
 

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptrix_export.errors import MachineError, SourceError
-from adaptrix_export.lower.artifact import Artifact
 from adaptrix_export.package import (
     InputHashes,
     build_manifest,
@@ -20,8 +19,9 @@ from adaptrix_export.package import (
     read_manifest,
     write_manifest,
 )
-from adaptrix_export.package.hashes import FileHash
 from adaptrix_export.package.manifest import without_machine_paths
+from adaptrix_export.save.hashes import FileHash
+from adaptrix_export.targets.artifact import Artifact
 from tests.artifacts import plan_of, save_base_with_tokenizer
 from tests.tiny import save_adapter
 

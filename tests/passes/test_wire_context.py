@@ -11,18 +11,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from adaptrix_export.errors import AdapterError, InputError, RecipeError, UnsupportedError
-from adaptrix_export.lower import LOWERINGS
-from adaptrix_export.lower.merge import merged
+from adaptrix_export.load.fit.invariants import verify
+from adaptrix_export.merge.merge import merged
 from adaptrix_export.passes.wire_context import WireContext
 from adaptrix_export.pipeline import build
 from adaptrix_export.plan import Gate, Plan, Site
 from adaptrix_export.progress import Silent
 from adaptrix_export.recipe import Recipe
-from adaptrix_export.verify import verify
+from adaptrix_export.targets import LOWERINGS
 from tests.artifacts import plan_of
 from tests.tiny import save_adapter, save_base
-from tests.zoo import house
-from tests.zoo_rows import ANIMALS
+from tests.tools.zoo import house
+from tests.tools.zoo_rows import ANIMALS
 
 
 def planned(tmp_path: Path, kind: str = "llama", **options: Any) -> Plan:

@@ -232,7 +232,7 @@ def test_an_adapter_of_another_base_is_refused(made, session, tmp_path):
 
 
 def test_a_tensor_without_a_slot_is_refused(session, tmp_path):
-    from adaptrix_export.lower.adapter_file import write_adapter
+    from adaptrix_export.targets.adapter_file import write_adapter
 
     values = {"model.layers.9.x.lora_A": np.ones((4, 2), np.float32)}
     write_adapter(tmp_path / "odd.onnx_adapter", values, session._graph.model_version)

@@ -1,0 +1,1 @@
+"""What is known of model types and tasks."""

@@ -1,0 +1,155 @@
+"""What kind of model a base is: its stacks of layers, its sizes, how its weights are stored.
+
+The sizes come from the model's config through optimum's `NormalizedConfigManager` where it knows
+the type; the stacks come from the tensor names; what neither says (Conv1D weights, the names of
+embedding and head) stands in `families.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from adaptrix_export.arch.families import Family, family_of
+from adaptrix_export.arch.tasks import FEATURES, GENERATION
+from adaptrix_export.errors import SourceError
+from adaptrix_export.plan import Site
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of layers: `Stack("model.layers", 30)`."""
+
+    prefix: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Facts about a base model; sizes in elements."""
+
+    model_type: str
+    family: Family
+    stacks: tuple[Stack, ...]
+    hidden_size: int
+    attention_heads: int
+    key_value_heads: int
+    vocab_size: int
+    max_positions: int | None
+    _prefixes: frozenset[str] = field(default=frozenset(), repr=False)
+
+    def site_of(self, module_path: str) -> Site:
+        """`model.layers.7.self_attn.q_proj` -> Site("model.layers", 7, "self_attn.q_proj")."""
+        stack, layer, module = split_path(module_path)
+        if layer is None or stack not in self._prefixes:
+            return Site("", None, module_path)
+        return Site(stack, layer, module)
+
+    def is_transposed(self, site: Site) -> bool:
+        """Whether the base stores this site's weight as (in, out): Conv1D, and embeddings."""
+        return self.is_embedding(site) or (self.family.conv1d and site.layer is not None)
+
+    def is_embedding(self, site: Site) -> bool:
+        """Whether the site is a table of rows that are looked up, not multiplied with."""
+        return site.path in self.family.embeddings
+
+    def middle_layers(self, stack: int = 0) -> tuple[int, ...]:
+        """n/4, n/2, 3n/4 of one stack: where the original system injects."""
+        n = self.stacks[stack].count if self.stacks else 0
+        return tuple(sorted({n // 4, n // 2, 3 * n // 4} & set(range(n))))
+
+
+def split_path(path: str) -> tuple[str, int | None, str]:
+    """Cut at the first component that is a number: (stack, layer, rest)."""
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal() and 0 < i < len(parts) - 1:
+            return ".".join(parts[:i]), int(part), ".".join(parts[i + 1 :])
+    return path, None, ""
+
+
+def detect(
+    config: Mapping[str, Any], names: Iterable[str], place: str, task: str = GENERATION
+) -> Architecture:
+    """The architecture of a checkpoint from its config.json and its tensor names.
+
+    Raises SourceError when the config lacks a model type or a size that everything needs.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise SourceError(
+            f"{place}: config.json", "no model_type", "one", "is this a transformers checkpoint?"
+        )
+    text = config.get("text_config") or config
+    stacks = _stacks(names)
+    sizes = _sizes(model_type, text)
+    for key in ("hidden_size", "num_attention_heads", "vocab_size"):
+        if not isinstance(sizes.get(key), int):
+            raise SourceError(f"{place}: config.json", f"{key} = {sizes.get(key)}", "a number")
+    heads = sizes["num_attention_heads"]
+    family = family_of(model_type)
+    return Architecture(
+        model_type=model_type,
+        family=family.bare() if task == FEATURES else family,
+        stacks=stacks,
+        hidden_size=sizes["hidden_size"],
+        attention_heads=heads,
+        key_value_heads=sizes.get("num_key_value_heads") or heads,
+        vocab_size=sizes["vocab_size"],
+        max_positions=sizes.get("max_position_embeddings"),
+        _prefixes=frozenset(s.prefix for s in stacks),
+    )
+
+
+def _stacks(names: Iterable[str]) -> tuple[Stack, ...]:
+    """Every numbered run of modules, the one with most layers first."""
+    layers: dict[str, set[int]] = {}
+    for name in names:
+        stack, layer, _ = split_path(name)
+        if layer is not None:
+            layers.setdefault(stack, set()).add(layer)
+    whole = [Stack(p, len(n)) for p, n in layers.items() if n == set(range(len(n)))]
+    return tuple(sorted(whole, key=lambda s: (-s.count, s.prefix)))
+
+
+# Config names that differ by family, where NormalizedConfigManager does not know the type.
+_SPELLINGS = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
+    "num_attention_heads": (
+        "num_attention_heads",
+        "n_head",
+        "num_heads",
+        "n_heads",
+        "attention_heads",
+    ),
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
+    "vocab_size": ("vocab_size",),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
+}
+
+
+def _sizes(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    from optimum.utils import NormalizedConfigManager
+
+    sizes = {
+        key: next((config[s] for s in spellings if config.get(s) is not None), None)
+        for key, spellings in _SPELLINGS.items()
+    }
+    try:
+        known = NormalizedConfigManager.get_normalized_config_class(model_type)(_Attributes(config))
+    except KeyError:
+        return sizes
+    for key in sizes:
+        try:
+            sizes[key] = getattr(known, key)
+        except (AttributeError, NotImplementedError):
+            continue  # this type's row in optimum does not name the size: keep the config's own
+    return sizes
+
+
+class _Attributes:
+    """A config.json mapping read by attribute, as optimum expects of a config object."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values)

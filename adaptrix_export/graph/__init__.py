@@ -1,0 +1,1 @@
+"""ONNX graphs whose weights are expressions over the base's tensors."""

@@ -1,0 +1,22 @@
+"""The transformers config of the model that a plan makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adaptrix_export.arch.tasks import SEQ2SEQ
+from adaptrix_export.plan import Plan
+
+
+def live_config(plan: Plan) -> Any:
+    """A PretrainedConfig: the base's config.json with what the plan changes in it.
+
+    Without a dtype, because a graph is drawn in float32 whatever the files store.
+    """
+    from transformers import AutoConfig
+
+    config = {k: v for k, v in plan.base.config.items() if k not in ("dtype", "torch_dtype")}
+    if plan.base.task != SEQ2SEQ:  # T5 scales by what its own file says of it
+        config["tie_word_embeddings"] = bool(plan.base.tied)
+    config.update(plan.config_changes())
+    return AutoConfig.for_model(**config)

@@ -1,0 +1,147 @@
+"""Front end `native`: mobius-onnx, whose modules are written for ONNX Runtime's fused operators.
+
+It takes seconds, is exact for some model types and wrong for others. What it leaves wrong for
+padded batches alone is put right here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+
+from adaptrix_export.arch.tasks import FEATURES, GENERATION
+from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.graph.expression import Expression, names
+from adaptrix_export.graph.frontends.live_config import live_config
+from adaptrix_export.graph.graph import Graph
+from adaptrix_export.graph.rewrite.fold import fold, share_equal
+from adaptrix_export.graph.rewrite.key_mask import wire_key_mask
+from adaptrix_export.graph.rewrite.padding import needs_left_padding, wire_left_padding
+from adaptrix_export.plan import Plan
+
+# What mobius-onnx can build here: encoders are tried by the type that was measured to be exact.
+TASKS: dict[str, tuple[str, ...] | None] = {GENERATION: None, FEATURES: ("bert",)}
+REMEDY = "build with --frontend traced, or use --target safetensors"
+
+
+def native(plan: Plan, provider: str) -> Graph:
+    """The graph that mobius-onnx builds for `provider`, in float32.
+
+    Raises UnsupportedError when mobius does not know the model type, computes weights in a way
+    that cannot be recorded, or leaves an initializer or a changed tensor without its match.
+    """
+    import mobius
+
+    check_known(plan)
+    kind = plan.base.architecture.model_type
+    with _native_faults(plan):
+        module, config = _native_module(plan, mobius.registry.get(kind))
+        package = mobius.build_from_module(
+            module, config, plan.base.task, execution_provider=provider
+        )
+        bound = module.preprocess_weights(dict(_recorded(plan)))
+    if set(package) != {"model"}:
+        raise UnsupportedError(kind, f"components {sorted(package)}", "one graph")
+    model = package["model"]
+    weights = {
+        name: bound[name].expression
+        for name, value in model.graph.initializers.items()
+        if value.const_value is None and name in bound
+    }
+    _check_bound(plan, model, weights)
+    share_equal(model, weights)
+    fold(model, weights)
+    if needs_left_padding(model):
+        wire_left_padding(model)
+    if plan.base.task == FEATURES:
+        wire_key_mask(model)
+    read = {n for e in weights.values() for n in names(e)}
+    return Graph(model, weights, "native", tuple(n for n in plan.base.tensors if n not in read))
+
+
+def check_known(plan: Plan) -> None:
+    """Raise UnsupportedError where mobius-onnx has no model for the type and the task."""
+    import mobius
+
+    task, kind = plan.base.task, plan.base.architecture.model_type
+    if kind not in mobius.registry:
+        raise UnsupportedError(
+            f"{plan.base.spec}: model type {kind!r}", "no native front end", "a registered type",
+            REMEDY,
+        )  # fmt: skip
+    kinds = TASKS.get(task, ())
+    if kinds is not None and kind not in kinds:
+        raise UnsupportedError(
+            f"{plan.base.spec}: task {task} of model type {kind!r}", "no native front end",
+            " or ".join(TASKS), REMEDY,
+        )  # fmt: skip
+
+
+def _native_module(plan: Plan, module_class: Any) -> tuple[Any, Any]:
+    """The mobius module and its config, made from the base's config.json."""
+    import dataclasses
+
+    from mobius._config_resolver import _config_from_hf
+
+    resolved = _config_from_hf(live_config(plan), module_class=module_class)
+    resolved = dataclasses.replace(resolved, dtype=ir.DataType.FLOAT)
+    return module_class(resolved), resolved
+
+
+@contextmanager
+def _native_faults(plan: Plan) -> Iterator[None]:
+    """What mobius raises for a config it cannot build, as a refusal that names the model type."""
+    from adaptrix_export.errors import AdaptrixError
+
+    try:
+        yield
+    except AdaptrixError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+        raise UnsupportedError(
+            f"{plan.base.spec}: model type {plan.base.architecture.model_type!r}",
+            f"mobius-onnx cannot build it ({type(error).__name__}: {error})", "a supported config",
+            REMEDY,
+        ) from error  # fmt: skip
+
+
+def _recorded(plan: Plan) -> Iterator[tuple[str, Any]]:
+    """Every base tensor as a shape that records, merged shapes where a replacement changes one."""
+    from adaptrix_export.graph.expression import tensor
+    from adaptrix_export.graph.frontends.recorder import Recorded
+
+    changes, untied = plan.changes(), plan.untied()
+    for name, stored in plan.base.tensors.items():
+        if name in plan.base.tied and name not in untied:
+            continue  # shared: the front end takes the embedding
+        yield name, Recorded(changes[name].shape if name in changes else stored.shape, tensor(name))
+    for name in untied:
+        if name not in plan.base.tensors:
+            shared = plan.base.tensors[plan.base.tied[name]]
+            shape = changes[name].shape if name in changes else shared.shape
+            yield name, Recorded(shape, tensor(name))
+
+
+def _check_bound(plan: Plan, model: ir.Model, weights: Mapping[str, Expression]) -> None:
+    """Every initializer has its tensors, of its shape; every changed tensor has its initializer."""
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None and name not in weights:
+            raise UnsupportedError(
+                f"native front end: {name}", "an initializer without a tensor in the base",
+                "one for each", "is the checkpoint complete?",
+            )  # fmt: skip
+    read = {n for e in weights.values() for n in names(e)}
+    lost = sorted(n for n in set(plan.changes()) - read if not _is_beyond(plan, n))
+    if lost:
+        raise UnsupportedError(
+            f"native front end: {lost[0]}", "a changed tensor that the graph does not read",
+            "every change in the graph", f"{len(lost)} such tensors; {REMEDY}",
+        )  # fmt: skip
+
+
+def _is_beyond(plan: Plan, name: str) -> bool:
+    """A change behind the output: features are the last hidden states, which no pooler touches."""
+    return plan.base.task == FEATURES and name.startswith("pooler.")

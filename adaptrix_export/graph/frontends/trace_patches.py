@@ -1,0 +1,143 @@
+"""What transformers 5.23 does that cannot be traced as it is, done otherwise while a trace runs.
+
+Most of it is about padding. The cache here keeps the pads of a batch that was padded on the right
+and then continued, so whatever counts places instead of tokens, a window or a bias by distance,
+spends its count on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+from adaptrix_export.arch.tasks import GENERATION
+
+# The kernel for grouped products wants bfloat16 of tensors without values; the fallback computes
+# the same and has a translation to ONNX.
+_NEVER_GROUPED = "transformers.integrations.moe._can_use_grouped_mm"
+
+
+@contextmanager
+def traceable(task: str) -> Iterator[None]:
+    """The patches, for as long as the context lives."""
+    from transformers.masking_utils import AttentionMaskInterface
+
+    masks: dict[str, Any] = AttentionMaskInterface._global_mapping
+    counted = {name: _by_tokens(masks[name]) for name in ("sdpa", "eager")}
+    with ExitStack() as patches:
+        patches.enter_context(patch(_NEVER_GROUPED, lambda *_: False))
+        if task == GENERATION:
+            patches.enter_context(patch.dict(masks, counted))
+            for name, instead in _BY_PLACES.items():
+                patches.enter_context(patch(name, instead))
+        yield
+
+
+@contextmanager
+def exactly_matched() -> Iterator[None]:
+    """Rewrite rules of onnxscript 0.7 that take a constant for the one they know if it is that one.
+
+    Left to themselves they take 1e-8 for 0 and 1.00001 for 1: the epsilon of a norm was dropped.
+    """
+    near = 2.0**-22  # what two roundings to float32 can be apart
+
+    def same(a: float, b: float, *, rel_tol: float = 0.0, abs_tol: float = 0.0) -> bool:
+        return math.isclose(a, b, rel_tol=min(rel_tol, near))
+
+    with patch("onnxscript.rewriter._matcher.math", SimpleNamespace(isclose=same)):
+        yield
+
+
+def _by_tokens(make_mask: Callable[..., Any]) -> Callable[..., Any]:
+    """`make_mask`, with a sliding window that counts the tokens of a row and not its places.
+
+    An attention in chunks has a count of its own and stays as it is.
+    """
+
+    def masked(
+        *,
+        mask_function: Callable[..., Any],
+        attention_mask: Any = None,
+        local_size: int | None = None,
+        config: Any = None,
+        **options: Any,
+    ) -> Any:
+        chunked = getattr(config, "attention_chunk_size", None) is not None
+        if attention_mask is not None and local_size is not None and not chunked:
+            mask_function = _at_tokens(mask_function, attention_mask.cumsum(1))
+        return make_mask(
+            mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
+            config=config, **options,
+        )  # fmt: skip
+
+    return masked
+
+
+def _at_tokens(mask_function: Callable[..., Any], places: Any) -> Callable[..., Any]:
+    """`mask_function` asked about `places` (rows, length) instead of indices."""
+
+    def asked(row: Any, head: Any, query: Any, key: Any) -> Any:
+        return mask_function(row, head, places[row, query], places[row, key])
+
+    return asked
+
+
+def _after(visible: Any) -> Any:
+    """How many visible keys come after each key, as each query sees it: float32.
+
+    `visible` is boolean (rows, 1, queries, keys).
+    """
+    counted = visible.float()
+    return counted.sum(-1, keepdim=True) - counted.cumsum(-1)
+
+
+def _gpt_neo_attention(
+    self: Any, query: Any, key: Any, value: Any, attention_mask: Any = None
+) -> tuple[Any, Any]:
+    """GPTNeoSelfAttention._attn, whose local windows count places. Without scaling, as there."""
+    visible = attention_mask == 0
+    if self.attention_type == "local":
+        visible = visible & (_after(visible) < self.config.window_size)
+    scores = query.float() @ key.float().transpose(-1, -2)
+    scores = scores.masked_fill(~visible, -3.4e38)
+    weights = scores.softmax(-1).to(value.dtype)
+    return weights @ value, weights
+
+
+def _mpt_attention(
+    self: Any,
+    hidden_states: Any,
+    position_bias: Any,
+    past_key_values: Any = None,
+    attention_mask: Any = None,
+    **_: Any,
+) -> tuple[Any, Any]:
+    """MptAttention.forward, whose bias counts the places between a key and the last one.
+
+    Column 0 of the bias is that of the key that is `max_seq_len - 1` places away.
+    """
+    rows, length = hidden_states.shape[:2]
+    mixed = self.Wqkv(hidden_states)
+    if self.clip_qkv:
+        mixed = mixed.clamp(-self.clip_qkv, self.clip_qkv)
+    query, key, value = (
+        part.reshape(rows, length, self.n_heads, self.head_dim).transpose(1, 2)
+        for part in mixed.chunk(3, dim=2)
+    )
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, self.layer_idx)
+    slope = position_bias[:, :, :1] / (position_bias.shape[-1] - 1)
+    scores = query @ key.transpose(-1, -2) * self.softmax_scale + slope * _after(~attention_mask)
+    scores = scores.masked_fill(attention_mask, -3.4e38)
+    weights = scores.softmax(-1)
+    return self.out_proj((weights @ value).transpose(1, 2).reshape(rows, length, -1)), weights
+
+
+_BY_PLACES: dict[str, Callable[..., Any]] = {
+    "transformers.models.gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention._attn": _gpt_neo_attention,
+    "transformers.models.mpt.modeling_mpt.MptAttention.forward": _mpt_attention,
+}

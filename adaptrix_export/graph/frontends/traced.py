@@ -1,0 +1,150 @@
+"""Front end `traced`: the model of transformers itself, traced by torch.export.
+
+It covers what the native one does not know, and takes minutes where that takes seconds. The model
+is built without weights (`weightless.py`), so a trace cannot bake a value into the graph: each
+parameter stays an initializer of its own name, which is bound to the base's tensor of that name.
+One graph serves prefill and decoding: it takes any number of tokens after a cache that may be
+empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Set
+from typing import Any
+
+import onnx_ir as ir
+
+from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.graph.expression import names
+from adaptrix_export.graph.frontends.live_config import live_config
+from adaptrix_export.graph.frontends.trace_patches import exactly_matched, traceable
+from adaptrix_export.graph.frontends.traced_interface import OUTPUTS, name_interface
+from adaptrix_export.graph.frontends.traced_sample import Sample, sample_of
+from adaptrix_export.graph.frontends.traced_weights import bind
+from adaptrix_export.graph.frontends.weightless import weightless
+from adaptrix_export.graph.graph import Graph
+from adaptrix_export.graph.rewrite.fold import fold, share_equal
+from adaptrix_export.plan import Plan
+from adaptrix_export.progress import Progress
+
+
+def traced(plan: Plan, provider: str, progress: Progress) -> Graph:
+    """The graph that torch.export makes of the plan's model, in float32.
+
+    Raises UnsupportedError when transformers or torch cannot build or trace the model, and when
+    an initializer or a changed tensor is left without its match.
+    """
+    place = f"{plan.base.spec}: model type {plan.base.architecture.model_type!r}"
+    with traced_faults(place), traceable(plan.base.task):
+        with progress.stage("tracing: model without weights"):
+            model = weightless(live_config(plan), plan.base.task)
+            sample = sample_of(model, plan.base.task)
+        with progress.stage(f"tracing: {_layers(plan)} layers, which can take minutes"):
+            graph = export(model, sample)
+    with progress.stage("tracing: simplifying the graph"):
+        name_interface(graph, OUTPUTS[plan.base.task])
+        return finish(plan, graph, {name for name, _ in model.named_parameters()}, provider)
+
+
+def finish(plan: Plan, model: ir.Model, parameters: Set[str], provider: str) -> Graph:
+    """Bind a traced graph, whose interface is named, to the plan's tensors, and simplify it."""
+    weights = bind(plan, model, parameters)
+    _simplify(model, weights, provider)
+    _forget_traces(model)
+    read = {n for e in weights.values() for n in names(e)}
+    return Graph(model, weights, "traced", tuple(n for n in plan.base.tensors if n not in read))
+
+
+def _layers(plan: Plan) -> int:
+    stacks = plan.base.architecture.stacks
+    return sum(stack.count for stack in stacks) if stacks else 0
+
+
+def export(model: Any, sample: Sample) -> ir.Model:
+    """One graph of `model` on `sample`, its initializers named as its parameters."""
+    from transformers import exporters
+
+    toolbox: Any = exporters  # its types stand in files that it does not ship
+
+    settings = toolbox.OnnxConfig(dynamic_shapes=sample.shapes, optimize=False)
+    with _quiet():
+        graph, _ = toolbox.OnnxExporter().export_program(model, dict(sample.inputs), settings)
+    assert isinstance(graph, ir.Model)
+    return graph
+
+
+def _simplify(model: ir.Model, weights: dict[str, Any], provider: str) -> None:
+    """Fold constants, move transposes of weights into their expressions, fuse for the runtime.
+
+    The weights have no values, so nothing here can compute with them.
+    """
+    import onnxscript.optimizer
+    from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+
+    with _quiet(), exactly_matched():
+        onnxscript.optimizer.optimize(model)
+        share_equal(model, weights)
+        while fold(model, weights):
+            pass
+        fuse_for_onnxruntime(model, provider)
+    for name in sorted(set(weights) - set(model.graph.initializers)):
+        del weights[name]  # read by an output that was dropped
+
+
+def _forget_traces(model: ir.Model) -> None:
+    """Drop what the trace left for debugging: stack traces with paths of this machine, and the
+    sizes of inner values in symbols of its own."""
+    kept = {id(v) for v in (*model.graph.inputs, *model.graph.outputs)}
+    kept |= {id(v) for v in model.graph.initializers.values()}
+    model.metadata_props.clear()
+    bodies: list[Any] = [*model.graphs(), *model.functions.values()]
+    for graph in bodies:
+        graph.metadata_props.clear()
+        graph.doc_string = None
+        for node in graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+                if id(value) not in kept:
+                    value.shape = None
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+        value.doc_string = None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters talk on standard output, which carries our result, and warn of what they do."""
+    kept = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(kept)
+
+
+@contextlib.contextmanager
+def traced_faults(place: str) -> Iterator[None]:
+    """Whatever torch or transformers raise on a model that they cannot trace, as a refusal.
+
+    torch.export promises no class of error, and none of ours may be hidden.
+    """
+    from adaptrix_export.errors import AdaptrixError
+
+    try:
+        yield
+    except AdaptrixError:
+        raise
+    except Exception as error:  # the exporter raises whatever the model does
+        first = str(error).strip().split("\n")[0][:300]
+        raise UnsupportedError(
+            place, f"torch.export cannot trace it ({type(error).__name__}: {first})",
+            "a traceable model", "use --target safetensors",
+        ) from error  # fmt: skip

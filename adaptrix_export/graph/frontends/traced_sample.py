@@ -1,0 +1,161 @@
+"""What a model is traced on: the smallest call that shows every way in which sizes can vary."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from adaptrix_export.arch.tasks import GENERATION
+from adaptrix_export.errors import UnsupportedError
+
+# Different numbers, none of them one: torch.export takes equal sizes for the same size, and a
+# size of one for a constant.
+BATCH, PAST, NEW, LENGTH = 2, 3, 5, 7
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Keyword arguments of the model, and for each of them the sizes that vary."""
+
+    inputs: Mapping[str, Any]
+    shapes: Mapping[str, Any]
+
+
+def sample_of(model: Any, task: str) -> Sample:
+    """A call of `model`, whose weights are `weightless`, for a task.
+
+    The mask has a pad in it, on the left: one of ones alone is dropped from a trace.
+    """
+    return _generating(model) if task == GENERATION else _encoding(model)
+
+
+def _generating(model: Any) -> Sample:
+    """Several tokens after a cache of several others."""
+    ids = torch.ones(BATCH, NEW, dtype=torch.long)
+    mask = torch.ones(BATCH, PAST + NEW, dtype=torch.long)
+    mask[0, 0] = 0
+    _scale_without_memory(model)
+    cache = _cache(model)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        if getattr(model.config, "rope_parameters", None):
+            _count_positions(model)
+        else:
+            inputs["position_ids"] = _positions(ids, mask)
+    auto = torch.export.Dim.AUTO
+    shapes: dict[str, Any] = {name: {0: auto, 1: auto} for name in inputs}
+    inputs["past_key_values"] = cache
+    shapes["past_key_values"] = [{0: auto, 2: auto}] * (2 * len(cache.layers))
+    inputs["use_cache"] = True
+    return Sample(inputs, shapes)
+
+
+def _positions(ids: Any, mask: Any) -> Any:
+    """The place of each token of `ids` among the real tokens of its row, as transformers counts."""
+    return (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+
+
+def _count_positions(model: Any) -> None:
+    """Let a model with rotary embeddings find the positions in the mask by itself.
+
+    So does GroupQueryAttention in the native graph: both then have the same inputs.
+    """
+    forward = model.forward
+
+    def counting(**given: Any) -> Any:
+        places = _positions(given["input_ids"], given["attention_mask"])
+        return forward(position_ids=places, **given)
+
+    model.forward = counting
+
+
+def _scale_without_memory(model: Any) -> None:
+    """Let dynamically scaled rotary embeddings follow from the positions of a call alone.
+
+    transformers keeps the longest sequence so far in Python and branches on it. The frequencies
+    are the same for a sequence that grows; those of a longer one before it are forgotten.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    def stateless(rotary: Any) -> Callable[[Any, Any], Any]:
+        inner = inspect.unwrap(type(rotary).forward)
+
+        def forward(x: Any, position_ids: Any) -> Any:
+            frequencies, scaling = ROPE_INIT_FUNCTIONS["dynamic"](
+                rotary.config, x.device, seq_len=position_ids.max() + 1
+            )
+            now = SimpleNamespace(inv_freq=frequencies, attention_scaling=scaling)
+            return inner(now, x, position_ids)
+
+        return forward
+
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.forward = stateless(module)
+
+
+def _cache(model: Any) -> Any:
+    """A cache of PAST tokens, as the model itself makes it, of zeros; each layer keeps every token.
+
+    A layer that forgets what left its sliding window counts tokens in Python, and a trace would
+    freeze the count. Where they are kept, its mask hides the same tokens.
+    """
+    from transformers import cache_utils
+
+    plain: Any = cache_utils.DynamicLayer  # it is not typed
+    ids = torch.ones(BATCH, PAST, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    with _untouched(model), torch.no_grad(), model.fake_mode:
+        cache = model(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
+    for number, layer in enumerate(getattr(cache, "layers", None) or [None]):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None or keys.dim() != 4 or values.dim() != 4:
+            raise UnsupportedError(
+                f"{type(model).__name__}: layer {number}",
+                f"a cache of kind {type(layer).__name__}", "keys and values of every token",
+                "use --target safetensors",
+            )  # fmt: skip
+        if layer.is_sliding:
+            cache.layers[number] = layer = plain()
+            layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = (
+            torch.zeros(*made.shape[:2], PAST, made.shape[3]) for made in (keys, values)
+        )
+    return cache
+
+
+@contextmanager
+def _untouched(model: Any) -> Iterator[None]:
+    """Undo what a call leaves in the model: longrope keeps the frequencies, here fake ones."""
+    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+def _encoding(model: Any) -> Sample:
+    """Whole rows; token types where the model has more than one."""
+    ids = torch.ones(BATCH, LENGTH, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    known = inspect.signature(model.forward).parameters
+    if "token_type_ids" in known and (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    auto = torch.export.Dim.AUTO
+    shapes: dict[str, Any] = {name: {0: auto, 1: auto} for name in inputs}
+    if "use_cache" in known:
+        inputs["use_cache"] = False
+    return Sample(inputs, shapes)

@@ -1,0 +1,54 @@
+"""Bind the initializers of a traced graph, which are named as the model's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import onnx_ir as ir
+
+from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.graph.expression import Expression, tensor
+from adaptrix_export.plan import Plan
+
+
+def bind(plan: Plan, model: ir.Model, parameters: Set[str]) -> dict[str, Expression]:
+    """Initializer name -> expression, for every parameter and every buffer that the base stores.
+
+    Their values are taken out of the graph: what is traced has none. Raises UnsupportedError for
+    a parameter without a tensor of its shape in the base, and for a change that is not read.
+    """
+    weights: dict[str, Expression] = {}
+    for name, value in model.graph.initializers.items():
+        source = _source(plan, name)
+        if source is None and name in parameters:
+            raise UnsupportedError(
+                f"traced front end: {name}", "a parameter without a tensor in the base",
+                "one for each", "is the checkpoint complete?",
+            )  # fmt: skip
+        if source is None or not value.uses():
+            continue
+        _check_shape(plan, name, source, value)
+        weights[name] = tensor(source)
+        value.const_value = None
+    return weights
+
+
+def _source(plan: Plan, name: str) -> str | None:
+    """The tensor of the base, or of the adapter, that a parameter takes its values from."""
+    base = plan.base
+    if name in base.tied and name not in plan.untied():
+        return base.tied[name]
+    known = name in base.tensors or name in base.tied or name in plan.changes()
+    return name if known else None
+
+
+def _check_shape(plan: Plan, name: str, source: str, value: ir.Value) -> None:
+    change = plan.changes().get(source)
+    stored = plan.base.tensors.get(plan.base.tied.get(source, source))
+    shape = change.shape if change else stored.shape if stored else None
+    found = value.shape.numpy() if value.shape is not None else None
+    if shape is None or found is None or tuple(shape) != tuple(found):
+        raise UnsupportedError(
+            f"traced front end: {name}", f"a parameter of shape {found}",
+            f"{shape} as the base has it", "does the checkpoint fit its config.json?",
+        )  # fmt: skip

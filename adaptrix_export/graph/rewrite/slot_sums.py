@@ -1,0 +1,171 @@
+"""Adds what slots contribute to the values of a graph, in as few and as cheap nodes as it takes.
+
+    x2 -> MatMul A -> t  \\
+    x2 -> MatMul W -> y0 -> Gemm(t, B, y0) -> y
+
+A Gemm adds while it multiplies: a node less than MatMul and Add, and a pass less over the outputs.
+It takes matrices, so that batch and tokens are one axis there (x2; see `matrices.py`). What it adds
+of an empty slot is nothing at all, so y is y0 bit for bit.
+
+    x -> MatMul A -> [mask] -> MatMul B -> d,  y0 + d -> y
+
+is how it is done where the graph has no plain product to add to, or where rows are masked.
+
+Where modules are packed into one value, d is what their slots contribute, side by side, with zeros
+for modules without a slot, and the product of the module itself is the Gemm that adds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx_ir as ir
+
+from adaptrix_export.graph.rewrite.matrices import Matrices
+from adaptrix_export.graph.rewrite.slots import Branch, node
+from adaptrix_export.graph.rewrite.taps import integers, joined, replaced
+
+
+def join(model: ir.Model, branches: Iterable[Branch], settle: bool = True) -> int:
+    """Add what each branch contributes to its place; returns how many there are.
+
+    Without `settle` the values of the graph that were whole stay so, for others to be wired to.
+    """
+    by_value: dict[int, list[Branch]] = {}
+    for branch in branches:
+        by_value.setdefault(id(branch.place.value), []).append(branch)
+    products = _Products(model)
+    for parts in by_value.values():
+        (first, *more) = parts
+        alone = not more and first.place.is_whole
+        if first.masked or not (
+            (alone and (_add_to_gemm(model, first) or products.add(first)))
+            or (not alone and products.add_packed(parts))
+        ):
+            _add(model, parts)
+    if settle:
+        products.matrices.settle()
+    model.graph.sort()
+    return sum(map(len, by_value.values()))
+
+
+def _add(model: ir.Model, branches: list[Branch]) -> None:
+    """MatMul and Add: what the branches contribute to one value joins it, for all who read it."""
+    value = branches[0].place.value
+    contribution, nodes = _side_by_side(model, branches)
+    total = node("Add", [value, contribution], f"{branches[0].place.slot.name}.lora_sum")
+    producer = value.producer()
+    assert producer is not None
+    model.graph.insert_after(producer, [*nodes, total])
+    replaced(model, value, total.outputs[0], [total])
+
+
+def _side_by_side(model: ir.Model, branches: list[Branch]) -> tuple[ir.Value, list[ir.Node]]:
+    """What the branches contribute to one value, as wide as that is, and the nodes for it."""
+    nodes = [n for branch in branches for n in branch.nodes]
+    parts: list[ir.Value] = []
+    branches.sort(key=lambda branch: branch.place.columns)
+    ends = [branch.place.columns[0] for branch in branches[1:]] + [branches[0].place.width]
+    done = 0
+    for branch, end in zip(branches, ends, strict=True):
+        up = branch.up()
+        nodes.append(up)
+        zeros = (branch.place.columns[0] - done, end - branch.place.columns[1])
+        if any(zeros):
+            widths = integers(model, f"{branch.place.slot.name}.lora_zeros", list(zeros))
+            axis = integers(model, "slots.last_axis", [-1])
+            up = ir.node("Pad", [up.outputs[0], widths, None, axis])
+            up.name = up.outputs[0].name = f"{branch.place.slot.name}.lora_wide"
+            nodes.append(up)
+        parts.append(up.outputs[0])
+        done = end
+    contribution, together = joined(parts, f"{branches[0].place.slot.name}.lora_parts")
+    return contribution, [*nodes, *together]
+
+
+def _add_to_gemm(model: ir.Model, branch: Branch) -> bool:
+    """Where a Gemm made the value, all is matrices already."""
+    value = branch.place.value
+    producer = value.producer()
+    if producer is None or producer.op_type != "Gemm" or producer.domain:
+        return False
+    total = _gemm(branch, value)
+    model.graph.insert_after(producer, [*branch.nodes, total])
+    replaced(model, value, total.outputs[0], [total])
+    return True
+
+
+def _gemm(branch: Branch, value: ir.Value) -> ir.Node:
+    inputs = [branch.nodes[-1].outputs[0], branch.b, value]
+    return node("Gemm", inputs, f"{branch.place.slot.name}.lora_sum")
+
+
+class _Products:
+    """Products of a whole (batch, tokens, inputs) with a weight, made products of matrices.
+
+    Both ways to add return False, and do nothing, where the value is not such a product, with or
+    without a bias.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self.matrices = Matrices(model)
+
+    def add(self, branch: Branch) -> bool:
+        """A slot on all columns: its last product takes the module's own and adds to that."""
+        found = self._found([branch])
+        if found is None:
+            return False
+        product, matrix = found
+        for reader in (product, branch.nodes[0]):
+            reader.replace_input_with(0, matrix)
+        total = _gemm(branch, product.outputs[0])
+        self._join(product, [*branch.nodes, total], branch.place.slot.name)
+        return True
+
+    def add_packed(self, branches: list[Branch]) -> bool:
+        """Slots on some columns each: the module's own product takes what they give together."""
+        found = self._found(branches)
+        weight = found[0].inputs[1] if found is not None else None
+        if found is None or weight is None or weight.shape is None or len(weight.shape) != 2:
+            return False
+        product, matrix = found
+        for branch in branches:
+            branch.nodes[0].replace_input_with(0, matrix)
+        contribution, nodes = _side_by_side(self._model, branches)
+        name = branches[0].place.slot.name
+        total = node("Gemm", [matrix, weight, contribution], f"{name}.lora_sum")
+        self._join(product, [*nodes, total], name)
+        self._model.graph.remove(product, safe=True)
+        return True
+
+    def _found(self, branches: list[Branch]) -> tuple[ir.Node, ir.Value] | None:
+        """The product, and the matrix that it and the branches are to read."""
+        place = branches[0].place
+        x = branches[0].nodes[0].inputs[0]
+        assert x is not None  # what `place.x` is by now: an earlier slot may have joined it
+        product = _product(place.value, x)
+        if product is None or not self.matrices.is_whole(x):
+            return None
+        return product, self.matrices.of(x, place.slot.inputs)
+
+    def _join(self, product: ir.Node, nodes: list[ir.Node], name: str) -> None:
+        """Put the nodes behind the product; the last one gives what is read in its place."""
+        (*_, total), value = nodes, product.outputs[0]
+        whole = self.matrices.whole(total.outputs[0], f"{name}.lora_whole")
+        self._model.graph.insert_after(product, [*nodes, whole])
+        replaced(self._model, value, whole.outputs[0], [total])
+        value.shape = None  # a matrix now
+
+
+def _product(value: ir.Value, x: ir.Value) -> ir.Node | None:
+    """The MatMul of x that makes the value, by itself or with a bias that is added to it."""
+    made = value.producer()
+    if made is not None and made.op_type == "Add" and not made.domain:
+        found = [p for v in made.inputs if v is not None and (p := v.producer()) is not None]
+        made = next((p for p in found if p.op_type == "MatMul"), None)
+        if made is None or len(list(made.outputs[0].uses())) != 1:
+            return None
+    if made is None or made.op_type != "MatMul" or made.domain or made.inputs[0] is not x:
+        return None
+    return made

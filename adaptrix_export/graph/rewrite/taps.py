@@ -1,0 +1,394 @@
+"""Where in a graph a module's weight acts: what goes in, what comes out, and in which columns.
+
+A front end may transpose a weight, pack several into one MatMul or cut one into several. The
+expressions of `Graph.weights` tell which values of which tensor an initializer holds, so the place
+is computed from them, never guessed from a name in the graph. A side branch is then added there:
+`low_rank` computes `x A^T B^T` beside the module, and `replaced` puts something in its place.
+
+What is read by anything but a MatMul or a Gemm (an embedding, stacked experts) is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import onnx_ir as ir
+
+from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.graph.expression import Expression, names
+from adaptrix_export.graph.graph import Graph
+from adaptrix_export.plan import Plan, Site
+
+Range = tuple[int, int]
+_SAME = ("Identity", "Cast")  # on the way from a weight to its reader, beside Transpose
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Outputs `rows` of a module are columns `columns` of `value`, which has `width` of them.
+
+    `biased` says that `value` is the module's output as it is: with its bias, or it has none.
+    Where it is False the bias is added later, inside another operator.
+    """
+
+    value: ir.Value
+    columns: Range
+    width: int
+    rows: Range
+    biased: bool
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A module in the graph: reads `x` (batch, tokens, inputs), gives `pieces` of its `outputs`.
+
+    `flat` says that batch and tokens are one axis there, as around a Gemm.
+    """
+
+    site: Site
+    x: ir.Value
+    inputs: int
+    outputs: int
+    pieces: tuple[Piece, ...]
+    flat: bool
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Part of a value that is taken, unchanged, from a tensor: all tuples have one number an axis
+    of the value. `axes` are the tensor's axes, `starts` where the part begins in the value,
+    `sources` where it begins in the tensor, `sizes` how long it is."""
+
+    name: str
+    axes: tuple[int, ...]
+    starts: tuple[int, ...]
+    sources: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A node that reads an initializer as a matrix; `turned` if a Transpose lies between them."""
+
+    node: ir.Node
+    index: int
+    turned: bool
+
+
+def taps(plan: Plan, graph: Graph, sites: Iterable[Site]) -> dict[Site, Tap]:
+    """The tap of each site's `weight`. Raises UnsupportedError for a site that has none.
+
+    Ask for all sites before changing the graph: a tap names the values that were there.
+    """
+    readers: dict[str, list[str]] = {}
+    for initializer, expression in sorted(graph.weights.items()):
+        for name in dict.fromkeys(names(expression)):
+            readers.setdefault(name, []).append(initializer)
+    return {site: _tap(plan, graph, site, readers) for site in sites}
+
+
+def _tap(plan: Plan, graph: Graph, site: Site, readers: Mapping[str, list[str]]) -> Tap:
+    name = f"{site.path}.weight"
+    home = name if name in readers else plan.base.tied.get(name, name)
+    shape = _shape(plan, home)
+    if len(shape) != 2:
+        raise _refused(site, f"a weight of shape {list(shape)}", "two dimensions")
+    axis = int(plan.base.architecture.is_transposed(site))  # of the outputs, as it is stored
+    found: list[tuple[ir.Node, Piece]] = []
+    for initializer in readers.get(home, ()):
+        value = graph.model.graph.initializers[initializer]
+        _, boxes = _boxes(graph.weights[initializer], home, lambda n: _shape(plan, n), site)
+        for reader in _readers(value):
+            if reader.node.op_type == "Gather" and home != name:
+                continue  # the other end of a tie
+            for box in _joined([b for b in boxes if b.name == home]):
+                piece = _piece(graph, site, reader, box, shape, axis)
+                found.append((reader.node, piece))
+    if not found:
+        raise _refused(site, "a weight that no MatMul reads", "one in the graph")
+    found.sort(key=lambda pair: pair[1].rows)
+    ends = [0, *(piece.rows[1] for _, piece in found)]
+    if [piece.rows[0] for _, piece in found] != ends[:-1] or ends[-1] != shape[axis]:
+        raise _refused(site, f"a weight read by {len(found)} nodes in parts", "each part once")
+    x = found[0][0].inputs[0]
+    assert x is not None
+    if any(node.inputs[0] is not x for node, _ in found):
+        raise _refused(site, "parts of a weight that read different inputs", "one input")
+    flat = found[0][0].op_type == "Gemm" or (x.shape is not None and len(x.shape) == 2)
+    return Tap(site, x, shape[1 - axis], shape[axis], tuple(p for _, p in found), flat)
+
+
+def _refused(site: Site, found: str, expected: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{site.path} in the graph", found, expected, "it can only be merged; leave it out"
+    )
+
+
+def _shape(plan: Plan, name: str) -> tuple[int, ...]:
+    change = plan.changes().get(name)
+    if change is not None:
+        return change.shape
+    return plan.base.tensors[plan.base.tied.get(name, name)].shape
+
+
+def _boxes(
+    expression: Expression, wanted: str, shape_of: Callable[[str], tuple[int, ...]], site: Site
+) -> tuple[tuple[int, ...], list[_Box]]:
+    """Shape of the expression's value, and the parts of it that come from tensor `wanted`."""
+    kind, *rest = expression
+    if kind == "tensor":
+        shape = shape_of(rest[0])
+        zeros, axes = (0,) * len(shape), tuple(range(len(shape)))
+        return shape, [_Box(rest[0], axes, zeros, zeros, shape)] if rest[0] == wanted else []
+    if kind == "concat":
+        axis, length, boxes = rest[0], 0, list[_Box]()
+        for part in rest[1]:
+            shape, inside = _boxes(part, wanted, shape_of, site)
+            boxes += [replace(b, starts=_with(b.starts, axis, length, add=True)) for b in inside]
+            length += shape[axis]
+        return _with(shape, axis, length), boxes
+    shape, boxes = _boxes(rest[-1], wanted, shape_of, site)
+    if kind == "transpose":
+        return _permuted(shape, rest[0]), [
+            _Box(b.name, *(_permuted(v, rest[0]) for v in (b.axes, b.starts, b.sources, b.sizes)))
+            for b in boxes
+        ]
+    if kind == "slice":
+        axis, start, stop = rest[:3]
+        return _with(shape, axis, stop - start), list(_cut(boxes, axis, start, stop))
+    if kind == "reshape":
+        if boxes:
+            raise _refused(site, "a weight whose values the graph rearranges", "whole columns")
+        return tuple(rest[0]), []
+    if boxes:
+        raise _refused(site, f"a weight that the graph computes with ({kind})", "its own values")
+    return shape, []
+
+
+def _with(values: tuple[int, ...], axis: int, number: int, add: bool = False) -> tuple[int, ...]:
+    new = values[axis] + number if add else number
+    return (*values[:axis], new, *values[axis + 1 :])
+
+
+def _permuted(values: tuple[int, ...], order: list[int]) -> tuple[int, ...]:
+    return tuple(values[axis] for axis in order)
+
+
+def _cut(boxes: list[_Box], axis: int, start: int, stop: int) -> Iterator[_Box]:
+    """What of the boxes lies in start..stop of an axis, counted from start."""
+    for box in boxes:
+        first = max(start, box.starts[axis])
+        last = min(stop, box.starts[axis] + box.sizes[axis])
+        if first < last:
+            yield replace(
+                box,
+                starts=_with(box.starts, axis, first - start),
+                sources=_with(box.sources, axis, first - box.starts[axis], add=True),
+                sizes=_with(box.sizes, axis, last - first),
+            )
+
+
+def _joined(boxes: list[_Box]) -> list[_Box]:
+    """Boxes that continue each other, in the value as in the tensor, made one.
+
+    GPT-2's c_attn is cut into three by the front end and packed again by a fusion.
+    """
+    joined: list[_Box] = []
+    for box in sorted(boxes, key=lambda b: b.starts):
+        last = joined[-1] if joined else None
+        axis = _continued(last, box) if last is not None else None
+        if last is not None and axis is not None:
+            size = last.sizes[axis] + box.sizes[axis]
+            joined[-1] = replace(last, sizes=_with(last.sizes, axis, size))
+        else:
+            joined.append(box)
+    return joined
+
+
+def _continued(last: _Box, box: _Box) -> int | None:
+    """The axis along which `box` continues `last`, if it does."""
+    for axis in range(len(box.axes)):
+        ends = (last.starts[axis] + last.sizes[axis], last.sources[axis] + last.sizes[axis])
+        others = [
+            (_with(b.starts, axis, 0), _with(b.sources, axis, 0), _with(b.sizes, axis, 0), b.axes)
+            for b in (last, box)
+        ]
+        if ends == (box.starts[axis], box.sources[axis]) and others[0] == others[1]:
+            return axis
+    return None
+
+
+def _readers(value: ir.Value, turned: bool = False) -> Iterator[_Reader]:
+    for node, index in list(value.uses()):
+        if node.op_type in _SAME and not node.domain:
+            yield from _readers(node.outputs[0], turned)
+        elif node.op_type == "Transpose" and not node.domain:
+            order = list(node.attributes["perm"].as_ints()) if "perm" in node.attributes else [1, 0]
+            yield from _readers(node.outputs[0], turned != (order == [1, 0]))
+        else:
+            yield _Reader(node, index, turned)
+
+
+def _piece(
+    graph: Graph, site: Site, reader: _Reader, box: _Box, shape: tuple[int, ...], axis: int
+) -> Piece:
+    """Which columns of the reader's output the box makes."""
+    node = reader.node
+    if node.domain or node.op_type not in ("MatMul", "Gemm") or reader.index != 1:
+        raise _refused(site, f"a weight read by {node.domain or 'ai.onnx'}::{node.op_type}",
+                       "a MatMul or a Gemm")  # fmt: skip
+    turned = reader.turned
+    if node.op_type == "Gemm":
+        _check_gemm(site, node)
+        turned = turned != bool(_number(node, "transB", 0))
+    column = 0 if turned else 1  # the initializer's axis that becomes the output's columns
+    if box.axes[column] != axis or box.sizes[1 - column] != shape[1 - axis]:
+        raise _refused(site, "a weight whose inputs the graph cuts", "whole rows of inputs")
+    columns = (box.starts[column], box.starts[column] + box.sizes[column])
+    rows = (box.sources[column], box.sources[column] + box.sizes[column])
+    value, biased = _output(graph, site, node)
+    return Piece(value, columns, _width(graph, reader, column), rows, biased)
+
+
+def _check_gemm(site: Site, node: ir.Node) -> None:
+    if (
+        _number(node, "alpha", 1) != 1
+        or _number(node, "beta", 1) != 1
+        or _number(node, "transA", 0)
+    ):
+        raise _refused(site, "a Gemm that scales or transposes its input", "a plain one")
+
+
+def _number(node: ir.Node, name: str, default: float) -> float:
+    if name not in node.attributes:
+        return default
+    value = node.attributes[name].value
+    assert isinstance(value, (int, float))
+    return value
+
+
+def _width(graph: Graph, reader: _Reader, column: int) -> int:
+    """Columns of the reader's output: as many as the initializer that it reads has."""
+    weight = reader.node.inputs[1]
+    while weight is not None and weight.name not in graph.model.graph.initializers:
+        producer = weight.producer()
+        weight = producer.inputs[0] if producer is not None else None
+    assert weight is not None
+    assert weight.shape is not None
+    return int(weight.shape.numpy()[column])
+
+
+def _output(graph: Graph, site: Site, node: ir.Node) -> tuple[ir.Value, bool]:
+    """The module's output, and whether its bias is in it."""
+    value, bias = node.outputs[0], f"{site.path}.bias"
+    reads = {n for n, e in graph.weights.items() if bias in names(e)}
+    if not reads or (node.op_type == "Gemm" and _is_read(node, 2, reads)):
+        return value, True
+    users = list(value.uses())
+    if len(users) == 1 and users[0].node.op_type == "Add" and not users[0].node.domain:
+        add = users[0].node
+        if _is_read(add, 1 - users[0].idx, reads):
+            return add.outputs[0], True
+    return value, False
+
+
+def _is_read(node: ir.Node, index: int, initializers: set[str]) -> bool:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    return value is not None and value.name in initializers
+
+
+def bound(
+    model: ir.Model,
+    weights: dict[str, Expression],
+    name: str,
+    shape: tuple[int, ...],
+    expression: Expression,
+) -> ir.Value:
+    """A new float32 initializer, its values given by an expression that joins `weights`."""
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+    model.graph.initializers[name] = value
+    weights[name] = expression
+    return value
+
+
+def low_rank(model: ir.Model, tap: Tap, a: ir.Value, b: ir.Value, name: str) -> ir.Value:
+    """Adds `x a b` to the graph: (batch, tokens, outputs), what a side branch contributes.
+
+    `a` is A transposed (inputs, r), `b` is B transposed (r, outputs) with the scale in it: both
+    initializers or inputs of the graph. Make every branch before `replaced` is called: an output
+    that is replaced may be the input of another module.
+    """
+    down = _node("MatMul", [tap.x, a], f"{name}.down")
+    up = _node("MatMul", [down.outputs[0], b], f"{name}.delta")
+    producer = tap.x.producer()
+    if producer is None:
+        model.graph.insert_before(model.graph[0], [down, up])
+    else:
+        model.graph.insert_after(producer, [down, up])
+    return up.outputs[0]
+
+
+def _node(kind: str, inputs: list[ir.Value], name: str) -> ir.Node:
+    node = ir.node(kind, inputs, name=name)
+    node.outputs[0].name = name
+    return node
+
+
+def columns_of(
+    model: ir.Model, value: ir.Value, width: int, ranges: Iterable[Range], name: str
+) -> tuple[dict[Range, ir.Value], list[ir.Node]]:
+    """The column ranges of a packed value, and what lies between them, each as a value of its own.
+
+    Returns every part in order and the node that cuts them; without a cut the value is the part.
+    """
+    edges = sorted({0, width, *(edge for r in ranges for edge in r)})
+    parts = list(pairwise(edges))
+    if len(parts) == 1:
+        return {parts[0]: value}, []
+    sizes = integers(model, f"{name}.columns", [stop - start for start, stop in parts])
+    split = ir.node(
+        "Split", [value, sizes], attributes={"axis": -1}, num_outputs=len(parts), name=name
+    )
+    for (start, stop), output in zip(parts, split.outputs, strict=True):
+        output.name = f"{name}.{start}-{stop}"
+    return dict(zip(parts, split.outputs, strict=True)), [split]
+
+
+def integers(model: ir.Model, name: str, numbers: list[int]) -> ir.Value:
+    """An int64 vector as an initializer."""
+    made = ir.Value(
+        name=name,
+        shape=ir.Shape([len(numbers)]),
+        type=ir.TensorType(ir.DataType.INT64),
+        const_value=ir.tensor(numbers, dtype=ir.DataType.INT64, name=name),
+    )
+    model.graph.initializers[name] = made
+    return made
+
+
+def joined(parts: list[ir.Value], name: str) -> tuple[ir.Value, list[ir.Node]]:
+    """Parts side by side along the last axis, and the node that it takes."""
+    if len(parts) == 1:
+        return parts[0], []
+    join = ir.node("Concat", parts, attributes={"axis": -1}, name=name)
+    join.outputs[0].name = name
+    return join.outputs[0], [join]
+
+
+def replaced(model: ir.Model, value: ir.Value, made: ir.Value, own: Iterable[ir.Node]) -> None:
+    """Whoever read `value` reads `made` instead, but for the nodes in `own`, which make it.
+
+    Sort the graph after the last change: `made` may depend on what is computed after `value`.
+    """
+    keep = set(map(id, own))
+    for node, index in list(value.uses()):
+        if id(node) not in keep:
+            node.replace_input_with(index, made)
+    made.shape, made.type = value.shape, value.type
+    outputs = model.graph.outputs
+    for index, output in enumerate(outputs):
+        if output is value:  # the name belongs to the interface
+            value.name, made.name = f"{value.name}.base", value.name
+            outputs[index] = made

@@ -1,0 +1,1 @@
+"""Adapter formats, a module each."""

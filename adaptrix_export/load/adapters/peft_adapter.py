@@ -1,0 +1,360 @@
+"""A PEFT folder: `adapter_config.json` and `adapter_model.safetensors`, read from headers.
+
+What PEFT does in silence is decided here in the open: each tensor in the file goes to exactly one
+site or is named in an error, and each config field is understood or refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import regex
+
+from adaptrix_export.errors import AdapterError, SourceError, UnsupportedError
+from adaptrix_export.load.adapters.parameters import take_parameters
+from adaptrix_export.load.adapters.peft_keys import PREFIX, FileTensor, canonical, saved_by
+from adaptrix_export.load.adapters.tuned_adapter import open_tuned
+from adaptrix_export.load.files.tensors import StoredTensor, read_json, read_safetensors
+from adaptrix_export.load.files.torch_file import read_torch_file
+from adaptrix_export.load.files.turned import Turned
+from adaptrix_export.load.files.views import Flattened, upright
+from adaptrix_export.load.reading import Reading
+from adaptrix_export.load.source import Source
+from adaptrix_export.plan import (
+    Adapter,
+    Base,
+    Delta,
+    Dora,
+    LowRank,
+    Replacement,
+    Scaled,
+    Site,
+    Tensor,
+)
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+OURS = "adaptrix_export"  # our own key in the metadata of a safetensors file
+PATTERN_SECONDS = 1.0  # a rank_pattern key is a regex from a stranger
+
+# Fields of LoraConfig that the merge obeys, or that only matter while training.
+_OBEYED = {
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "use_dora", "lora_bias", "trainable_token_indices", "layer_replication", "target_parameters",
+}  # fmt: skip
+_HARMLESS = {
+    "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type",
+    "inference_mode", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out",
+    "layers_to_transform", "layers_pattern", "runtime_config", "eva_config", "peft_version",
+    "megatron_core", "qalora_group_size", "ensure_weight_tying",
+}  # fmt: skip
+_BIASES = ("none", "all", "lora_only")
+# Initialisations that leave the base's weights alone; the others take a part out of the base.
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+# How a key ends, and what it holds; the longest that fits is meant. Without the endings, the rest
+# of the key is the path of the module.
+_PARTS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_B.bias": "b_bias",
+    "lora_embedding_A": "a",
+    "lora_embedding_B": "b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "token_adapter.trainable_tokens_delta": "token_rows",
+    "base_layer.weight": "base.weight",
+    "base_layer.bias": "base.bias",
+    "original_module.weight": "base.weight",
+    "weight": "weight",
+    "bias": "bias",
+}
+_FACTORS = ("a", "b", "b_bias", "magnitude")
+Parts = dict[str, FileTensor]
+
+
+def open_peft(source: Source, base: Base, place: str, reading: Reading) -> Adapter:
+    """Read one adapter's headers against `base`; no weight is read.
+
+    Raises SourceError for damage, UnsupportedError for a kind that is refused, AdapterError for
+    a tensor that belongs nowhere.
+    """
+    folder = source.folder
+    config = read_json(folder / CONFIG)
+    weights, found, metadata = _weights(place, folder, reading)
+    if config.get("peft_type") != "LORA":
+        return open_tuned(place, source.spec, folder, config, base)
+    check_config(place, config)
+    stored, notes = canonical(place, found, base)
+    parts = _sort_tensors(place, stored)
+    inside, parts = take_parameters(place, config, base, parts, rank_and_scale)
+    parts = _attention_paths(base, parts)
+    sites = {path: base.architecture.site_of(path) for path in sorted(parts)}
+    whole = [r for path, site in sites.items() for r in _whole(place, config, site, parts[path])]
+    fused = {path: _FUSED for path in sites if f"{path}.{_FUSED}" in base.tensors}
+    deltas = [
+        _as_attention_runs(base, delta)
+        for path, site in sites.items()
+        for delta in _deltas(place, config, site, parts[path], fused.get(path, "weight"))
+    ]
+    return Adapter(
+        name=place,
+        spec=source.spec,
+        folder=folder,
+        files=(folder / CONFIG, weights),
+        config=config,
+        deltas=tuple(sorted(inside + deltas, key=lambda d: (d.site.order, d.parameter))),
+        replacements=tuple(whole),
+        notes=notes,
+        foreign=bool(notes) or weights.name != WEIGHTS,
+        metadata=metadata,
+    )
+
+
+def _weights(
+    place: str, folder: Path, reading: Reading
+) -> tuple[Path, tuple[FileTensor, ...], dict[str, Any]]:
+    """The file that PEFT would take, its tensors, and what we once noted in it."""
+    path = folder / WEIGHTS
+    if path.is_file():
+        file = read_safetensors(path)
+        return path, file.tensors, _noted(file.metadata.get(OURS))
+    path = folder / PICKLED
+    if not path.is_file():
+        raise SourceError(place, "no weights", WEIGHTS, "save it with safe_serialization=True")
+    if not reading.allow_pickle:
+        raise SourceError(
+            place, f"only {PICKLED}, a pickle", WEIGHTS,
+            "save it with safe_serialization=True, or allow it with --allow-pickle",
+        )  # fmt: skip
+    saved = read_torch_file(path)
+    if not isinstance(saved, dict):
+        raise SourceError(f"{place}: {PICKLED}", "no dict", "tensor name -> tensor")
+    tensors: list[FileTensor] = []
+    for name, tensor in saved.items():
+        if not isinstance(name, str) or not isinstance(tensor, (StoredTensor, Turned)):
+            raise SourceError(f"{place}: {PICKLED}", f"no tensor at {str(name)[:80]!r}", "tensors")
+        tensors.append(replace(tensor, name=name))
+    return path, tuple(tensors), {}
+
+
+def _noted(text: str | None) -> dict[str, Any]:
+    """Our own JSON in a file's metadata; a stranger's, under the same key, is no error."""
+    try:
+        noted = json.loads(text or "null")
+    except (ValueError, RecursionError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def check_config(place: str, config: Mapping[str, Any]) -> None:
+    """Refuse by name whatever the merge would get wrong."""
+    for problem in config_problems(place, config):
+        raise problem
+
+
+def config_problems(place: str, config: Mapping[str, Any]) -> Iterator[UnsupportedError]:
+    """Every field of the config that the merge would get wrong."""
+    if config.get("peft_type") != "LORA":
+        return  # the tuner's own row decides; see `tuned_adapter.py`
+    for key, value in sorted(config.items()):
+        if key in _OBEYED or key in _HARMLESS or value in (None, False, {}, []):
+            continue
+        if key == "bias" and value in _BIASES:
+            continue
+        if key == "init_lora_weights" and value in _PLAIN_INITS:
+            continue
+        yield UnsupportedError(
+            f"{place}: {CONFIG}", f"{key} = {value!r}", "plain LoRA",
+            "this kind of adapter cannot be built yet",
+        )  # fmt: skip
+
+
+def _sort_tensors(place: str, stored: tuple[FileTensor, ...]) -> dict[str, Parts]:
+    """Module path -> what the file holds for it."""
+    sorted_: dict[str, Parts] = {}
+    for tensor in stored:
+        if not tensor.name.startswith(PREFIX):
+            raise _unknown(place, tensor.name, f"a key that starts with {PREFIX!r}")
+        words = tensor.name.removeprefix(PREFIX).split(".")
+        for cut in range(1, len(words)):
+            part = _PARTS.get(".".join(words[cut:]))
+            if part is not None:
+                break
+        else:
+            raise _unknown(place, tensor.name, "lora_A.weight, lora_B.weight or modules_to_save")
+        path = ".".join(words[:cut])
+        known = sorted_.setdefault(path, {}).setdefault(part, tensor)
+        if known is not tensor:
+            raise AdapterError(
+                f"{place}: {path}", f"{known.name} and {tensor.name}", "one of the two",
+                "they hold the same part of one module; save the adapter again",
+            )  # fmt: skip
+    return sorted_
+
+
+def _whole(place: str, config: Mapping[str, Any], site: Site, parts: Parts) -> list[Replacement]:
+    """What the file ships whole for one module, each with the config field that says so."""
+    found = []
+    for kind in ("weight", "bias"):
+        if tensor := parts.get(f"base.{kind}"):
+            found.append(Replacement(site, kind, tensor, shared=True))
+        if not (tensor := parts.get(kind)):
+            continue
+        own = saved_by(site.path, config.get("modules_to_save")) is not None
+        trained_bias = kind == "bias" and config.get("bias", "none") != "none"
+        if not (own or trained_bias or _is_vocabulary(tensor, site)):
+            raise _unknown(place, tensor.name, "a module in modules_to_save")
+        found.append(Replacement(site, kind, tensor, shared=not own))
+    if tensor := parts.get("token_rows"):
+        rows = _token_rows(place, config, site)
+        found.append(Replacement(site, "weight", tensor, shared=True, rows=rows))
+    return found
+
+
+def _is_vocabulary(tensor: FileTensor, site: Site) -> bool:
+    """PEFT saves embedding and head whole when it resized or targets them."""
+    return site.layer is None and len(tensor.shape) == 2 and tensor.name.endswith(".weight")
+
+
+def _token_rows(place: str, config: Mapping[str, Any], site: Site) -> tuple[int, ...]:
+    """The rows that `trainable_token_indices` names for this module."""
+    indices = config.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        names = [n for n in indices if site.path == n or site.path.endswith("." + n)]
+        indices = indices[names[0]] if len(names) == 1 else None
+    if not isinstance(indices, list) or not all(type(i) is int for i in indices):
+        raise AdapterError(
+            f"{place}: {site.path}", f"trainable_token_indices = {indices!r}", "a list of rows"
+        )
+    return tuple(indices)
+
+
+def _unknown(place: str, key: str, expected: str) -> AdapterError:
+    return AdapterError(
+        f"{place}: {key}", "a tensor that belongs to no site", expected,
+        "PEFT would drop it in silence; was the file renamed or saved by another tool?",
+    )  # fmt: skip
+
+
+_FUSED = "in_proj_weight"  # what MultiheadAttention stores q, k and v in
+
+
+def _attention_paths(base: Base, parts: dict[str, Parts]) -> dict[str, Parts]:
+    """PEFT keeps the output projection of a MultiheadAttention inside its own layer:
+    `attn.base_layer.out_proj` is the base's `attn.out_proj`."""
+    inner = ".base_layer.out_proj"
+    return {
+        path.removesuffix(inner) + ".out_proj"
+        if path.endswith(inner) and f"{path.removesuffix(inner)}.{_FUSED}" in base.tensors
+        else path: held
+        for path, held in parts.items()
+    }
+
+
+def _as_attention_runs(base: Base, delta: Delta) -> Delta:
+    """PEFT's MultiheadAttention merges its output projection twice whenever it runs, in training
+    as well (`merge` of PEFT 0.21, with and without `safe_merge`): the live model has twice the
+    delta there, and so has ours."""
+    owner, _, last = delta.site.path.rpartition(".")
+    if last != "out_proj" or f"{owner}.{_FUSED}" not in base.tensors:
+        return delta
+    doubled = (replace(t, scale=2 * t.scale) for t in delta.terms if isinstance(t, LowRank))
+    return replace(delta, terms=tuple(doubled))
+
+
+def _deltas(
+    place: str, config: Mapping[str, Any], site: Site, parts: Parts, weight: str = "weight"
+) -> list[Delta]:
+    """What the factors in the file add to one module's weight and bias."""
+    if not any(part in parts for part in _FACTORS):
+        return []
+    path = site.path
+    if "a" not in parts or "b" not in parts:
+        missing = "lora_B" if "a" in parts else "lora_A"
+        raise AdapterError(f"{place}: {path}", f"no {missing}", "both factors", "save it again")
+    a: Tensor = parts["a"]
+    b: Tensor = parts["b"]
+    rank, scale = rank_and_scale(place, path, config)
+    if len(a.shape) == len(b.shape) == 2:
+        a, b = upright(a, b, rank)
+    else:
+        a, b = _of_convolution(place, path, parts, rank)
+    if a.shape[0] != rank or b.shape[1] != rank:
+        raise AdapterError(
+            f"{place}: {path}", f"rank {a.shape[0]} in lora_A and {b.shape[1]} in lora_B",
+            f"{rank} by {CONFIG}", "the config belongs to other weights",
+        )  # fmt: skip
+    _check_flag(place, path, config, "use_dora", "magnitude" in parts)
+    _check_flag(place, path, config, "lora_bias", "b_bias" in parts)
+    deltas = []
+    if "magnitude" in parts:
+        deltas.append(Delta(site, (Dora(a, b, scale, parts["magnitude"]),)))
+    else:
+        deltas.append(Delta(site, (LowRank(a, b, scale),), weight))
+    if "b_bias" in parts:
+        if "magnitude" in parts:
+            raise UnsupportedError(
+                f"{place}: {path}", "lora_bias with use_dora", "one of them",
+                "DoRA scales the bias of lora_B by a norm; train without lora_bias",
+            )  # fmt: skip
+        deltas.append(Delta(site, (Scaled(parts["b_bias"], scale),), "bias"))
+    return deltas
+
+
+def _of_convolution(place: str, path: str, parts: Parts, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors (r, in, k...) and (out, r, 1...) as matrices: their product, laid out as the
+    kernel is, is what PEFT adds. Raises UnsupportedError for DoRA and for groups."""
+    a, b = parts["a"], parts["b"]
+    plain = len(a.shape) == len(b.shape) and b.shape[1:] == (rank, *(1,) * (len(b.shape) - 2))
+    if not plain or "magnitude" in parts:
+        found = "DoRA" if plain else f"factors of shape {a.shape} and {b.shape}"
+        raise UnsupportedError(
+            f"{place}: {path}", f"{found} on a convolution", "plain LoRA, one group",
+            "merge this adapter with PEFT and build the merged model",
+        )  # fmt: skip
+    return Flattened(a), Flattened(b)
+
+
+def _check_flag(
+    place: str, path: str, config: Mapping[str, Any], field: str, shipped: bool
+) -> None:
+    """A tensor and the config field that gives it a meaning come together or not at all."""
+    if shipped != bool(config.get(field)):
+        found = "a tensor for it" if shipped else "no tensor for it"
+        raise AdapterError(
+            f"{place}: {path}", f"{field} = {config.get(field)!r} and {found}", "both or neither",
+            "the config belongs to other weights",
+        )  # fmt: skip
+
+
+def rank_and_scale(place: str, path: str, config: Mapping[str, Any]) -> tuple[int, float]:
+    """Rank and scaling at one module, by PEFT's rule: alpha/r, or alpha/sqrt(r) for rsLoRA."""
+    rank = _by_pattern(place, path, config.get("rank_pattern"), config.get("r"))
+    alpha = _by_pattern(place, path, config.get("alpha_pattern"), config.get("lora_alpha"))
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+        raise AdapterError(
+            f"{place}: {path}", f"r = {rank!r}, lora_alpha = {alpha!r}", "numbers, r at least 1"
+        )
+    # rsLoRA, https://arxiv.org/abs/2312.03732
+    return rank, alpha / sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _by_pattern(place: str, path: str, patterns: Any, default: Any) -> Any:
+    """The value of the first pattern that matches `(.*\\.)?(pattern)$`, else the default."""
+    for pattern, value in (patterns or {}).items():
+        try:
+            if regex.match(rf"(.*\.)?({pattern})$", path, timeout=PATTERN_SECONDS):
+                return value
+        except (regex.error, TimeoutError) as error:
+            raise AdapterError(
+                f"{place}: {CONFIG}", f"pattern {pattern!r} ({error or 'took too long'})",
+                "a regular expression", "name the modules plainly",
+            ) from error  # fmt: skip
+    return default

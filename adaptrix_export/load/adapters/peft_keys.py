@@ -1,0 +1,213 @@
+"""The names of tensors in PEFT's files, taken apart word by word, in all the forms found about.
+
+PEFT writes `base_model.model.<module>.lora_A.weight`. Other forms come from raw state dicts
+(`lora_A.default.weight`), from tools that add or drop a prefix, and from models whose modules were
+renamed. PEFT drops what it does not know in silence; here each key means one site, or it is an
+error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Set
+from dataclasses import dataclass, replace
+
+from adaptrix_export.errors import AdapterError
+from adaptrix_export.load.files.tensors import StoredTensor
+from adaptrix_export.load.files.turned import Turned
+from adaptrix_export.plan import Base
+
+PREFIX = "base_model.model."
+_PREFIX_WORDS = ("base_model", "model")
+NAME = "<adapter name>"  # in a row below: any one word
+
+# How a key ends in a form that PEFT does not write, and how PEFT writes it.
+_ENDINGS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("lora_A", NAME, "weight"), "lora_A.weight"),
+    (("lora_B", NAME, "weight"), "lora_B.weight"),
+    (("lora_B", NAME, "bias"), "lora_B.bias"),
+    (("lora_embedding_A", NAME), "lora_embedding_A"),
+    (("lora_embedding_B", NAME), "lora_embedding_B"),
+    (("lora_embedding_A", NAME, "weight"), "lora_embedding_A"),
+    (("lora_embedding_B", NAME, "weight"), "lora_embedding_B"),
+    (("lora_magnitude_vector", NAME), "lora_magnitude_vector"),
+    (("lora_magnitude_vector", NAME, "weight"), "lora_magnitude_vector"),
+    (("token_adapter", "trainable_tokens_delta", NAME), "token_adapter.trainable_tokens_delta"),
+    (("modules_to_save", NAME, "weight"), "weight"),
+    (("modules_to_save", NAME, "bias"), "bias"),
+)
+# The same where the word after the part is no adapter's name.
+_NAMELESS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("lora_A", "weight"), "lora_A.weight"),
+    (("lora_B", "weight"), "lora_B.weight"),
+    (("lora_B", "bias"), "lora_B.bias"),
+    (("lora_embedding_A",), "lora_embedding_A"),
+    (("lora_embedding_B",), "lora_embedding_B"),
+    (("lora_embedding_A", "weight"), "lora_embedding_A"),
+    (("lora_embedding_B", "weight"), "lora_embedding_B"),
+    (("lora_magnitude_vector",), "lora_magnitude_vector"),
+    (("lora_magnitude_vector", "weight"), "lora_magnitude_vector"),
+    (("token_adapter", "trainable_tokens_delta"), "token_adapter.trainable_tokens_delta"),
+    (("modules_to_save", "weight"), "weight"),
+    (("modules_to_save", "bias"), "bias"),
+    (("base_layer", "weight"), "base_layer.weight"),
+    (("base_layer", "bias"), "base_layer.bias"),
+    (("weight",), "weight"),
+    (("bias",), "bias"),
+)
+
+_SAVED_TWICE = ".modules_to_save."
+
+FileTensor = StoredTensor | Turned
+Words = tuple[str, ...]
+Rename = Callable[[Words], Words | None]
+
+
+def _starts(old: Words, new: Words) -> Rename:
+    def rename(words: Words) -> Words | None:
+        return (*new, *words[len(old) :]) if words[: len(old)] == old else None
+
+    return rename
+
+
+# Other names of one module. A row counts only if the base has a module of the new name.
+RENAMES: tuple[Rename, ...] = (
+    lambda words: words,
+    _starts((), ("model",)),  # trained on the bare model, without its head
+    _starts((), ("transformer",)),
+    # The llava family before and after transformers 5.
+    _starts(("language_model", "model"), ("model", "language_model")),
+    _starts(("model", "language_model"), ("language_model", "model")),
+    _starts(("language_model", "lm_head"), ("lm_head",)),
+    _starts(("language_model",), ()),
+)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key taken apart: module path as written, how PEFT ends it, the adapter's name if given."""
+
+    words: Words
+    ending: str
+    name: str | None
+
+
+def split_key(key: str) -> Key | None:
+    """Cut a key where its module ends; None for an ending that no row knows.
+
+    Rows with most words are tried first, so that `lora_A.weight` is not the weight of a `lora_A`.
+    """
+    words = tuple(key.split("."))
+    for size in (3, 2, 1):
+        for rows in (_NAMELESS, _ENDINGS):
+            for row, ending in rows:
+                tail = words[-size:]
+                if len(row) == size < len(words) and _fits(row, tail):
+                    name = next((t for r, t in zip(row, tail, strict=True) if r is NAME), None)
+                    return Key(words[:-size], ending, name)
+    return None
+
+
+def _fits(row: Words, tail: Words) -> bool:
+    return all(r == t or (r is NAME and t) for r, t in zip(row, tail, strict=True))
+
+
+def module_paths(base: Base) -> frozenset[str]:
+    """Every module of the base, inner ones too, from the names of its tensors."""
+    paths: set[str] = set()
+    for name in (*base.tensors, *base.tied):
+        words = name.split(".")[:-1]
+        paths.update(".".join(words[:n]) for n in range(1, len(words) + 1))
+    return frozenset(paths)
+
+
+def sites_of(words: Words, modules: Set[str]) -> tuple[str, ...]:
+    """The modules of the base that a path as written may mean, sorted."""
+    found = set()
+    for start in range(0, len(words), len(_PREFIX_WORDS)):
+        for rename in RENAMES:
+            renamed = rename(words[start:])
+            if renamed and ".".join(renamed) in modules:
+                found.add(".".join(renamed))
+        if words[start : start + len(_PREFIX_WORDS)] != _PREFIX_WORDS:
+            break
+    return tuple(sorted(found))
+
+
+def one_site(place: str, key: str, words: Words, modules: Set[str]) -> str:
+    """The one module of the base that `words` name, or AdapterError."""
+    found = sites_of(words, modules)
+    if len(found) == 1:
+        return found[0]
+    raise AdapterError(
+        f"{place}: {key}", f"could mean {' or '.join(found)}" if found else "no module of the base",
+        "one module of the base", "was this adapter trained on another model?",
+    )  # fmt: skip
+
+
+def canonical(
+    place: str, stored: Iterable[FileTensor], base: Base
+) -> tuple[tuple[FileTensor, ...], tuple[str, ...]]:
+    """The tensors under the keys that PEFT writes, and a note if that changed any.
+
+    Raises AdapterError, naming both, where one key could mean two modules or two keys mean the
+    same tensor. A key without any meaning keeps its name: who sorts the tensors reports it.
+    """
+    modules = module_paths(base)
+    named: list[FileTensor] = []
+    names: dict[str, str] = {}
+    written: dict[str, str] = {}
+    stored = tuple(stored)
+    given = {tensor.name for tensor in stored}
+    for tensor in stored:
+        # A module of modules_to_save with a resized vocabulary is saved under both its names;
+        # PEFT reads the plain one, and the check compares the other with that.
+        if _SAVED_TWICE in tensor.name and tensor.name.replace(_SAVED_TWICE, ".") in given:
+            continue
+        key, name = _canonical_key(place, tensor.name, modules)
+        if key in written:
+            raise AdapterError(
+                f"{place}: {tensor.name}", f"the same tensor as {written[key]}", "each tensor once",
+                "is this a file of two adapters, or saved twice?",
+            )  # fmt: skip
+        written[key] = tensor.name
+        if name is not None:
+            names[name] = tensor.name
+        named.append(replace(tensor, name=key))
+    if len(names) > 1:
+        first, second = sorted(names)[:2]
+        raise AdapterError(
+            f"{place}: {names[first]}", f"adapter {first!r}, beside adapter {second!r} in "
+            f"{names[second]}", "one adapter a file", "save each adapter in a folder of its own",
+        )  # fmt: skip
+    changed = [(old, new) for new, old in written.items() if old != new]
+    return tuple(named), (_note(changed),) if changed else ()
+
+
+def _canonical_key(place: str, key: str, modules: Set[str]) -> tuple[str, str | None]:
+    parsed = split_key(key)
+    if parsed is None:
+        return key, None
+    plain = ".".join(parsed.words[2:])
+    if parsed.words[:2] == _PREFIX_WORDS and plain in modules:
+        return f"{PREFIX}{plain}.{parsed.ending}", parsed.name  # as PEFT itself reads it
+    found = sites_of(parsed.words, modules)
+    if len(found) > 1:
+        raise AdapterError(
+            f"{place}: {key}", f"could mean {' or '.join(found)}", "one module of the base",
+            f"rename the key to the form {PREFIX}{found[0]}.{parsed.ending}",
+        )  # fmt: skip
+    return (f"{PREFIX}{found[0]}.{parsed.ending}" if found else key), parsed.name if found else None
+
+
+def _note(changed: list[tuple[str, str]]) -> str:
+    old, new = changed[0]
+    return f"{len(changed)} keys are not as PEFT writes them, which PEFT would drop: {old} is {new}"
+
+
+def saved_by(path: str, modules_to_save: Iterable[str] | None) -> str | None:
+    """The entry of `modules_to_save` that means this module, or one that holds it (a head of two
+    layers), by PEFT's rule: names are compared by their ends, so `norm` means `input_layernorm`."""
+    words = path.split(".")
+    holders = [".".join(words[:count]) for count in range(len(words), 0, -1)]
+    names = list(modules_to_save or ())
+    return next((name for holder in holders for name in names if holder.endswith(name)), None)

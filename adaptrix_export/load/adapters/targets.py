@@ -1,0 +1,91 @@
+"""Which modules a PEFT config targets, by PEFT's own rule and without a model.
+
+The rule is `check_target_module_exists` of peft.tuners.tuners_utils (0.21): excluded, then saved
+whole, then a regex or a list of endings, then the layer number. The patterns come from a stranger,
+so each match has a time limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import regex
+
+from adaptrix_export.errors import AdapterError
+from adaptrix_export.load.adapters.peft_adapter import CONFIG, PATTERN_SECONDS
+from adaptrix_export.plan import Base
+
+ALL_LINEAR = "all-linear"
+
+
+def modules(base: Base) -> list[str]:
+    """Paths of the modules that a tuner can act on: those with a weight that is no vector."""
+    stored = {name: base.tensors.get(home) for name, home in base.tied.items()}
+    stored.update(base.tensors)
+    return [
+        name.removesuffix(".weight")
+        for name, tensor in stored.items()
+        if name.endswith(".weight") and tensor is not None and len(tensor.shape) > 1
+    ]
+
+
+def targeted(config: Mapping[str, Any], path: str) -> bool:
+    """Whether PEFT puts an adapter on the module `path`.
+
+    `all-linear` depends on module classes, which a header does not tell: every path then counts.
+    Raises AdapterError for a pattern that is none, or that takes too long.
+    """
+    excluded = config.get("exclude_modules") or ()
+    if isinstance(excluded, str) and _matches(excluded, path, whole=True):
+        return False
+    if not isinstance(excluded, str) and _ends(path, excluded):
+        return False
+    for name in config.get("modules_to_save") or ():
+        if _matches(rf"(^|.*\.){name}($|\..*)", path, whole=False):
+            return False
+    wanted = config.get("target_modules")
+    if isinstance(wanted, str):
+        return wanted.lower() == ALL_LINEAR or _matches(wanted, path, whole=True)
+    if path in (wanted or ()):
+        return True
+    return _ends(path, wanted or ()) and _in_layers(config, path)
+
+
+def _in_layers(config: Mapping[str, Any], path: str) -> bool:
+    """`layers_to_transform` and `layers_pattern`."""
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    patterns = config.get("layers_pattern") or []
+    forms = [
+        rf"(?:^|.*?\.){p}\.(\d+)\." for p in ([patterns] if isinstance(patterns, str) else patterns)
+    ]
+    for form in forms or [r".*?\.[^.]*\.(\d+)\."]:
+        found = _search(form, path)
+        if found is not None:
+            return found in (layers if isinstance(layers, list) else [layers])
+    return False
+
+
+def _search(pattern: str, path: str) -> int | None:
+    match = _timed(regex.match, pattern, path)
+    return int(match.group(1)) if match else None
+
+
+def _ends(path: str, names: Any) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _matches(pattern: str, path: str, whole: bool) -> bool:
+    return bool(_timed(regex.fullmatch if whole else regex.match, pattern, path))
+
+
+def _timed(match: Any, pattern: str, path: str) -> Any:
+    try:
+        return match(pattern, path, timeout=PATTERN_SECONDS)
+    except (regex.error, TimeoutError) as error:
+        raise AdapterError(
+            CONFIG, f"pattern {pattern!r} ({error or 'took too long'})", "a regular expression",
+            "name the modules plainly",
+        ) from error  # fmt: skip

@@ -1,0 +1,117 @@
+"""Tensors on disk seen otherwise than they are stored: turned, cut, or placed among zeros.
+
+Each is a `plan.Tensor` over another one. Nothing is read before lowering asks for it, and no value
+is changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from adaptrix_export.load.files.tensors import DTYPES
+from adaptrix_export.plan import Array, Tensor
+
+
+@dataclass(frozen=True)
+class _View:
+    source: Tensor
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+
+@dataclass(frozen=True)
+class Transposed(_View):
+    """A matrix (n, m) as (m, n)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape[::-1]
+
+    def read(self) -> Array:
+        return self.source.read().T
+
+    def rows(self, start: int, stop: int) -> Array:
+        return self.source.read()[:, start:stop].T
+
+
+@dataclass(frozen=True)
+class Flattened(_View):
+    """A convolution's factor (n, m, k, ...) as a matrix (n, m * k * ...)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.source.shape[0], prod(self.source.shape[1:]))
+
+    def read(self) -> Array:
+        return self.source.read().reshape(self.shape)
+
+    def rows(self, start: int, stop: int) -> Array:
+        return self.source.rows(start, stop).reshape(stop - start, -1)
+
+
+@dataclass(frozen=True)
+class Cut(_View):
+    """Rows `start` to `stop` - 1 of the first axis."""
+
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start, *self.source.shape[1:])
+
+    def read(self) -> Array:
+        return self.source.rows(self.start, self.stop)
+
+    def rows(self, start: int, stop: int) -> Array:
+        return self.source.rows(self.start + start, self.start + stop)
+
+
+@dataclass(frozen=True)
+class Placed(_View):
+    """The source as rows `start` and on of `count` rows, the others zero: a factor that acts on
+    a part of the outputs. Never used on a weight."""
+
+    start: int
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.count, *self.source.shape[1:])
+
+    def read(self) -> Array:
+        return self.rows(0, self.count)
+
+    def rows(self, start: int, stop: int) -> Array:
+        dtype: np.dtype[Any] = DTYPES[self.dtype]
+        values = np.zeros((stop - start, *self.shape[1:]), dtype)
+        first = max(start, self.start)
+        last = min(stop, self.start + self.source.shape[0])
+        if first < last:
+            values[first - start : last - start] = self.source.rows(
+                first - self.start, last - self.start
+            )
+        return values
+
+
+def upright(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """LoRA factors as PEFT stores them, (r, in) and (out, r), if they are stored the other way.
+
+    They are turned only if both of them have the rank on the other axis alone, so that there is
+    one way to read them; anything else is returned as it is, for the caller's checks to refuse.
+    """
+    natural = a.shape[0] == rank and b.shape[1] == rank
+    turned = a.shape[1] == rank and b.shape[0] == rank
+    if turned and not natural and a.shape[0] != rank and b.shape[1] != rank:
+        return Transposed(a), Transposed(b)
+    return a, b

@@ -1,0 +1,269 @@
+"""Lawful adjustments: an adapter that says the same thing in other words is read as it means.
+
+Each one is exact, happens only where there is one way to read the adapter, and is recorded in
+`Plan.adjustments`. Whatever is not adjusted here stays as it is, for `verify` to refuse. No weight
+is ever padded or truncated; only LoRA factors are turned, cut, or placed among zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from adaptrix_export.load.files.tensors import read_json
+from adaptrix_export.load.files.views import Cut, Placed, Transposed
+from adaptrix_export.load.fit.fused import Part, parts_in_base, parts_of
+from adaptrix_export.plan import (
+    Adapter,
+    Adjustment,
+    Base,
+    Composed,
+    Delta,
+    Dora,
+    Experts,
+    LowRank,
+    Plan,
+    Replacement,
+    Scaled,
+    Term,
+    Tuned,
+)
+
+TOKENIZER_BYTES = 256 << 20  # Gemma's tokenizer.json has 33 MB
+
+# Module paths of transformers 4, what they became in 5, and for which model types (none: all that
+# have the new path), from transformers.conversion_mapping. A path is renamed only where that is
+# the same module of the same model: an adapter of a text model is not one of a model around it.
+# Mixture-of-experts weights are not renamed but fused on loading, which is no matter of names.
+_TEXT_OF_A_LARGER = ("gemma3n_text", "qwen3_5_text", "qwen3_5_moe_text")
+RENAMES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("language_model.model.", "model.language_model.", ()),
+    ("language_model.lm_head", "lm_head", ()),
+    ("model.", "model.language_model.", ("qwen2_vl", "qwen2_5_vl")),
+    ("model.language_model.", "model.", _TEXT_OF_A_LARGER),
+    ("embed_out", "lm_head", ("gpt_neox",)),
+)
+
+Step = Callable[[Base, Adapter], tuple[Adapter, list[Adjustment]]]
+
+
+def adjusted(plan: Plan) -> Plan:
+    """The plan with every adapter read as it means on this base, and a record of what that took."""
+    adapters, notes = [], list(plan.adjustments)
+    for adapter in plan.adapters:
+        for step in _STEPS:
+            adapter, made = step(plan.base, adapter)
+            notes += made
+        adapters.append(adapter)
+    return replace(plan, adapters=tuple(adapters), adjustments=tuple(notes))
+
+
+def _turned(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
+    """Records the factors that the loader turned (`views.upright`)."""
+    places = [
+        delta.site.path
+        for delta in adapter.deltas
+        if any(isinstance(t, Transposed) for term in delta.terms for t in term.tensors)
+    ]
+    text = "factors stored transposed, read as (r, in) and (out, r)"
+    return adapter, [Adjustment(adapter.name, "transposed", p, text) for p in places]
+
+
+def _renamed(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
+    """Module paths of transformers 4 become those of 5, where the base has only the latter.
+
+    None is renamed if two would land on one module, or one where the adapter has something.
+    """
+    items: list[Delta | Replacement] = [*adapter.deltas, *adapter.replacements]
+    known = {item.site for item in items if _has(base, item.name)}
+    paths = {i.site: _new_path(base, i.site.path, i.name) for i in items if i.site not in known}
+    moves = {old: base.architecture.site_of(new) for old, new in paths.items() if new}
+    if len(set(moves.values())) < len(moves) or known & set(moves.values()):
+        return adapter, []
+    renamed = replace(
+        adapter,
+        deltas=_sorted([replace(d, site=moves.get(d.site, d.site)) for d in adapter.deltas]),
+        replacements=tuple(
+            replace(r, site=moves.get(r.site, r.site)) for r in adapter.replacements
+        ),
+    )
+    return renamed, [
+        Adjustment(adapter.name, "renamed", old.path, f"is {new} in this base")
+        for old, new in moves.items()
+    ]
+
+
+def _has(base: Base, name: str) -> bool:
+    return name in base.tensors or name in base.tied
+
+
+def _new_path(base: Base, path: str, name: str) -> str | None:
+    """The one path that a rename gives and the base has; None when there is none or a choice."""
+    parameter, kind = name.rpartition(".")[2], base.architecture.model_type
+    found = set()
+    for old, new, types in RENAMES:
+        if path.startswith(old) and kind in (types or (kind,)):
+            candidate = new + path.removeprefix(old)
+            if _has(base, f"{candidate}.{parameter}"):
+                found.add(candidate)
+    return found.pop() if len(found) == 1 else None
+
+
+def _split(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
+    """An adapter on a fused module, on a base that has the parts: B's rows go to their parts."""
+    deltas: list[Delta] = []
+    notes = []
+    present = {delta.name for delta in adapter.deltas}
+    for delta in adapter.deltas:
+        site = delta.site
+        parts = parts_of(base, site.stack, site.layer, site.module)
+        taken = any(_at(delta, part.name).name in present for part in parts)
+        rows = {_outputs(term) for term in delta.terms}
+        fused = delta.name in base.tensors
+        if not parts or fused or taken or rows != {parts[-1].stop}:
+            deltas.append(delta)
+            continue
+        for part in parts:
+            terms = tuple(_cut(term, part) for term in delta.terms)
+            deltas.append(replace(_at(delta, part.name), terms=terms))
+        if delta.parameter == "weight":
+            names = ", ".join(part.name.rpartition(".")[2] for part in parts)
+            text = f"fused in the adapter, split into {names}"
+            notes.append(Adjustment(adapter.name, "split", site.path, text))
+    return replace(adapter, deltas=_sorted(deltas)), notes
+
+
+def _at(delta: Delta, module: str) -> Delta:
+    return replace(delta, site=replace(delta.site, module=module))
+
+
+def _outputs(term: Term) -> int | None:
+    """Outputs that the term acts on, or None for a kind that cannot be cut."""
+    if isinstance(term, (Experts, Tuned, Composed)):
+        return None
+    return (term.vector if isinstance(term, Scaled) else term.b).shape[0]
+
+
+def _cut(term: Term, part: Part) -> Term:
+    """The term's outputs `part.start` to `part.stop` - 1."""
+    if isinstance(term, Scaled):
+        return replace(term, vector=Cut(term.vector, part.start, part.stop))
+    assert isinstance(term, (LowRank, Dora)), term  # of the others, `_outputs` is None
+    b = Cut(term.b, part.start, part.stop)
+    if isinstance(term, Dora):  # its norm is taken output by output
+        return replace(term, b=b, magnitude=Cut(term.magnitude, part.start, part.stop))
+    return replace(term, b=b)
+
+
+def _stacked(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
+    """Adapters on parts, on a base that fuses them: a sum on the whole, each at its own rows.
+
+    Not for DoRA, whose magnitude would need a value for the rows of the other parts, too.
+    """
+    kept: list[Delta] = []
+    sums: dict[str, Delta] = {}
+    notes = []
+    present = {delta.name for delta in adapter.deltas}
+    for delta in adapter.deltas:
+        part = parts_in_base(base, delta.site.stack, delta.site.layer).get(delta.site.module)
+        terms = _placed(base, delta, part) if part else ()
+        if not part or not terms or _at(delta, part.whole).name in present:
+            kept.append(delta)
+            continue
+        whole = _at(delta, part.whole)
+        sums[whole.name] = replace(whole, terms=sums.get(whole.name, _none(whole)).terms + terms)
+        text = f"rows {part.start} to {part.stop - 1} of {part.whole} in this base"
+        notes.append(Adjustment(adapter.name, "stacked", delta.site.path, text))
+    return replace(adapter, deltas=_sorted([*kept, *sums.values()])), notes
+
+
+def _none(delta: Delta) -> Delta:
+    return replace(delta, terms=())
+
+
+def _placed(base: Base, delta: Delta, part: Part) -> tuple[Term, ...]:
+    """The terms of a part as terms of the whole; none if they are of another kind or size."""
+    rows = base.tensors[_at(delta, part.whole).name].shape[0] if delta.parameter == "weight" else 0
+    terms: list[Term] = []
+    for term in delta.terms:
+        if not isinstance(term, LowRank) or term.b.shape[0] != part.stop - part.start or not rows:
+            return ()
+        terms.append(replace(term, b=Placed(term.b, part.start, rows)))
+    return tuple(terms)
+
+
+def _vocabulary(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
+    """LoRA on an embedding or head with more or fewer rows than the base, all beyond its tokens.
+
+    Both have a row for every token that the tokenizers beside base and adapter know, so they
+    differ in padding alone. What the adapter has beyond the base is left out; what the base has
+    beyond the adapter stays as it is.
+    """
+    kind = base.architecture
+    replaced = {saved.name for saved in adapter.replacements}
+    deltas, notes = [], []
+    for delta in adapter.deltas:
+        embedding = delta.site.path == kind.family.embedding
+        stored = base.tensors.get(base.tied.get(delta.name, delta.name))
+        rows = stored.shape[0] if stored else 0
+        home = base.tied.get(delta.name, delta.name)
+        if (
+            not (embedding or delta.site.path == kind.family.head)
+            or not all(type(term) is LowRank for term in delta.terms)
+            or {delta.name, home} & replaced
+        ):
+            deltas.append(delta)
+            continue
+        sizes = {(t.a.shape[1] if embedding else t.b.shape[0]) for t in _low_rank(delta)}
+        tokens = _tokens(base.folder, adapter.folder)
+        if sizes == {rows} or tokens is None or min(rows, *sizes) < tokens:
+            deltas.append(delta)
+            continue
+        deltas.append(
+            replace(delta, terms=tuple(_fit(t, rows, embedding) for t in _low_rank(delta)))
+        )
+        text = f"{max(sizes)} rows in the adapter, {rows} in the base, {tokens} tokens: padding"
+        notes.append(Adjustment(adapter.name, "vocabulary", delta.site.path, text))
+    return replace(adapter, deltas=tuple(deltas)), notes
+
+
+def _low_rank(delta: Delta) -> list[LowRank]:
+    return [term for term in delta.terms if isinstance(term, LowRank)]
+
+
+def _fit(term: LowRank, rows: int, embedding: bool) -> LowRank:
+    """The factor with a row a token, with `rows` of them."""
+    factor = Transposed(term.a) if embedding else term.b
+    fitted = Cut(factor, 0, rows) if factor.shape[0] > rows else Placed(factor, 0, rows)
+    return replace(term, a=Transposed(fitted)) if embedding else replace(term, b=fitted)
+
+
+def _tokens(*folders: Path) -> int | None:
+    """One more than the highest token id in any of the folders' tokenizers; None without one.
+
+    The first folder, the base's, must have one.
+    """
+    highest = []
+    for folder in folders:
+        path = folder / "tokenizer.json"
+        if path.is_file():
+            highest.append(_highest(path))
+        elif not highest:
+            return None
+    return max(highest) + 1
+
+
+def _highest(path: Path) -> int:
+    tokenizer = read_json(path, TOKENIZER_BYTES)
+    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    added = [token.get("id") for token in tokenizer.get("added_tokens") or []]
+    return max((n for n in (*ids, *added) if type(n) is int), default=-1)
+
+
+def _sorted(deltas: list[Delta]) -> tuple[Delta, ...]:
+    return tuple(sorted(deltas, key=lambda d: (d.site.order, d.parameter)))
+
+
+_STEPS: tuple[Step, ...] = (_turned, _renamed, _split, _stacked, _vocabulary)

@@ -1,0 +1,371 @@
+"""What holds of every plan, checked on headers before a weight is read and after every pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isfinite, prod
+
+from adaptrix_export.arch.tasks import SEQ2SEQ, TASKS
+from adaptrix_export.errors import AdapterError, InputError, UnsupportedError
+from adaptrix_export.load.adapters.tuners import own_sizes
+from adaptrix_export.load.files.tensors import FLOATS
+from adaptrix_export.load.files.views import Flattened
+from adaptrix_export.load.fit.fused import fused_hint
+from adaptrix_export.plan import (
+    Adapter,
+    Base,
+    Delta,
+    Dora,
+    Experts,
+    Gate,
+    Leaf,
+    LowRank,
+    Plan,
+    Replacement,
+    Scaled,
+    Site,
+    Tuned,
+    leaves,
+)
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """One thing wrong with a plan: `error`, of the adapter so named, at `site` if it has one."""
+
+    adapter: str
+    site: Site | None
+    error: InputError
+
+
+def verify(plan: Plan) -> Plan:
+    """Return the plan, or raise AdapterError or UnsupportedError at the first thing wrong.
+
+    Every site exists in the base; every shape fits; nothing is replaced twice; what is added to
+    is a float tensor.
+    """
+    for misfit in misfits(plan):
+        raise misfit.error
+    return plan
+
+
+def misfits(plan: Plan) -> Iterator[Misfit]:
+    """Everything that `verify` would raise, in its order."""
+    fits = True
+    for adapter in plan.adapters:
+        if not adapter.deltas and not adapter.replacements:
+            yield Misfit(adapter.name, None, _empty(adapter))
+        for delta in adapter.deltas:
+            for error in _check_delta(plan.base, adapter, delta):
+                fits = False
+                yield Misfit(adapter.name, delta.site, error)
+        for saved in adapter.replacements:
+            for error in _check_replacement(plan.base, adapter, saved):
+                fits = False
+                yield Misfit(adapter.name, saved.site, error)
+    checks = [_check_conflicts(plan), _check_gates(plan), _check_shared(plan)]
+    if fits:  # only then is it known what becomes of the vocabulary
+        checks.append(_check_vocabulary(plan))
+    for check in checks:
+        for error in check:
+            yield Misfit(plan.adapters[0].name, None, error)
+
+
+def _empty(adapter: Adapter) -> InputError:
+    return AdapterError(
+        adapter.name, "no tensors", "at least one site",
+        "was the adapter saved with another name active?",
+    )  # fmt: skip
+
+
+def _stored(
+    base: Base, adapter: Adapter, path: str, parameter: str
+) -> tuple[int, ...] | InputError:
+    """Shape of the base's parameter, or the error that it is missing or no float."""
+    name = f"{path}.{parameter}"
+    tensor = base.tensors.get(base.tied.get(name, name))
+    if tensor is None and parameter == "bias" and f"{path}.weight" in base.tensors:
+        return UnsupportedError(
+            f"{adapter.name}: {path}", "a trained bias", "a module with a bias in the base",
+            "the merged model's class has no place for it; train without lora_bias or bias",
+        )  # fmt: skip
+    if tensor is None:
+        return AdapterError(
+            f"{adapter.name}: {path}", f"no {parameter} in the base", "a module of the base",
+            fused_hint(base, path)
+            or _task_hint(base, adapter, name)
+            or "was this adapter trained on another model?",
+        )  # fmt: skip
+    if tensor.dtype not in FLOATS:
+        return UnsupportedError(f"{path}.{parameter}", f"dtype {tensor.dtype}", " ".join(FLOATS))
+    return tensor.shape
+
+
+def _task_hint(base: Base, adapter: Adapter, name: str) -> str:
+    """A remedy when the module is there, under the name that it has in a model for another task."""
+    body = name.partition(".")[2]
+    if body not in base.tensors and not any(n.endswith(f".{name}") for n in base.tensors):
+        return ""
+    trained = adapter.config.get("task_type")
+    fitting = next((task for task, kind in TASKS.items() if kind.peft == trained), None)
+    if fitting in (None, base.task):
+        return ""
+    told = f"it was trained with task_type {trained}, and the base was opened for {base.task}"
+    return f"{told}; use --task {fitting}"
+
+
+def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> Iterator[InputError]:
+    path = delta.site.path
+    shape = _stored(base, adapter, path, delta.parameter)
+    if isinstance(shape, InputError):
+        yield shape
+        return
+    stacked = [term for term in leaves(delta.terms) if isinstance(term, Experts)]
+    if stacked:
+        outputs, inputs = shape[-2:]  # added to the parameter as it is stored
+        if stacked[0].turned:
+            outputs, inputs = inputs, outputs
+        yield from _check_terms(base, adapter, delta, outputs, inputs)
+        return
+    factors = [term.a for term in leaves(delta.terms) if isinstance(term, LowRank)]
+    kernels = [a.source.shape[1:] for a in factors if isinstance(a, Flattened)]
+    if kernels and all(kernel == shape[1:] for kernel in kernels):
+        shape = (shape[0], prod(shape[1:]))
+    dims = 1 if delta.parameter == "bias" else 2
+    if len(shape) != dims:
+        yield UnsupportedError(
+            f"{adapter.name}: {delta.name}", f"shape {list(shape)}", f"{dims} dimensions"
+        )
+        return
+    outputs, inputs = shape[0], shape[-1]
+    if base.architecture.is_transposed(delta.site) and delta.parameter == "weight":
+        outputs, inputs = inputs, outputs
+    yield from _check_terms(base, adapter, delta, outputs, inputs)
+
+
+def _check_terms(
+    base: Base, adapter: Adapter, delta: Delta, outputs: int, inputs: int
+) -> Iterator[InputError]:
+    path = delta.site.path
+    vocabulary = _resized(base, adapter, path)
+    for term in leaves(delta.terms):
+        for what, found, expected in _sizes(term, outputs, inputs):
+            if found != expected and found != vocabulary:
+                yield AdapterError(
+                    f"{adapter.name}: {path}", f"{what.format(found)}",
+                    f"{expected} as in the base", "was this adapter trained on another model?",
+                )  # fmt: skip
+        floats = () if isinstance(term, Tuned) else term.tensors  # a tuner may store indices
+        for tensor in floats:
+            if tensor.dtype not in FLOATS:
+                yield UnsupportedError(
+                    f"{adapter.name}: {tensor.name}", f"dtype {tensor.dtype}", " ".join(FLOATS)
+                )
+
+
+def _sizes(term: Leaf, outputs: int, inputs: int) -> list[tuple[str, int, int]]:
+    """(description, found, expected) of every axis of a term that the base decides."""
+    if isinstance(term, Tuned):
+        return own_sizes(term, outputs, inputs)
+    if isinstance(term, Scaled):
+        return [("lora_B.bias with {} values", term.vector.shape[0], outputs)]
+    sizes = [
+        ("lora_A with {} columns", term.a.shape[1], inputs),
+        ("lora_B with {} rows", term.b.shape[0], outputs),
+    ]
+    if isinstance(term, Dora):
+        sizes.append(("a magnitude of {} values", prod(term.magnitude.shape), outputs))
+    return sizes
+
+
+def _resized(base: Base, adapter: Adapter, path: str) -> int | None:
+    """Rows of the vocabulary that the adapter itself ships for this module, if it resized it."""
+    name = f"{path}.weight"
+    home = base.tied.get(name, name)
+    for saved in adapter.replacements:
+        if saved.rows is None and saved.name in (name, home):
+            return saved.tensor.shape[0]
+    return None
+
+
+def _check_replacement(base: Base, adapter: Adapter, saved: Replacement) -> Iterator[InputError]:
+    path = saved.site.path
+    if _is_new_head(base, saved):
+        return
+    shape, found = _stored(base, adapter, path, saved.parameter), saved.tensor.shape
+    if isinstance(shape, InputError):
+        yield shape
+        return
+    if saved.tensor.dtype not in FLOATS:
+        yield UnsupportedError(
+            f"{adapter.name}: {saved.name}", f"dtype {saved.tensor.dtype}", " ".join(FLOATS)
+        )
+        return
+    if saved.rows is not None:
+        if any(not 0 <= row < shape[0] for row in saved.rows) or len(saved.rows) != found[0]:
+            yield AdapterError(
+                f"{adapter.name}: {saved.name}", f"rows {list(saved.rows)[:5]}",
+                f"{found[0]} rows below {shape[0]}", "is the base's vocabulary another one?",
+            )  # fmt: skip
+            return
+        found = (shape[0], *found[1:])
+    vocabulary = saved.name in _vocabulary(base) and found[1:] == shape[1:]
+    if found != shape and not vocabulary:
+        yield AdapterError(
+            f"{adapter.name}: {saved.name}", f"shape {list(found)}",
+            f"{list(shape)} as in the base", "was this adapter trained on another model?",
+        )  # fmt: skip
+
+
+def _is_new_head(base: Base, saved: Replacement) -> bool:
+    """A classifier that the base does not have: trained from nothing, and shipped whole."""
+    known = saved.name in base.tensors or saved.name in base.tied
+    return (
+        not known
+        and not saved.shared
+        and saved.site.path.partition(".")[0] in TASKS[base.task].heads
+    )
+
+
+def _vocabulary(base: Base) -> tuple[str, ...]:
+    """Tensors with a row a token: the two that a resized vocabulary may change together."""
+    family = base.architecture.family
+    return (f"{family.embedding}.weight", f"{family.head}.weight")
+
+
+def _check_vocabulary(plan: Plan) -> Iterator[InputError]:
+    """Embedding and head must agree on the number of tokens."""
+    changes = plan.changes()
+    sizes = {}
+    for name in _vocabulary(plan.base):
+        stored = plan.base.tensors.get(plan.base.tied.get(name, name))
+        changed = changes.get(name) or (changes.get(plan.base.tied.get(name, name)))
+        if changed or stored:
+            sizes[name] = (changed or stored).shape[0]  # type: ignore[union-attr]
+    if len(set(sizes.values())) > 1:
+        yield AdapterError(
+            plan.adapters[0].name, ", ".join(f"{n}: {s} tokens" for n, s in sizes.items()),
+            "one vocabulary", "save the adapter with both (save_embedding_layers=True)",
+        )  # fmt: skip
+
+
+def _check_shared(plan: Plan) -> Iterator[InputError]:
+    """T5 scales its logits by what config.json says of the tie, so a merge cannot break it up."""
+    if plan.base.architecture.family.aliases and plan.untied():
+        yield UnsupportedError(
+            plan.adapters[0].name, f"a change of {plan.untied()[0]} alone",
+            "the embedding of an encoder-decoder shared as it is",
+            "train on the modules of the layers",
+        )  # fmt: skip
+
+
+def _check_conflicts(plan: Plan) -> Iterator[InputError]:
+    """A replaced parameter belongs to one adapter alone: a sum of two makes no sense."""
+    owner: dict[str, str] = {}
+    for adapter in plan.adapters:
+        count = Counter(delta.name for delta in adapter.deltas)
+        for name in (name for name, times in count.items() if times > 1):
+            yield AdapterError(
+                f"{adapter.name}: {name}", "adapted twice", "once",
+                "two of its tensors mean the same place; save the adapter again",
+            )  # fmt: skip
+        for saved in adapter.replacements:
+            name = saved.name
+            if owner.setdefault(name, adapter.name) != adapter.name:
+                yield AdapterError(
+                    name, f"replaced by {owner[name]} and by {adapter.name}", "one of them",
+                    "build with one of the two adapters",
+                )  # fmt: skip
+    names = [adapter.name for adapter in plan.adapters]
+    if len(set(names)) != len(names):
+        yield AdapterError("adapters", f"names {', '.join(names)}", "each once", "name them apart")
+
+
+MIN_TAU = 1e-5  # below, a clamp's rounding allowance is no longer small beside it
+MODES = ("clamp", "mask", "blend")
+
+
+def _check_gates(plan: Plan) -> Iterator[InputError]:
+    """Each gate is on a site of its own that can be gated, and its numbers make sense."""
+    if plan.gates and plan.composition is not None:
+        yield UnsupportedError(
+            "context", f"adapters composed by {plan.composition.method}", "one, or their plain sum",
+            "leave the context out, or compose with method cat and every weight 1",
+        )  # fmt: skip
+    count = Counter(gate.site for gate in plan.gates)
+    for gate in plan.gates:
+        error = ungateable(plan, gate.site, gate.mode) or _misset(gate)
+        if error is None and count[gate.site] > 1:
+            error = AdapterError(f"context: {gate.site.path}", "two gates", "one a site")
+        if error is not None:
+            yield error
+
+
+def _misset(gate: Gate) -> InputError | None:
+    place = f"context: {gate.site.path}"
+    if gate.mode not in MODES:
+        return UnsupportedError(place, f"mode {gate.mode!r}", " or ".join(MODES))
+    tau, weight = gate.tau, gate.weight
+    if gate.mode == "clamp" and (tau is None or not (isfinite(tau) and tau >= MIN_TAU)):
+        return AdapterError(place, f"tau {tau}", f"a number from {MIN_TAU:g} on")
+    if gate.mode == "blend" and (weight is None or not isfinite(weight)):
+        return AdapterError(place, f"weight {weight}", "a finite number")
+    return None
+
+
+def ungateable(plan: Plan, site: Site, mode: str) -> InputError | None:
+    """Why a site cannot have a gate of this mode; None where it can.
+
+    A gate has the base's output on one side and what the adapters add on the other, so the weight
+    must still be the base's, and for a mode that depends on the data the addition must be low-rank
+    and the site read token by token.
+    """
+    place = f"context: {site.path}"
+    deltas = [d for a in plan.adapters for d in a.deltas if d.site == site]
+    if not deltas:
+        return AdapterError(place, "no adapter changes it", "a site of an adapter")
+    if any(r.site == site and r.parameter == "weight" for a in plan.adapters
+           for r in a.replacements):  # fmt: skip
+        return UnsupportedError(
+            place, "a weight that an adapter replaces whole", "one that it adds to", _UNGATED
+        )
+    if mode == "blend":
+        return None
+    if plan.base.task == SEQ2SEQ:
+        return UnsupportedError(
+            place, f"a {mode} gate in an encoder-decoder", "one graph to gate",
+            "leave context out, or use mode blend",
+        )  # fmt: skip
+    if site.layer is None:
+        return UnsupportedError(place, f"a {mode} gate outside the layers", "a layer's module",
+                                _UNGATED)  # fmt: skip
+    kinds = {type(term).__name__ for d in deltas for term in d.terms if type(term) is not LowRank}
+    if kinds:
+        return UnsupportedError(
+            place, f"a {mode} gate on {' and '.join(sorted(kinds))}", "low-rank additions only",
+            _UNGATED,
+        )  # fmt: skip
+    shape = plan.base.tensors[f"{site.path}.weight"].shape
+    if len(shape) != 2:
+        return UnsupportedError(place, f"a weight of shape {list(shape)}", "two dimensions",
+                                _UNGATED)  # fmt: skip
+    for term in (term for d in deltas for term in d.terms):
+        assert isinstance(term, LowRank)
+        outputs, inputs = _sizes_of(plan.base, site)
+        if (term.b.shape[0], term.a.shape[1]) != (outputs, inputs):
+            return AdapterError(
+                place, f"a delta of shape {[term.b.shape[0], term.a.shape[1]]}",
+                f"{[outputs, inputs]} as the base's output needs", _UNGATED,
+            )  # fmt: skip
+    return None
+
+
+_UNGATED = "name other layers in context.tau, or merge it with on_mismatch: drop"
+
+
+def _sizes_of(base: Base, site: Site) -> tuple[int, int]:
+    """(outputs, inputs) of a module with a weight of two dimensions."""
+    outputs, inputs = base.tensors[f"{site.path}.weight"].shape
+    return (inputs, outputs) if base.architecture.is_transposed(site) else (outputs, inputs)

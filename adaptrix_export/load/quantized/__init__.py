@@ -1,0 +1,1 @@
+"""Bases that store weights otherwise than as floats."""

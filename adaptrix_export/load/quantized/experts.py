@@ -1,0 +1,125 @@
+"""Mixtures of experts: transformers stacks the matrices that checkpoints store one by one.
+
+The live model has `mlp.experts.gate_up_proj` (E, 2I, H) and `mlp.experts.down_proj` (E, H, I), and
+adapters name those (`target_parameters`). A `Stacked` tensor stands for one of them and knows the
+stored matrices, so that a checkpoint can be written in the form it came in. The rows of `FUSIONS`
+say what `transformers.conversion_mapping` says, without the torch that reading it would take.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from adaptrix_export.errors import SourceError
+from adaptrix_export.load.files.tensors import StoredTensor
+from adaptrix_export.plan import Array, Tensor
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """`parameters` maps a stacked parameter, in the order of the live module, to the matrices of
+    one expert that it stacks, in the order of their rows; to none where the files have it stacked.
+    `turned` says that a matrix of it is (in, out)."""
+
+    parameters: Mapping[str, tuple[str, ...]]
+    turned: bool = False
+
+
+_QWEN = Fusion({"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)})
+_MIXTRAL = Fusion({"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)})
+_STACKED: dict[str, tuple[str, ...]] = {"gate_up_proj": (), "down_proj": ()}
+FUSIONS: dict[str, Fusion] = {
+    "mixtral": _MIXTRAL,
+    "phimoe": _MIXTRAL,
+    "granitemoe": Fusion(_STACKED),
+    "gpt_oss": Fusion(_STACKED, turned=True),
+    "qwen2_moe": _QWEN,
+    "qwen3_moe": _QWEN,
+    "olmoe": _QWEN,
+}
+_EXPERT = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(\w+)\.weight$")
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A tensor (experts, rows, columns) of stored matrices: `parts[e]` are expert e's."""
+
+    name: str
+    parts: tuple[tuple[StoredTensor, ...], ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0][0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows = sum(part.shape[0] for part in self.parts[0])
+        return (len(self.parts), rows, self.parts[0][0].shape[1])
+
+    def read(self) -> Array:
+        return self.rows(0, len(self.parts))
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Experts `start` to `stop`-1."""
+        return np.stack([np.concatenate([p.read() for p in e]) for e in self.parts[start:stop]])
+
+    def pieces(self) -> list[tuple[StoredTensor, int, int, int]]:
+        """(stored matrix, expert, first row, last row) of every part."""
+        found = []
+        for expert, parts in enumerate(self.parts):
+            row = 0
+            for part in parts:
+                found.append((part, expert, row, row + part.shape[0]))
+                row += part.shape[0]
+        return found
+
+
+def stack_experts(tensors: Mapping[str, Tensor], model_type: str, place: str) -> dict[str, Tensor]:
+    """The tensors as the live model names them, experts stacked; others as they are.
+
+    Raises SourceError for experts that are missing or differ in shape or dtype.
+    """
+    fusion = FUSIONS.get(model_type)
+    if fusion is None:
+        return dict(tensors)
+    wanted = {part: name for name, parts in fusion.parameters.items() for part in parts}
+    made: dict[str, Tensor] = {}
+    found: dict[str, dict[tuple[int, str], StoredTensor]] = {}
+    for name, tensor in tensors.items():
+        match = _EXPERT.match(name)
+        if match is None or match[3] not in wanted or not isinstance(tensor, StoredTensor):
+            made[name] = tensor
+            continue
+        stacked = f"{match[1]}.{wanted[match[3]]}"
+        made.setdefault(stacked, tensor)  # keeps the place in file order
+        found.setdefault(stacked, {})[int(match[2]), match[3]] = tensor
+    for name, matrices in found.items():
+        made[name] = _stack(place, name, fusion.parameters[name.rpartition(".")[2]], matrices)
+    return made
+
+
+def _stack(
+    place: str, name: str, order: tuple[str, ...], matrices: Mapping[tuple[int, str], StoredTensor]
+) -> Stacked:
+    count = 1 + max(expert for expert, _ in matrices)
+    kinds = set()
+    for expert in range(count):
+        for part in order:
+            if (expert, part) not in matrices:
+                raise SourceError(
+                    f"{place}: {name}", f"no {part} of expert {expert}", f"{count} experts",
+                    "fetch the checkpoint again",
+                )  # fmt: skip
+            matrix = matrices[expert, part]
+            kinds.add((part, matrix.dtype, matrix.shape))
+    shapes_fit = len(kinds) == len(order) and len({(d, s[1:]) for _, d, s in kinds}) == 1
+    if not shapes_fit:
+        raise SourceError(
+            f"{place}: {name}", "experts of different shapes or dtypes", "all alike",
+            "fetch the checkpoint again",
+        )  # fmt: skip
+    return Stacked(name, tuple(tuple(matrices[e, p] for p in order) for e in range(count)))

@@ -1,0 +1,193 @@
+"""A GGUF file as a base: tensors dequantized to float32 under the names of transformers.
+
+llama.cpp renames the tensors and, for LLaMA, reorders the rows of q and k for its own rotary
+embedding (convert_hf_to_gguf.py, `permute`); both are undone here, row by row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adaptrix_export.errors import SourceError, UnsupportedError
+from adaptrix_export.load.files.gguf_header import GgufHeader, GgufTensor, read_gguf, stored_bytes
+from adaptrix_export.load.files.tensors import ByRows
+from adaptrix_export.plan import Array
+
+if TYPE_CHECKING:
+    from adaptrix_export.load.source import Source
+    from adaptrix_export.plan import Base
+
+
+@dataclass(frozen=True)
+class GgufArchitecture:
+    """`reordered`: llama.cpp stores the rows of q and k in its own order."""
+
+    causal_lm: str
+    reordered: bool = False
+
+
+# One row each, named as GGUF and transformers both name it; the others are refused.
+ARCHITECTURES = {
+    "llama": GgufArchitecture("LlamaForCausalLM", reordered=True),
+    "qwen2": GgufArchitecture("Qwen2ForCausalLM"),
+    "qwen3": GgufArchitecture("Qwen3ForCausalLM"),
+}
+
+_TOP = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class DequantizedTensor(ByRows):
+    """A GGUF tensor that reads as float32; `heads` > 0 undoes the row order of that many heads."""
+
+    name: str
+    path: Path
+    stored: GgufTensor
+    heads: int = 0
+    dtype: str = "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    def rows(self, start: int, stop: int) -> Array:
+        if not self.heads:
+            return self._stored_rows(start, stop)
+        wanted = _row_order(self.shape[0], self.heads)[start:stop]
+        if not len(wanted):
+            return self._stored_rows(0, 0)
+        first = int(wanted.min())
+        return self._stored_rows(first, int(wanted.max()) + 1)[wanted - first]
+
+    def _stored_rows(self, start: int, stop: int) -> Array:
+        from gguf.constants import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        row = stored_bytes(self.path.name, self.stored) // self.shape[0]
+        raw = np.fromfile(
+            self.path, np.uint8, (stop - start) * row, offset=self.stored.offset + start * row
+        )
+        if raw.size != (stop - start) * row:
+            raise SourceError(
+                f"{self.path.name}: {self.name}", f"{raw.size} bytes", f"{(stop - start) * row}"
+            )
+        kind = GGMLQuantizationType(self.stored.ggml_type)
+        values = dequantize(raw.reshape(stop - start, row), kind).astype(np.float32, copy=False)
+        result: Array = values.reshape(stop - start, *self.shape[1:])
+        return result
+
+
+def _row_order(rows: int, heads: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Stored row that holds model row i: each head's two rotary halves are interleaved there."""
+    order: np.ndarray[Any, np.dtype[np.int64]] = np.arange(rows, dtype=np.int64)
+    return order.reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)
+
+
+def open_gguf(source: Source, file_name: str) -> Base:
+    """Read the header of a GGUF base. Raises UnsupportedError for what is refused by name."""
+    from adaptrix_export.load.base_model import make_base
+
+    path = source.folder / file_name
+    header = read_gguf(path)
+    kind = header.metadata.get("general.architecture")
+    if kind not in ARCHITECTURES:
+        raise UnsupportedError(
+            source.spec, f"GGUF architecture {kind!r}", " ".join(ARCHITECTURES),
+            "use the model's safetensors checkpoint",
+        )  # fmt: skip
+    if header.metadata.get("split.count", 1) != 1:
+        raise UnsupportedError(
+            source.spec, "one part of a split GGUF file", "a single file", "join the parts first"
+        )
+    config = _config(source, kind, header)
+    tensors = {}
+    for stored in header.tensors:
+        name, part = model_name(source.spec, stored.name)
+        heads = 0
+        if ARCHITECTURES[kind].reordered and part in ("attn_q", "attn_k"):
+            key = "num_attention_heads" if part == "attn_q" else "num_key_value_heads"
+            heads = config[key]
+        tensors[name] = DequantizedTensor(name, path, stored, heads)
+    return make_base(source, (path,), config, tensors)
+
+
+def model_name(spec: str, stored: str) -> tuple[str, str]:
+    """`blk.7.attn_q.weight` -> (`model.layers.7.self_attn.q_proj.weight`, `attn_q`)."""
+    match stored.split("."):
+        case ["blk", layer, part, ("weight" | "bias") as kind] if part in _BLOCK:
+            return f"model.layers.{layer}.{_BLOCK[part]}.{kind}", part
+        case [part, ("weight" | "bias") as kind] if part in _TOP:
+            return f"{_TOP[part]}.{kind}", part
+    raise UnsupportedError(
+        f"{spec}: {stored}", "a tensor without a counterpart in transformers", "a known name",
+        "use the model's safetensors checkpoint",
+    )  # fmt: skip
+
+
+def _config(source: Source, kind: str, header: GgufHeader) -> dict[str, Any]:
+    """config.json from the file's metadata, as transformers makes it, without loading torch."""
+    given = header.metadata
+    if given.get(f"{kind}.rope.scaling.type", "none") != "none":
+        raise UnsupportedError(
+            source.spec, f"rope scaling {given[f'{kind}.rope.scaling.type']!r}", "none",
+            "transformers does not read it from GGUF; use the model's safetensors checkpoint",
+        )  # fmt: skip
+    sizes: dict[str, Any] = {name: given.get(f"{kind}.{key}") for key, name in _SIZES.items()}
+    missing = next((n for n, v in sizes.items() if not isinstance(v, (int, float))), None)
+    tokens = given.get("tokenizer.ggml.tokens")
+    if missing or not isinstance(tokens, list):
+        raise SourceError(
+            source.spec, f"no {missing or 'vocabulary'} in the metadata", "a model's GGUF file"
+        )
+    embedding = next((t for t in header.tensors if t.name == "token_embd.weight"), None)
+    ids = {f"{n}_token_id": given.get(f"tokenizer.ggml.{key}_token_id") for n, key in _IDS.items()}
+    theta = given.get(f"{kind}.rope.freq_base", 10000.0)
+    return {
+        "architectures": [ARCHITECTURES[kind].causal_lm],
+        "model_type": kind,
+        **sizes,
+        "num_key_value_heads": given.get(
+            f"{kind}.attention.head_count_kv", sizes["num_attention_heads"]
+        ),
+        "head_dim": given.get(
+            f"{kind}.attention.key_length", sizes["hidden_size"] // sizes["num_attention_heads"]
+        ),
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+        "vocab_size": embedding.shape[0] if embedding else len(tokens),
+        "tie_word_embeddings": all(t.name != "output.weight" for t in header.tensors),
+        **{key: value for key, value in ids.items() if isinstance(value, int)},
+        "dtype": "float32",  # what the dequantized weights are
+    }
+
+
+_SIZES = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_IDS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}

@@ -1,0 +1,157 @@
+"""Bases whose config.json has a `quantization_config`: one row a method that can be read.
+
+What is read are the values that training saw: each quantized weight becomes a tensor of the dtype
+that the live layer multiplies with, and the config that of a plain model of that dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from adaptrix_export.arch.architecture import split_path
+from adaptrix_export.arch.families import Family
+from adaptrix_export.errors import SourceError, UnsupportedError
+from adaptrix_export.load.files.tensors import ByRows, StoredTensor
+from adaptrix_export.load.quantized.bitsandbytes import (
+    TORCH_DTYPES,
+    EightBitTensor,
+    FourBitTensor,
+    read_bitsandbytes,
+)
+from adaptrix_export.load.quantized.fp8 import Fp8Tensor, read_fp8
+from adaptrix_export.plan import Array, Tensor
+
+COMPUTING = ", computing in"
+ORIGINAL = "name the unquantized model as the base"
+# Understood, and refused, each with its reason.
+REFUSED = {
+    "gptq": "PEFT trains on it through kernels that need a GPU",
+    "awq": "PEFT trains on it through kernels that need a GPU",
+    "compressed-tensors": "its formats are not read yet",
+}
+
+
+@dataclass(frozen=True)
+class Dequantized:
+    """A quantized checkpoint as a plain one: its tensors and config, and what it was."""
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    quantization: str
+
+
+def dequantized(
+    place: str,
+    stored: Mapping[str, StoredTensor],
+    config: Mapping[str, Any],
+    family: Family,
+) -> Dequantized:
+    """Read a quantized checkpoint, `stored` by the names of the model.
+
+    Raises UnsupportedError for a method without a row, SourceError for damage, and for a config
+    that speaks of a quantization which the weights have not been through.
+    """
+    settings = config["quantization_config"]
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method is None and isinstance(settings, dict) and settings.get("load_in_4bit"):
+        method = "bitsandbytes"  # as written before transformers 4.35
+    if method not in _METHODS:
+        why = REFUSED.get(str(method), "this method is not known")
+        raise UnsupportedError(
+            f"{place}: config.json", f"a base quantized with {method or 'unknown'} ({why})",
+            "plain weights, or " + " or ".join(_METHODS), ORIGINAL,
+        )  # fmt: skip
+    tensors = _METHODS[method](place, stored, settings, _stated_dtype(config))
+    quantized = [t for t in tensors.values() if isinstance(t, QUANTIZED)]
+    if not quantized:
+        raise SourceError(
+            f"{place}: config.json", f"a quantization_config ({method}) over plain weights",
+            "none, or quantized weights",
+            "take it out; `base_weights: dequantized` with `simulate` quantizes plain weights",
+        )  # fmt: skip
+    dtypes = sorted({t.dtype for t in quantized})
+    if len(dtypes) > 1:
+        raise UnsupportedError(
+            place, f"quantized weights of {' and '.join(dtypes)}", "one dtype", ORIGINAL
+        )
+    if family.conv1d:
+        tensors = {n: _turned(n, t) for n, t in tensors.items()}
+    plain = _plain(config, dtypes[0])
+    description = _described(method, quantized)
+    computing = settings.get("bnb_4bit_compute_dtype") if settings.get("load_in_4bit") else None
+    if computing not in (None, plain.get("dtype"), plain.get("torch_dtype")):
+        description += f"{COMPUTING} {computing}"
+    return Dequantized(tensors, plain, description)
+
+
+def _stated_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype that the config gives its model; transformers quantizes to float16 by default."""
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return TORCH_DTYPES.get(str(stated), "F16")
+
+
+def _plain(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The config without its quantization, and with the dtype that the weights now have."""
+    name = next(n for n, short in TORCH_DTYPES.items() if short == dtype)
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    keys = [key for key in ("dtype", "torch_dtype") if key in plain] or ["dtype"]
+    return {**plain, **dict.fromkeys(keys, name)}
+
+
+def _described(method: str, quantized: list[Any]) -> str:
+    """`bitsandbytes nf4, double quantization`, for people and for the manifest."""
+    kinds = sorted({_kind(tensor) for tensor in quantized})
+    return f"{method} {' and '.join(kinds)}"
+
+
+def _kind(tensor: Any) -> str:
+    if isinstance(tensor, FourBitTensor):
+        double = " with double quantization" if tensor.nested else ""
+        return f"{tensor.kind}{double} in blocks of {tensor.block}"
+    if isinstance(tensor, Fp8Tensor):
+        return "by tiles" if tensor.tile else "by tensors"
+    return "int8"
+
+
+@dataclass(frozen=True)
+class Turned(ByRows):
+    """A matrix that is stored transposed: bitsandbytes turns a Conv1D into a Linear."""
+
+    source: FourBitTensor | EightBitTensor | Fp8Tensor
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape[::-1]
+
+    def rows(self, start: int, stop: int) -> Array:
+        return _whole(self.source)[:, start:stop].T
+
+
+@lru_cache(maxsize=1)
+def _whole(tensor: FourBitTensor | EightBitTensor | Fp8Tensor) -> Array:
+    """The last matrix read, since a row of its transpose needs all of it."""
+    return tensor.read()
+
+
+def _turned(name: str, tensor: Tensor) -> Tensor:
+    in_stack = split_path(name)[1] is not None
+    return Turned(tensor) if in_stack and isinstance(tensor, QUANTIZED) else tensor
+
+
+Method = Callable[[str, Mapping[str, StoredTensor], Mapping[str, Any], str], dict[str, Tensor]]
+QUANTIZED = (FourBitTensor, EightBitTensor, Fp8Tensor)
+_METHODS: dict[str, Method] = {
+    "bitsandbytes": lambda place, stored, settings, dtype: read_bitsandbytes(place, stored, dtype),
+    "fp8": read_fp8,
+}

@@ -1,0 +1,1 @@
+"""What is done with published artifacts and with inputs, beside building."""

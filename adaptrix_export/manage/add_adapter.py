@@ -1,0 +1,210 @@
+"""One more adapter for a switchable artifact that is published already: a file and its proof.
+
+The graph and its weights stay as they are; the new file is compared with the adapter's own live
+model through the artifact's graph, then moved into the folder, the manifest last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adaptrix_export.errors import OutputError, ParityError, UnsupportedError, VerificationError
+from adaptrix_export.graph.rewrite.slots import Slot, check_slots
+from adaptrix_export.load import Reading, open_adapter
+from adaptrix_export.load.base_weights import AUTO, open_bases
+from adaptrix_export.load.files.finite import check_finite
+from adaptrix_export.load.fit.invariants import verify
+from adaptrix_export.load.fit.mismatch import fitted
+from adaptrix_export.manage.verify_artifact import gates_of
+from adaptrix_export.oracle.job import Job
+from adaptrix_export.oracle.peft_folders import oracle_folders
+from adaptrix_export.package import (
+    MANIFEST,
+    InputHashes,
+    addition,
+    check_hashes,
+    hash_file,
+    install,
+    read_manifest,
+    without_machine_paths,
+    write_manifest,
+)
+from adaptrix_export.plan import Plan
+from adaptrix_export.progress import Progress, Silent
+from adaptrix_export.prove.parity import prove
+from adaptrix_export.recipe.sections import AdapterSpec
+from adaptrix_export.runtime.adapters import FOLDER
+from adaptrix_export.show.parity_tables import save, summary
+from adaptrix_export.targets.switchable_onnx import TARGET, add_adapter_file
+
+
+@dataclass(frozen=True)
+class Added:
+    """What was added: the file, its entry in the manifest, and the proof (None: not proved)."""
+
+    name: str
+    file: Path
+    entry: dict[str, Any]
+    report: dict[str, Any] | None
+
+
+def add_adapter(
+    folder: Path,
+    adapter: str,
+    name: str | None = None,
+    base: str | None = None,
+    level: str = "full",
+    progress: Progress | None = None,
+) -> Added:
+    """Write, prove and publish `adapters/NAME.onnx_adapter` in a published switchable artifact.
+
+    `base` says where the base is now, by default where the recipe in the manifest says; `level`
+    is full, fast or off. Raises AdapterError for a site without a slot, UnsupportedError for what
+    no slot can hold, VerificationError for an artifact or a base that is not the one of the
+    manifest, ParityError for a failed proof.
+    """
+    progress = progress or Silent()
+    manifest = read_manifest(folder)
+    switchable = _switchable(folder, manifest)
+    spec = AdapterSpec.model_validate({"source": adapter, **({"name": name} if name else {})})
+    if spec.name in switchable["adapters"]:
+        raise OutputError(
+            f"{folder}: adapter {spec.name}", "exists", "a new name", "choose another --name"
+        )
+    with progress.stage("hashes"):
+        problems = check_hashes(folder)
+    if problems:
+        raise VerificationError(
+            f"{folder}: {problems[0].file}", problems[0].found, problems[0].expected,
+            "build it again",
+        )  # fmt: skip
+    plan = _plan(manifest, spec, base)
+    slots = [Slot.from_dict(entry) for entry in switchable["slots"]]
+    shares = {gate.site: gate.weight for gate in gates_of(manifest) if gate.weight is not None}
+    version = switchable["model_version"]
+    with addition(folder) as stage:
+        check_finite(plan, progress)
+        inputs = _inputs(manifest, plan, progress)
+        (stage / FOLDER).mkdir()
+        entry, _ = add_adapter_file(stage, slots, plan.adapters[0], version, shares)
+        report = _prove(folder, stage, manifest, plan, level, progress)
+        entry["parity"] = "proved" if report else "unverified"
+        names = [entry["file"]]
+        if report:
+            names.append(f"{FOLDER}/{spec.name}.report.json")
+            save(report, stage / names[-1])
+        outputs = {file: hash_file(stage / file).as_dict() for file in names}
+        write_manifest(stage, _extended(manifest, spec, entry, outputs, inputs))
+        install(stage, folder, [*names, MANIFEST])
+    return Added(spec.name, folder / entry["file"], entry, report)
+
+
+def _switchable(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    if manifest["target"] != TARGET:
+        raise UnsupportedError(
+            str(folder), f"target {manifest['target']}", TARGET,
+            "its adapters are merged in; build again with both",
+        )  # fmt: skip
+    switchable: dict[str, Any] = manifest["switchable"]
+    if switchable["rows"]:
+        raise UnsupportedError(
+            str(folder), "adapters inside the graph (rows)", "slots",
+            "build again with this adapter, or without `rows: true`",
+        )  # fmt: skip
+    return switchable
+
+
+def _plan(manifest: Mapping[str, Any], spec: AdapterSpec, base: str | None) -> Plan:
+    """The base of the artifact with the new adapter alone."""
+    recipe = manifest["recipe"]
+    opened, _ = open_bases(
+        base or recipe["base"],
+        recipe.get("base_weights", AUTO),
+        recipe.get("simulate"),
+        None if base else recipe.get("original_base"),
+        task=recipe.get("task", "auto"),
+        adapters=[spec.source],
+    )
+    reading = Reading(recipe.get("allow_pickle", False), recipe["adaptrix_scaling"])
+    adapter = open_adapter(spec.source, opened, spec.name, reading)
+    plan = verify(fitted(Plan(opened, (adapter,)), recipe.get("on_mismatch", "error")))
+    check_slots(plan)
+    return plan
+
+
+def _inputs(manifest: Mapping[str, Any], plan: Plan, progress: Progress) -> list[dict[str, object]]:
+    """The adapter's files, hashed; the base's must be those that the artifact was built from."""
+    with progress.stage("originals"):
+        found = InputHashes(plan).result()
+    known = {(entry["file"], entry["sha256"]) for entry in manifest["inputs"]}
+    for item in found:
+        if item.spec == plan.base.spec and (item.file, item.hash.sha256) not in known:
+            raise VerificationError(
+                item.file, "another file than the artifact was built from", "its own base",
+                "name the base with --base",
+            )  # fmt: skip
+    return [
+        {"spec": without_machine_paths(i.spec), "file": i.file, **i.hash.as_dict()}
+        for i in found
+        if i.spec != plan.base.spec
+    ]
+
+
+def _prove(
+    folder: Path,
+    stage: Path,
+    manifest: Mapping[str, Any],
+    plan: Plan,
+    level: str,
+    progress: Progress,
+) -> dict[str, Any] | None:
+    """The report of the new adapter on the published graph. Raises ParityError if it is wrong."""
+    if level == "off":
+        return None
+    with oracle_folders(plan) as folders:
+        job = Job(
+            target=TARGET,
+            artifact=folder,
+            base_folder=plan.base.folder,
+            precision=manifest["precision"],
+            weights={},
+            gguf_file=plan.base.gguf_file,
+            task=plan.base.task,
+            adapters=folders.adapters,
+            level=level,
+            decode_steps=manifest["recipe"]["parity"]["decode_steps"],
+            simulated=plan.base.simulated,
+            gates=gates_of(manifest),
+            gate_stats=bool((manifest.get("context") or {}).get("stats")),
+            adapter_folder=stage / FOLDER,
+        )
+        report = folders.told(prove(job, progress))
+    if not report["passed"]:
+        error = ParityError(str(folder), summary(report), "parity", "nothing was added")
+        error.report = report
+        raise error
+    return report
+
+
+def _extended(
+    manifest: Mapping[str, Any],
+    spec: AdapterSpec,
+    entry: Mapping[str, Any],
+    outputs: Mapping[str, Any],
+    inputs: list[dict[str, object]],
+) -> dict[str, Any]:
+    """The manifest with the adapter in it, as if the build had had it."""
+    recipe, switchable = dict(manifest["recipe"]), dict(manifest["switchable"])
+    added = {"name": spec.name, "source": without_machine_paths(spec.source)}
+    recipe["adapters"] = [*recipe["adapters"], added]
+    switchable["adapters"] = {**switchable["adapters"], spec.name: dict(entry)}
+    return {
+        **manifest,
+        "recipe": recipe,
+        "switchable": switchable,
+        "inputs": [*manifest["inputs"], *inputs],
+        "outputs": {**manifest["outputs"], **outputs},
+    }

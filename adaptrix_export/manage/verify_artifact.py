@@ -1,0 +1,139 @@
+"""Check an artifact that was published before: its bytes, then its parity, again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adaptrix_export.errors import ParityError, SourceError, VerificationError
+from adaptrix_export.load import Reading, open_adapter
+from adaptrix_export.load.base_weights import AUTO, open_bases
+from adaptrix_export.load.fit.mismatch import fitted
+from adaptrix_export.oracle.job import GateSpec, Job
+from adaptrix_export.oracle.peft_folders import oracle_folders
+from adaptrix_export.package import InputHashes, check_hashes, read_manifest
+from adaptrix_export.package.redistributed import PEFT, kept_plan, of_peft_folder, with_oracle
+from adaptrix_export.passes.approximate import approximated, told
+from adaptrix_export.plan import Plan
+from adaptrix_export.progress import Progress, Silent
+from adaptrix_export.prove.bases import other_base
+from adaptrix_export.prove.parity import prove
+from adaptrix_export.show.parity_tables import summary
+
+READING = ("allow_pickle", "adaptrix_scaling")  # fields of a recipe
+
+
+def verify_artifact(
+    folder: Path,
+    progress: Progress | None = None,
+    base: str | None = None,
+    adapters: Sequence[str] = (),
+) -> dict[str, Any]:
+    """`{"files": n, "parity": report or None, "note": why there is no report}`.
+
+    `base` and `adapters` say where the originals are now; by default they are looked for where
+    the recipe in the manifest says. Parity is left out only if nothing was named and they are
+    not there. Raises VerificationError for bytes that changed, ParityError for a failed proof.
+    """
+    progress = progress or Silent()
+    manifest = read_manifest(folder)
+    with progress.stage("hashes"):
+        problems = check_hashes(folder)
+    if problems:
+        first, more = problems[0], len(problems) - 1
+        raise VerificationError(
+            f"{folder}: {first.file}", first.found, first.expected,
+            f"{more} more such files; build it again" if more else "build it again",
+        )  # fmt: skip
+    result: dict[str, Any] = {"files": len(manifest["outputs"]), "parity": None, "note": None}
+    try:
+        plan = _originals(manifest, base, adapters)
+    except SourceError as error:
+        if base or adapters:
+            raise
+        return {**result, "note": f"parity was not checked again: {error}"}
+    _check_inputs(manifest, plan, progress)
+    asked = kept_plan(plan, folder)
+    if manifest["target"] == PEFT:
+        asked = of_peft_folder(plan, manifest, folder)
+    slots = manifest["recipe"].get("slots") or {}
+    with (
+        approximated(asked, slots.get("rank"), progress) as (proved, losses),
+        oracle_folders(proved, composed=bool(manifest.get("composition"))) as folders,
+    ):
+        report = folders.told(prove(_job(folder, manifest, proved, folders.adapters), progress))
+    report = told(with_oracle(report, asked), losses)
+    if not report["passed"]:
+        failure = ParityError(str(folder), summary(report), "parity", "build it again")
+        failure.report = report
+        raise failure
+    return {**result, "parity": report}
+
+
+def _originals(manifest: dict[str, Any], base: str | None, adapters: Sequence[str]) -> Plan:
+    recipe = manifest["recipe"]
+    named = [(a["name"], a["source"]) for a in recipe["adapters"]]
+    if adapters:
+        if len(adapters) != len(named):
+            raise SourceError(
+                "--adapter", f"{len(adapters)} of them", f"{len(named)}, as in the manifest"
+            )
+        named = [(name, spec) for (name, _), spec in zip(named, adapters, strict=True)]
+    specs = [spec for _, spec in named]
+    # --base names the very weights merged into; the others are then left out of the report.
+    opened, other = open_bases(
+        base or recipe["base"],
+        recipe.get("base_weights", AUTO),
+        recipe.get("simulate"),
+        None if base else recipe.get("original_base"),
+        task=recipe.get("task", "auto"),
+        adapters=specs,
+    )
+    # Artifacts of before these fields were read with their defaults.
+    reading = Reading(**{k: recipe[k] for k in READING if k in recipe})
+    found = tuple(open_adapter(spec, opened, name, reading) for name, spec in named)
+    return fitted(Plan(opened, found, alternative=other), recipe.get("on_mismatch", "error"))
+
+
+def _check_inputs(manifest: dict[str, Any], plan: Plan, progress: Progress) -> None:
+    """The originals at hand must be those that the artifact was made from."""
+    with progress.stage("originals"):
+        found = [(i.file, i.hash.sha256) for i in InputHashes(plan).result()]
+    expected = [(i["file"], i["sha256"]) for i in manifest["inputs"]]
+    if found != expected:
+        wrong = next((f for f, e in zip(found, expected, strict=False) if f != e), ("files", ""))
+        raise VerificationError(
+            wrong[0], "another file than the artifact was built from", "the original",
+            "name the originals with --base and --adapter",
+        )  # fmt: skip
+
+
+def _job(
+    folder: Path, manifest: dict[str, Any], plan: Plan, adapters: tuple[tuple[str, Path], ...]
+) -> Job:
+    parity = manifest["recipe"]["parity"]
+    pooling = manifest["recipe"].get("pooling", "none")
+    return Job(
+        target=manifest["target"],
+        artifact=folder,
+        base_folder=plan.base.folder,
+        precision=manifest["precision"],
+        weights=manifest["weights"],
+        gguf_file=plan.base.gguf_file,
+        task=plan.base.task,
+        adapters=adapters,
+        decode_steps=parity["decode_steps"],
+        simulated=plan.base.simulated,
+        other=other_base(plan),
+        pooling=None if pooling == "none" else pooling,
+        composition=manifest.get("composition"),
+        gates=gates_of(manifest),
+        gate_stats=bool((manifest.get("context") or {}).get("stats")),
+    )
+
+
+def gates_of(manifest: Mapping[str, Any]) -> tuple[GateSpec, ...]:
+    """The gates of a published artifact, in the order of its statistics."""
+    gates = (manifest.get("context") or {}).get("gates", ())
+    return tuple(GateSpec(**gate) for gate in gates)

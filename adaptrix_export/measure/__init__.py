@@ -1,0 +1,1 @@
+"""Figures about adapters and plans, measured on text."""

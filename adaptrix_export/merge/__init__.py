@@ -1,0 +1,1 @@
+"""Values of merged weights: computed in float64, rounded once."""

@@ -1,0 +1,211 @@
+"""PEFT's own layers as mergers, one module at a time, on a model without weights.
+
+The skeleton is the real module tree with every weight a zero that is repeated by stride, so that
+PEFT wraps it as it wraps the model (it drops an adapter on meta tensors in silence). A module gets
+its real values only while its layer merges them. Memory is that of the adapter and one module.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import set_peft_model_state_dict
+from safetensors import safe_open
+
+from adaptrix_export.errors import AdapterError, UnsupportedError
+from adaptrix_export.load.adapters.tuned_adapter import WEIGHTS, Sorted, module_paths, tuner_keys
+from adaptrix_export.load.adapters.tuners import TUNERS, Tuner
+from adaptrix_export.merge.in_double import in_double, tensors_of
+from adaptrix_export.plan import Array, Base, Tuned
+
+# What PEFT raises for a config or a module that it cannot use.
+_REFUSALS = (
+    ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, ImportError, AttributeError,
+)  # fmt: skip
+# Wrapped modules of their own, which the plan replaces whole; PEFT would copy them in memory.
+_WHOLE = {"modules_to_save": None, "trainable_token_indices": None, "task_type": None}
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A PEFT `model` with the adapter's weights and none of the base's; tuner layers by path."""
+
+    model: Any
+    layers: Mapping[str, Any]
+    place: str
+
+    @classmethod
+    def build(cls, term: Tuned) -> Skeleton:
+        """The skeleton for the adapter of `term`.
+
+        Raises UnsupportedError for what PEFT refuses, AdapterError for a tensor that it does not
+        place, for a module that it adapts without a tensor, and for one that it leaves alone.
+        """
+        place = term.folder.name
+        config, found = tuner_keys(term.folder)
+        tuner = TUNERS[term.kind]
+        expected = set(module_paths(place, config, tuner, found, term.base))
+        model = empty_model(term.base, expected)
+        with _named_refusals(place, term.kind), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # what is drawn is either overwritten or refused below
+            wrapped, missing = _wrapped(model, term.folder, found)
+        _check_all_set(place, wrapped, missing, tuner)
+        layers = {
+            name: module
+            for name, module in wrapped.get_base_model().named_modules()
+            if isinstance(module, BaseTunerLayer)
+        }
+        saved = tuple(config.get("modules_to_save") or ())
+        for path in sorted(expected ^ set(layers)):
+            if path in expected:
+                raise AdapterError(
+                    f"{place}: {path}", "PEFT does not adapt this module by the config",
+                    "the modules that the file has tensors for", "save the adapter again",
+                )  # fmt: skip
+            if not path.endswith(saved or ("\0",)):
+                raise AdapterError(
+                    f"{place}: {path}", "a module that the config targets and the file lacks",
+                    "a tensor for every targeted module", "save the adapter again",
+                )  # fmt: skip
+        return cls(wrapped, {path: layers[path] for path in expected}, place)
+
+    def merge(self, path: str, given: Mapping[str, Array]) -> dict[str, Array]:
+        """The float64 parameters of one module, merged, laid out as the base stores them."""
+        layer = self.layers[path]
+        before = dict(vars(layer))
+        module = layer.get_base_layer()
+        empty = {id(t) for t in tensors_of(module)}
+        own = [t for t in tensors_of(layer) if id(t) not in empty]
+        with _named_refusals(self.place, path), in_double(own), _filled(module, given):
+            layer.merged_adapters = []
+            layer.merge()
+            merged = {name: getattr(module, name).detach().numpy().copy() for name in given}
+        vars(layer).clear()
+        vars(layer).update(before)  # forgets the merge, and any copy of the weight kept for undoing
+        for name, value in merged.items():
+            if value.shape != given[name].shape:
+                raise UnsupportedError(
+                    f"{self.place}: {path}.{name}", f"merged shape {value.shape}",
+                    f"{given[name].shape}", "this module kind cannot be merged",
+                )  # fmt: skip
+        return merged
+
+
+@contextmanager
+def _named_refusals(place: str, what: str) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PEFT warns of is checked and is an error here
+            yield
+    except _REFUSALS as error:
+        raise UnsupportedError(
+            f"{place}: {what}", f"PEFT cannot build it ({error})", "a layer that merges",
+            "merge with PEFT, or retrain on modules that it supports",
+        ) from error  # fmt: skip
+
+
+def empty_model(base: Base, paths: set[str]) -> Any:
+    """The module tree of `base` in float32 with no memory behind its weights.
+
+    The class is the one that config.json names, or the causal language model, whichever has the
+    modules `paths`.
+    """
+    config = transformers.AutoConfig.for_model(**base.config)
+    for name in [*(base.config.get("architectures") or []), "AutoModelForCausalLM"]:
+        cls: Any = getattr(transformers, str(name), None)
+        if cls is None:
+            continue
+        with torch.device("meta"):
+            make = cls.from_config if name.startswith("Auto") else cls._from_config
+            model = make(config, dtype=torch.float32)  # as the oracle loads it, not as config says
+        if paths <= {path for path, _ in model.named_modules()}:
+            _make_real(model)
+            return model.eval()
+    raise AdapterError(
+        base.spec, f"a model without {min(paths)}", "every module that the adapter changes",
+        "was this adapter trained on another model?",
+    )  # fmt: skip
+
+
+def _make_real(model: Any) -> None:
+    """Give every meta tensor one stored zero; tensors that are one stay one."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for values in (module._parameters, module._buffers):
+            for name, old in values.items():
+                if old is None or old.device.type != "meta":
+                    continue
+                if id(old) not in made:
+                    zeros = torch.zeros(1, dtype=old.dtype).expand(old.shape)
+                    is_parameter = isinstance(old, torch.nn.Parameter)
+                    made[id(old)] = (
+                        torch.nn.Parameter(zeros, requires_grad=False) if is_parameter else zeros
+                    )
+                values[name] = made[id(old)]
+
+
+def _wrapped(model: Any, folder: Path, found: Sorted) -> tuple[Any, set[str]]:
+    """`model` wrapped by PEFT with the adapter's own tensors, and the keys that the file lacks."""
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    config.base_model_name_or_path = ""  # else PEFT asks the hub about the model of that name
+    config.inference_mode = True
+    for name, value in _WHOLE.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    wrapped = peft.PeftModel(model, config)
+    tensors = [t for parts in found.parts.values() for t in parts.values()]
+    names = {t.name for t in (*tensors, *found.shared)}
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        state = {name: file.get_tensor(name) for name in names}
+    result: Any = set_peft_model_state_dict(wrapped, state)
+    if result.unexpected_keys:
+        raise AdapterError(
+            f"{folder.name}: {min(result.unexpected_keys)}", "a tensor that PEFT does not place",
+            "every tensor in the model", "save the adapter again",
+        )  # fmt: skip
+    return wrapped.eval(), set(result.missing_keys)
+
+
+def _check_all_set(place: str, wrapped: Any, missing: set[str], tuner: Tuner) -> None:
+    """No stored tensor of an adapter layer keeps the values that PEFT initialised it with.
+
+    One that layers share (VeRA's projections) has a name in each, and was set by one of them.
+    """
+    state = wrapped.state_dict(keep_vars=True)
+    loaded = {id(tensor) for key, tensor in state.items() if key not in missing}
+    layers = [
+        name for name, module in wrapped.named_modules() if isinstance(module, BaseTunerLayer)
+    ]
+    inside = tuple(f"{name}." for name in layers)
+    known = [f"{name}.{part}." for name in layers for part in ("base_layer", *tuner.computed)]
+    for key in sorted(missing):
+        own = key.startswith(inside or ("\0",)) and not key.startswith(tuple(known))
+        if own and id(state[key]) not in loaded:
+            raise AdapterError(
+                f"{place}: {key}", "a tensor that the file lacks and PEFT would invent",
+                "every tensor of every targeted module", "save the adapter again",
+            )  # fmt: skip
+
+
+@contextmanager
+def _filled(module: Any, given: Mapping[str, Array]) -> Iterator[None]:
+    """`module` with real values for its parameters, and without them again."""
+    empty = {name: getattr(module, name) for name in given}
+    for name, value in given.items():
+        real = torch.from_numpy(np.ascontiguousarray(value))
+        setattr(module, name, torch.nn.Parameter(real.clone(), requires_grad=False))
+    try:
+        yield
+    finally:
+        for name, parameter in empty.items():
+            setattr(module, name, parameter)

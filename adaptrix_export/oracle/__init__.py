@@ -1,0 +1,1 @@
+"""PyTorch and PEFT on the original files: what artifacts are compared with."""

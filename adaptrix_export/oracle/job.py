@@ -1,0 +1,167 @@
+"""What a parity run is asked to prove, and how far an artifact may stray from its oracle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from adaptrix_export.arch.tasks import FEATURES, TASKS
+from adaptrix_export.errors import ParityError
+from adaptrix_export.graph.expression import Expression
+from adaptrix_export.plan import Gate
+
+
+@dataclass(frozen=True)
+class OtherBase:
+    """The base weights that were not merged into: files as in `Job`, and which they are."""
+
+    weights: str  # "original" or "dequantized"
+    folder: Path
+    gguf_file: str | None = None
+    simulated: str | None = None
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """A gate of the plan (`plan.Gate`) in words: `site` is the module's path."""
+
+    site: str
+    mode: str
+    tau: float | None = None
+    weight: float | None = None
+
+    @property
+    def depends_on_data(self) -> bool:
+        return self.mode != "blend"
+
+
+def gate_specs(gates: Iterable[Gate]) -> tuple[GateSpec, ...]:
+    """A plan's gates for the check, those that depend on the data in the order of `Plan.gated`."""
+    ordered = sorted(gates, key=lambda gate: gate.site.order)
+    return tuple(GateSpec(g.site.path, g.mode, g.tau, g.weight) for g in ordered)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artifact, the original files that it was made from, and how hard to look.
+
+    `weights` maps an initializer (onnx) or tensor (safetensors) name to the expression over
+    transformers' parameter names that made it (`graph/expression.py`). `precision` "base" means that
+    each tensor keeps the dtype that its base stores. `text` replaces the built-in prompt;
+    `threads` of None leaves the number to the runtimes. `simulated` names a quantization that the
+    base's weights are put through first; `other` is compared with the base in the report.
+    """
+
+    target: str  # "onnx", "onnx-switchable", "safetensors" or "peft"
+    artifact: Path
+    base_folder: Path
+    precision: str  # "fp32", "fp16", "bf16" or "base"
+    weights: Mapping[str, Expression]
+    gguf_file: str | None = None
+    adapters: tuple[tuple[str, Path], ...] = field(default=())
+    task: str = "text-generation"
+    level: str = "full"  # "full" or "fast"
+    decode_steps: int = 32
+    text: str | None = None
+    threads: int | None = None
+    simulated: str | None = None
+    other: OtherBase | None = None
+    pooling: str | None = None  # "mean" or "cls": the artifact gives one vector a row, too
+    composition: Mapping[str, Any] | None = None  # `Composition.as_dict`; None: all simply active
+    gates: tuple[GateSpec, ...] = ()  # in the order of the plan's sites
+    gate_stats: bool = False  # the graph is to tell how far they were open
+    # Where `NAME.onnx_adapter` files are, if not in the artifact: one that is to be added to it.
+    adapter_folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, found, known in (
+            ("target", self.target, ("onnx", "onnx-switchable", "safetensors", "peft")),
+            ("task", self.task, tuple(TASKS)),
+            ("level", self.level, ("full", "fast")),
+            ("precision", self.precision, (*TOLERANCES, "base")),
+        ):
+            if found not in known:
+                raise ParityError(f"parity job {name}", repr(found), f"one of {', '.join(known)}")
+        if self.decode_steps < 1:
+            raise ParityError("parity job decode_steps", str(self.decode_steps), "at least 1")
+
+    def to_json(self) -> str:
+        """The job as one JSON document; `from_json` is its inverse. Paths become absolute."""
+        document = asdict(self)
+        document["artifact"] = str(self.artifact.resolve())
+        document["base_folder"] = str(self.base_folder.resolve())
+        if self.adapter_folder is not None:
+            document["adapter_folder"] = str(self.adapter_folder.resolve())
+        if self.other is not None:
+            document["other"]["folder"] = str(self.other.folder.resolve())
+        document["adapters"] = [[name, str(path.resolve())] for name, path in self.adapters]
+        return json.dumps(document, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        document = json.loads(text)
+        document["artifact"] = Path(document["artifact"])
+        document["base_folder"] = Path(document["base_folder"])
+        if document["adapter_folder"] is not None:
+            document["adapter_folder"] = Path(document["adapter_folder"])
+        document["adapters"] = tuple((name, Path(path)) for name, path in document["adapters"])
+        if document["other"] is not None:
+            other = document["other"]
+            document["other"] = OtherBase(**{**other, "folder": Path(other["folder"])})
+        document["gates"] = tuple(GateSpec(**gate) for gate in document["gates"])
+        return cls(**document)
+
+    def on_other(self) -> Job:
+        """The same adapters on the other base weights."""
+        assert self.other is not None
+        return replace(
+            self,
+            base_folder=self.other.folder,
+            gguf_file=self.other.gguf_file,
+            simulated=self.other.simulated,
+            other=None,
+        )
+
+    @property
+    def steps(self) -> int:
+        """Greedy tokens to decode: a fast run takes 8, enough to pass through the cache."""
+        return min(self.decode_steps, 8) if self.level == "fast" else self.decode_steps
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far logits may be from the oracle's and still be called the same model.
+
+    `max_abs` bounds every single logit; `mean_kl` is in nats per token, oracle against artifact;
+    `top1` is the least share of positions at which both pick the same token. The last two are
+    None for features, which are no distribution over anything.
+    """
+
+    max_abs: float
+    mean_kl: float | None
+    top1: float | None
+
+
+# Logits reveal a wrong graph, which is off by 0.1 to 7 where it forgets padding, say. A wrong
+# weight is caught much more finely by the replay, which knows no tolerance but one rounding.
+TOLERANCES: Mapping[str, Tolerance] = {
+    # Measured: 1e-5 on random models, 1.4e-4 and a KL of 2e-11 on SmolLM2's 30 layers, where only
+    # the order of fp32 sums differs. 1e-3 leaves a factor of seven for deeper models; logits that
+    # are off by as much everywhere are a KL of about 1e-6. Greedy decoding must not part, so every
+    # argmax counts.
+    "fp32": Tolerance(max_abs=1e-3, mean_kl=1e-6, top1=1.0),
+    # Measured on SmolLM2 with weights rounded once to 11 bits: 0.039 and 2.3e-6. A factor of four
+    # on logits, and near ties may flip. KL grows as the square, hence nine there.
+    "fp16": Tolerance(max_abs=0.15, mean_kl=2e-5, top1=0.97),
+    # The same with 8 bits: measured 0.23 and 7.6e-5; the same factors.
+    "bf16": Tolerance(max_abs=1.0, mean_kl=7e-4, top1=0.9),
+}
+
+
+def tolerance_of(precision: str, task: str) -> Tolerance:
+    """The row for a format; of features only the size of the largest difference counts."""
+    row = TOLERANCES[precision]
+    return replace(row, mean_kl=None, top1=None) if task == FEATURES else row

@@ -1,0 +1,174 @@
+"""PEFT folders for the oracle, where it cannot be given the adapter's own.
+
+Stock PEFT loads neither a transposed factor nor a fused projection on a split base, and it must not
+load what `on_mismatch: drop` took out. Such an adapter is written anew as PEFT folders that say
+what was built; ranks, alphas and rsLoRA stay the config's, so that PEFT does its own scaling.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import sqrt
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from adaptrix_export.plan import Adapter, Base, Delta, Dora, LowRank, Plan, Scaled, Tensor
+from adaptrix_export.save.convert import PeftFolders, peft_folders
+
+PREFIX = "base_model.model."
+PLAIN_ORACLE = "stock transformers + PEFT on the original files"
+ORACLE = "stock transformers + PEFT on the original base and the adapters as adjusted"
+GATED = ", with the plan's gates as forward hooks on its layers"
+_NO_TARGET = "dummy-target-modules"  # what PEFT calls an adapter without any
+_MOVES = ("renamed", "split", "stacked")
+
+Folders = tuple[tuple[str, Path], ...]
+
+
+@dataclass(frozen=True)
+class OracleFolders:
+    """(name, folder) of every adapter for stock PEFT, and what the report must say of them."""
+
+    adapters: Folders
+    plan: Plan
+    converted: PeftFolders
+    composed: bool = False  # by a plan, which the report's oracle says already
+
+    def told(self, report: dict[str, Any]) -> dict[str, Any]:
+        """The report with what was adjusted in it, and the oracle by its right name."""
+        if self.plan.adjustments:
+            adjusted = [str(a) for a in self.plan.adjustments]
+            oracle = report["oracle"].replace(PLAIN_ORACLE, ORACLE)  # what follows it holds, too
+            oracle += " (the adapters as adjusted)" * self.composed
+            report = {**report, "oracle": oracle, "adjustments": adjusted}
+        return self.converted.told(report)
+
+
+@contextmanager
+def oracle_folders(plan: Plan, composed: bool = False) -> Iterator[OracleFolders]:
+    """Folders for the oracle: an adapter's own where PEFT can read it; else written anew, in
+    PEFT's form or as adjusted.
+
+    The folders live as long as the context. `plan` is the one before any pass.
+    """
+    kinds = {
+        a.name: {n.kind for n in plan.adjustments if n.adapter == a.name} for a in plan.adapters
+    }
+    plain = replace(plan, adapters=tuple(a for a in plan.adapters if not kinds[a.name]))
+    with (
+        peft_folders(plain) as converted,
+        TemporaryDirectory(prefix="adaptrix-adapters-") as scratch,
+    ):
+        own = dict(converted.adapters)
+        folders: list[tuple[str, Path]] = []
+        for number, adapter in enumerate(plan.adapters):
+            if adapter.name in own:
+                folders.append((adapter.name, own[adapter.name]))
+                continue
+            patterns = bool(kinds[adapter.name] & set(_MOVES))
+            for part in range(_parts(adapter)):
+                folder = Path(scratch) / f"{number}-{part}"
+                write_folder(plan.base, adapter, folder, part, patterns)
+                folders.append((adapter.name, folder))
+        yield OracleFolders(tuple(folders), plan, converted, composed)
+
+
+def _parts(adapter: Adapter) -> int:
+    """Folders that it takes: a PEFT adapter has one term a site, and PEFT adds adapters up."""
+    return max((len(delta.terms) for delta in adapter.deltas), default=1)
+
+
+def write_folder(base: Base, adapter: Adapter, folder: Path, part: int, patterns: bool) -> None:
+    """Write term `part` of every site as a PEFT folder; whole tensors go with the first.
+
+    With `patterns`, ranks and alphas are written out site by site: the patterns in the config may
+    be meant for other module paths.
+    """
+    folder.mkdir(parents=True)
+    deltas = [delta for delta in adapter.deltas if len(delta.terms) > part]
+    tensors: dict[str, Tensor] = {}
+    for delta in deltas:
+        tensors.update(_factors(base, delta, part))
+    if part == 0:
+        tensors.update((saved.tensor.name, saved.tensor) for saved in adapter.replacements)
+    config = _config(adapter, deltas, part)
+    if patterns and (config.get("rank_pattern") or config.get("alpha_pattern")):
+        config.update(_patterns(config, deltas, part))
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    _write_tensors(folder / "adapter_model.safetensors", tensors)
+
+
+def _factors(base: Base, delta: Delta, part: int) -> dict[str, Tensor]:
+    """PEFT key -> tensor of one term."""
+    term, place = delta.terms[part], PREFIX + delta.site.path
+    if isinstance(term, Scaled):
+        return {f"{place}.lora_B.bias": term.vector}
+    assert isinstance(term, (LowRank, Dora))  # others are never adjusted
+    embedding = delta.site.layer is None and base.architecture.is_transposed(delta.site)
+    a, b = (
+        f"{place}.lora_embedding_{x}" if embedding else f"{place}.lora_{x}.weight" for x in "AB"
+    )
+    found = {a: term.a, b: term.b}
+    if isinstance(term, Dora):
+        found[f"{place}.lora_magnitude_vector"] = term.magnitude
+    return found
+
+
+def _config(adapter: Adapter, deltas: list[Delta], part: int) -> dict[str, Any]:
+    """The adapter's config with its targets written out, so that PEFT makes these sites alone."""
+    config = dict(adapter.config)
+    targets = sorted({delta.site.path for delta in deltas})
+    config.update(dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")))
+    config["target_modules"] = targets or _NO_TARGET
+    saved = sorted({r.site.path for r in adapter.replacements if not r.shared})
+    config["modules_to_save"] = (saved if part == 0 else None) or None
+    config["trainable_token_indices"] = _token_rows(adapter) if part == 0 else None
+    if part:
+        config.update(bias="none", lora_bias=False, use_dora=False)
+    return config
+
+
+def _token_rows(adapter: Adapter) -> Any:
+    """`trainable_token_indices` without the modules whose rows are gone."""
+    places = [r.site.path for r in adapter.replacements if r.rows is not None]
+    indices = adapter.config.get("trainable_token_indices")
+    if not places or not isinstance(indices, Mapping):
+        return indices if places else None
+    return {n: rows for n, rows in indices.items() if any(p.endswith(n) for p in places)}
+
+
+def _patterns(config: Mapping[str, Any], deltas: list[Delta], part: int) -> dict[str, Any]:
+    """`rank_pattern` and `alpha_pattern` that give every site its own rank and scale."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for delta in deltas:
+        term = delta.terms[part]
+        if isinstance(term, (LowRank, Dora)):
+            key = re.escape(delta.site.path)
+            ranks[key] = term.rank
+            root = sqrt(term.rank) if config.get("use_rslora") else term.rank
+            alphas[key] = term.scale * root
+    return {"rank_pattern": ranks, "alpha_pattern": alphas}
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file: 8-byte length, JSON header, then the values."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    values, position = [], 0
+    for key, tensor in tensors.items():
+        data = tensor.read().tobytes()
+        header[key] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + len(data)],
+        }
+        position += len(data)
+        values.append(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(values))

@@ -1,0 +1,114 @@
+"""What the models are asked: real text where there is a tokenizer, seeded token ids elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from adaptrix_export.errors import ParityError
+from adaptrix_export.oracle.job import Job
+
+PREFILL = 128  # tokens of the long prompt
+PROMPT = 16  # tokens before greedy decoding starts
+ROWS = (40, 23, 9)  # tokens a row of the ragged batch: coprime enough to fall on no block border
+CACHED = 8  # cached steps after a padded prefill
+
+# Prose, figures, code and a few other scripts: rare tokens meet embedding rows that prose does not.
+TEXT = """The lighthouse keeper wrote down the weather every four hours for thirty-one years, in the
+same blue ink and the same careful hand. On 3 March 1911 he noted 998 hPa, a wind from the
+north-west and, for the first time, an airship. Nobody believed him until his daughter found the
+photograph, folded twice, inside a tin of tobacco. What did he think he had seen? "A whale," he used
+to say, "that had lost its way." The museum keeps the journals in a dry room and lends them to
+nobody; visitors may read a copy, printed on both sides, at a table beside the window.
+
+def rainfall(days: list[float], start: int = 0) -> dict[str, float]:
+    total = sum(days[start:])
+    return {"total": total, "mean": total / max(1, len(days) - start)}
+
+Der Leuchtturm steht noch. Les archives sont ouvertes le mardi, de 9 h 30 à 17 h. 灯台は今も光る。
+Between 1880 and 1911 the lamp burned 2,345 litres of oil a year, or 6.42 litres a night, and went
+out eleven times: twice for storms, once for a wedding, and eight times for reasons not recorded."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids for every case; lengths are already within the model's positions.
+
+    `rows` hold the ragged batch: the last `cached` tokens of each row are fed one at a time.
+    """
+
+    source: str  # "text" or "seeded token ids"
+    prefill: tuple[int, ...]
+    decode: tuple[int, ...]
+    steps: int
+    rows: tuple[tuple[int, ...], ...]
+    cached: int
+    pad: int | None = None  # the model's own
+    pooling: str | None = None
+
+
+def prompts(job: Job, vocabulary: int, positions: int | None, pad: int | None = None) -> Prompts:
+    """Prompts for a model with `vocabulary` tokens and at most `positions` of them in a sequence.
+
+    Raises `ParityError` when the tokenizer makes ids that the model does not have, or when the
+    model has too few positions to decode at all.
+    """
+    room = positions if positions is not None else PREFILL + job.steps + ROWS[0] + CACHED
+    if room < 4:
+        raise ParityError("model", f"{room} positions", "at least 4, to prefill and then decode")
+    steps = min(job.steps, room // 2)
+    cached = min(CACHED, room // 2)
+    source, ids = token_ids(job, vocabulary)
+    rows = _rows(ids, [min(length, room - cached) + cached for length in ROWS])
+    return Prompts(
+        source=source,
+        # room for the decode steps is kept, so that every case stays within trained positions
+        prefill=ids[: min(PREFILL, room - steps)],
+        decode=ids[: min(PROMPT, room - steps)],
+        steps=steps,
+        rows=rows,
+        cached=cached,
+        pad=pad,
+        pooling=job.pooling,
+    )
+
+
+def _rows(ids: tuple[int, ...], lengths: list[int]) -> tuple[tuple[int, ...], ...]:
+    """One row a length, each from another place in the text, which is taken as a ring."""
+    ring = ids * (1 + (sum(lengths) + max(lengths)) // len(ids))
+    starts = np.cumsum([0, *lengths[:-1]])
+    return tuple(
+        ring[start : start + length] for start, length in zip(starts, lengths, strict=True)
+    )
+
+
+def token_ids(job: Job, vocabulary: int) -> tuple[str, tuple[int, ...]]:
+    """What the ids are ("text" or "seeded token ids"), and the ids of the job's text."""
+    folder, gguf_file = _tokenizer_place(job)
+    if folder is None:
+        drawn = np.random.default_rng(0).integers(0, vocabulary, size=2 * PREFILL)
+        return "seeded token ids", tuple(int(i) for i in drawn)
+    from transformers import AutoTokenizer
+
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+    ids = tuple(int(i) for i in tokenizer(job.text or TEXT)["input_ids"])
+    if not ids or max(ids) >= vocabulary:
+        raise ParityError(
+            f"tokenizer of {folder.name}",
+            f"token id {max(ids, default='none')}",
+            f"ids below the model's vocabulary of {vocabulary}",
+            "does this tokenizer belong to this model?",
+        )
+    return "text", ids
+
+
+def _tokenizer_place(job: Job) -> tuple[Path | None, str | None]:
+    """The artifact's own tokenizer if it has one, else the base's, else none."""
+    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    for folder in (job.artifact, job.base_folder):
+        if any((folder / name).is_file() for name in known):
+            return folder, None
+    return (job.base_folder, job.gguf_file) if job.gguf_file else (None, None)

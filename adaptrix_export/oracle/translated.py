@@ -1,0 +1,163 @@
+"""The ways in which an encoder-decoder is asked, and the artifact of one in its runtime.
+
+Positions may count pads, so a padded batch is compared with the same batch of the reference. What
+the decoder is fed is the same on both sides: a text, or the reference's own greedy tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from adaptrix_export.errors import ParityError
+from adaptrix_export.oracle.compare import Logits
+from adaptrix_export.oracle.encoded import padded_rows
+from adaptrix_export.oracle.prompts import Prompts
+from adaptrix_export.prove.subject import Ids
+
+ENCODER, DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
+_PAST = "past_key_values."
+Chunks = Sequence[Sequence[int]]
+
+
+class Translating(Protocol):
+    """What answers for an encoder-decoder: the reference, or an artifact."""
+
+    def states(self, ids: Ids, mask: Ids) -> Logits:
+        """The encoder's last hidden states (rows, tokens, width)."""
+        ...
+
+    def translate(self, ids: Ids, mask: Ids, chunks: Chunks) -> Logits:
+        """Decoder logits (rows, all tokens of `chunks`, vocabulary), fed chunk after chunk through
+        the cache; every row is fed the same."""
+        ...
+
+
+class LiveTranslator:
+    """A transformers model, or PEFT's around one."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def states(self, ids: Ids, mask: Ids) -> Logits:
+        import torch
+
+        with torch.inference_mode():
+            found = self._model.get_encoder()(
+                input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)
+            )
+        return cast(Logits, found.last_hidden_state.float().numpy())
+
+    def translate(self, ids: Ids, mask: Ids, chunks: Chunks) -> Logits:
+        import torch
+
+        fed = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        found, cache = [], None
+        with torch.inference_mode():
+            for chunk in chunks:
+                tokens = torch.tensor([list(chunk)] * len(ids))
+                out = self._model(
+                    **fed, decoder_input_ids=tokens, past_key_values=cache, use_cache=True
+                )
+                cache = out.past_key_values
+                found.append(out.logits.float().numpy())
+        return np.concatenate(found, axis=1)
+
+    def greedy(self, ids: Ids, steps: int) -> tuple[list[int], Logits]:
+        """The tokens fed, the start token first, and the logits (steps, vocabulary) they gave."""
+        import torch
+
+        start = self._model.config.decoder_start_token_id
+        if start is None:
+            raise ParityError("config.json", "no decoder_start_token_id", "the token to start with")
+        tokens, found, cache = [int(start)], [], None
+        with torch.inference_mode():
+            for _ in range(steps):
+                out = self._model(
+                    input_ids=torch.from_numpy(ids),
+                    decoder_input_ids=torch.tensor([[tokens[-1]]]),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                cache = out.past_key_values
+                found.append(out.logits[0, -1].float().numpy())
+                tokens.append(int(found[-1].argmax()))
+        return tokens[:-1], np.stack(found)
+
+
+class OnnxTranslator:
+    """Two sessions of ONNX Runtime on the CPU."""
+
+    def __init__(self, folder: Path, threads: int | None) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self._encoder, self._decoder = (
+            ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
+            for file in (ENCODER, DECODER)
+        )
+
+    def states(self, ids: Ids, mask: Ids) -> Logits:
+        fed = {"input_ids": ids, "attention_mask": mask}
+        return np.asarray(self._encoder.run(["last_hidden_state"], fed)[0], np.float32)
+
+    def translate(self, ids: Ids, mask: Ids, chunks: Chunks) -> Logits:
+        names = [value.name for value in self._decoder.get_outputs()]
+        fed: dict[str, Any] = {
+            "encoder_hidden_states": self.states(ids, mask), "encoder_attention_mask": mask,
+            **self._empty(len(ids)),
+        }  # fmt: skip
+        found = []
+        for chunk in chunks:
+            fed["input_ids"] = np.array([list(chunk)] * len(ids), np.int64)
+            out = dict(zip(names, self._decoder.run(None, fed), strict=True))
+            found.append(np.asarray(out["logits"], np.float32))
+            fed |= {
+                name.replace("present.", _PAST, 1): value
+                for name, value in out.items()
+                if name.startswith("present.")
+            }
+        return np.concatenate(found, axis=1)
+
+    def _empty(self, rows: int) -> dict[str, Any]:
+        """A cache of no tokens."""
+        return {
+            value.name: np.zeros(
+                [rows, *(n if isinstance(n, int) else 0 for n in value.shape[1:])], np.float32
+            )
+            for value in self._decoder.get_inputs()
+            if value.name.startswith(_PAST)
+        }
+
+
+def one_row(tokens: Sequence[int]) -> tuple[Ids, Ids]:
+    ids = np.array([list(tokens)], np.int64)
+    return ids, np.ones_like(ids)
+
+
+def translate_states(model: Translating, prompts: Prompts) -> Logits:
+    ids, mask = padded_rows(prompts, left=False)
+    return cast(Logits, model.states(ids, mask)[mask == 1])
+
+
+def translate_prefill(model: Translating, prompts: Prompts) -> Logits:
+    return cast(Logits, model.translate(*one_row(prompts.prefill), [prompts.decode])[0])
+
+
+def translate_chunked(model: Translating, prompts: Prompts) -> Logits:
+    cut = max(1, len(prompts.decode) * 3 // 5)
+    chunks = [prompts.decode[:cut], prompts.decode[cut:]]
+    return cast(Logits, model.translate(*one_row(prompts.prefill), [c for c in chunks if c])[0])
+
+
+def translate_left_padded(model: Translating, prompts: Prompts) -> Logits:
+    return np.concatenate(model.translate(*padded_rows(prompts, left=True), [prompts.decode]))
+
+
+def translate_right_padded(model: Translating, prompts: Prompts) -> Logits:
+    return np.concatenate(model.translate(*padded_rows(prompts, left=False), [prompts.decode]))

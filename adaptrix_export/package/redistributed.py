@@ -1,0 +1,70 @@
+"""What an artifact of a redistributed plan keeps of it: the adapter itself, for the oracle.
+
+The oracle of such a plan is stock PEFT on the base and the redistributed adapter, so a copy of that
+adapter is published with the artifact; `verify` proves the artifact against it later on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adaptrix_export.load import open_adapter
+from adaptrix_export.passes.redistribute.redistribute import MEASURED
+from adaptrix_export.plan import Plan
+from adaptrix_export.targets.artifact import Artifact
+
+PEFT = "peft"  # the target that is the adapter itself
+KEPT = "redistributed"  # the folder in the artifact, with one folder for each adapter
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+FROM_FILES = "the original files"
+FROM_COPY = "the original base and the redistributed adapter"
+
+
+def oracle_plan(original: Plan, plan: Plan) -> Plan:
+    """The plan whose adapters stock PEFT loads: the original one, or that of the redistribution."""
+    if MEASURED not in plan.measured:
+        return original
+    return replace(
+        original, adapters=plan.adapters, adjustments=(), history=(), measured=plan.measured
+    )
+
+
+def keep_redistributed(plan: Plan, artifact: Artifact) -> None:
+    """Copy the redistributed adapters into the artifact, which for target peft has them already."""
+    if MEASURED not in plan.measured or artifact.target == PEFT:
+        return
+    for adapter in plan.adapters:
+        place = artifact.folder / KEPT / adapter.name
+        place.mkdir(parents=True)
+        for name in FILES:
+            shutil.copyfile(adapter.folder / name, place / name)
+
+
+def kept_plan(original: Plan, folder: Path) -> Plan:
+    """The original plan with the adapters that a published artifact keeps, if it does."""
+    home = folder / KEPT
+    if not home.is_dir():
+        return original
+    adapters = tuple(
+        open_adapter(str(place), original.base, place.name) for place in sorted(home.iterdir())
+    )
+    return replace(original, adapters=adapters, adjustments=(), measured={MEASURED: {}})
+
+
+def of_peft_folder(original: Plan, manifest: Mapping[str, Any], folder: Path) -> Plan:
+    """The same for target peft: a redistributed artifact is its own adapter."""
+    if not manifest["recipe"].get("redistribute"):
+        return original
+    adapter = open_adapter(str(folder), original.base, original.adapters[0].name)
+    return replace(original, adapters=(adapter,), adjustments=(), measured={MEASURED: {}})
+
+
+def with_oracle(report: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """The parity report with the oracle by its right name."""
+    if MEASURED not in plan.measured:
+        return report
+    return {**report, "oracle": str(report["oracle"]).replace(FROM_FILES, FROM_COPY)}

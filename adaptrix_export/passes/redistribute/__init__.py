@@ -1,0 +1,1 @@
+"""An adapter moved onto a few layers."""

@@ -1,0 +1,306 @@
+"""An adapter moved onto a few layers, and a report of what that lost.
+
+The result is a standard PEFT adapter: low-rank terms at the target layers in place of all deltas
+of the stack. What the adapter changes outside the stack (embeddings, head, a classifier) stays as
+it is. An adapter that touches the target layers only is left as it is.
+
+Beside lowering this is the one place that reads weights: the models run, to fit and to measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from adaptrix_export.arch.tasks import CLASSIFIERS, FEATURES, GENERATION
+from adaptrix_export.errors import FidelityError, RecipeError, UnsupportedError
+from adaptrix_export.load.files.tensors import itemsize
+from adaptrix_export.measure.calibration import AUTO, PYDOC, Calibration, calibration_rows
+from adaptrix_export.oracle.peft_folders import oracle_folders
+from adaptrix_export.passes.context import Workshop
+from adaptrix_export.passes.redistribute.layers import SEARCH, Layers, check_layers, choose_layers
+from adaptrix_export.passes.redistribute.moved import Place, Terms, common_dtype
+from adaptrix_export.passes.redistribute.written import (
+    open_written,
+    with_one_term_a_site,
+    write_redistributed,
+)
+from adaptrix_export.plan import Adapter, Delta, LowRank, Plan, Site
+from adaptrix_export.save.convert import write_peft
+
+if TYPE_CHECKING:
+    from adaptrix_export.passes.redistribute.strategies import Moved
+    from adaptrix_export.passes.redistribute.work import Work
+
+MEASURED = "fidelity"  # in Plan.measured
+# Times the adapter's largest rank: what a site of a target layer may have in the place of a third
+# to a tenth of all layers.
+RANK_FACTOR = 4
+_SEARCHED = 5  # layers for whose training there is text before `search` has counted them
+TASKS_MOVED = (GENERATION, FEATURES, *CLASSIFIERS)
+WORDS = ("select", "fold", "fit", "distill")
+
+
+@dataclass(frozen=True)
+class Redistribute:
+    """Moves every delta of the stack onto `layers` (see `layers.py`) by a strategy.
+
+    `rank` bounds what is computed for a site (None: four times the adapter's largest);
+    `min_retained` is the least share that must be kept; `steps` are those of `distill` (None: 100
+    and 20 for each layer); `max_sites` and `max_bytes` are the budget of `layers: search`.
+    `max_memory` is the bytes that the model's weights may take (None: most of what is free); a
+    larger model is read layer by layer.
+
+    Raises UnsupportedError for what cannot be moved, RecipeError for layers that the base lacks,
+    FidelityError for too little retained.
+    """
+
+    layers: Layers
+    strategy: str = "fit"
+    rank: int | None = None
+    calibration: Calibration = field(default_factory=Calibration)
+    min_retained: float | None = None
+    steps: int | None = None
+    max_sites: int | None = None
+    max_bytes: int | None = None
+    max_memory: int | None = field(default=None, repr=False)  # how it runs, not what it does
+    workshop: Workshop | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_layers(self.layers)
+        if self.strategy not in WORDS:
+            raise RecipeError("strategy", repr(self.strategy), f"one of {', '.join(WORDS)}")
+        if self.rank is not None and self.rank < 1:
+            raise RecipeError("rank", str(self.rank), "at least 1")
+        budget = self.max_sites is not None or self.max_bytes is not None
+        if (self.layers == SEARCH) != budget:
+            raise RecipeError(
+                "layers", f"{self.layers} {'with' if budget else 'without'} a budget",
+                "search with max_sites or max_bytes, or neither",
+            )  # fmt: skip
+
+    def __call__(self, plan: Plan) -> Plan:
+        moved, measured = [], {}
+        for adapter in plan.adapters:
+            own = tuple(a for a in plan.adjustments if a.adapter == adapter.name)
+            alone = replace(plan, adapters=(adapter,), adjustments=own)
+            opened, measured[adapter.name] = self._move(alone, adapter)
+            moved.append(opened)
+        return plan.after(
+            self,
+            adapters=tuple(moved),
+            adjustments=(),
+            composition=None,  # the oracle is the redistributed adapter
+            measured={**plan.measured, MEASURED: measured},
+        )
+
+    def _move(self, plan: Plan, adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
+        """One adapter redistributed, opened from its new folder, and what was measured."""
+        from adaptrix_export.oracle.layered import Live  # PyTorch
+
+        assert self.workshop is not None  # the pipeline's, or a test's
+        stack, terms, kept = taken_apart(plan, adapter)
+        rank = self._rank(plan, terms)
+        with _as_folders(plan) as folders, self.workshop.progress.stage("calibration: loading"):
+            live = Live.open(plan.base, folders, stack, self.max_memory)
+        try:
+            return self._on(plan, adapter, stack, terms, kept, rank, live)
+        finally:
+            live.detach_all()
+
+    def _on(
+        self, plan: Plan, adapter: Adapter, stack: str, terms: Terms,
+        kept: tuple[Delta, ...], rank: int, live: Any,
+    ) -> tuple[Adapter, dict[str, Any]]:  # fmt: skip
+        from adaptrix_export.measure.fidelity import measure
+
+        shop = self.workshop
+        assert shop is not None
+        work = self._work(plan, adapter, stack, terms, rank, live)
+        moved = self._moved(work, adapter)
+        _attach(live, work, moved.terms)
+        shop.hold(work.rows.held)
+        found = measure(live, work.rows.held, plan.base.task, shop.progress)
+        folder = shop.folder_for(adapter.name)
+        write_redistributed(
+            plan.base, adapter, stack, moved.terms, kept, folder, repr(self), found["retained"]
+        )
+        opened = open_written(folder, plan.base, adapter)
+        told = self._told(work, moved, kept, found)
+        told |= {"bytes_before": _nbytes(adapter), "bytes_after": _nbytes(opened)}
+        if self.min_retained is not None and found["retained"] < self.min_retained:
+            failure = FidelityError(
+                f"{adapter.name} on layers {', '.join(map(str, work.targets))}",
+                f"{found['retained']:.3f} retained", f"at least {self.min_retained:g}",
+                "nothing was published; name more layers, another strategy or nearer text",
+            )  # fmt: skip
+            failure.report = {MEASURED: {adapter.name: told}}
+            raise failure
+        return opened, told
+
+    def _work(
+        self, plan: Plan, adapter: Adapter, stack: str, terms: Terms, rank: int, live: Any
+    ) -> Work:
+        """The text, the target layers, and the rest of what a strategy needs."""
+        from adaptrix_export.passes.redistribute.search import search
+        from adaptrix_export.passes.redistribute.work import STEP_TOKENS, Work, distill_steps
+
+        shop = self.workshop
+        assert shop is not None
+        targets: tuple[int, ...] = ()
+        if self.layers != SEARCH:  # before any work is done
+            targets = choose_layers(self.layers, len(live.layers))
+        steps = self.steps or distill_steps(len(targets) or _SEARCHED)
+        calibration = self.calibration
+        if live.reader is not None:
+            shop.progress.note("memory does not hold the model: its layers are read one by one")
+            if calibration.text == AUTO:  # a token of its own would take a reading of all layers
+                calibration = replace(calibration, text=PYDOC)
+        with shop.progress.stage("calibration: text"):
+            rows = calibration_rows(
+                calibration, plan.base, live.vocabulary, live.positions, live.generate,
+                more_tokens=steps * STEP_TOKENS if self.strategy == "distill" else 0,
+            )  # fmt: skip
+        work = Work(
+            base=plan.base, stack=stack, terms=terms, targets=targets, rank=rank,
+            dtype=common_dtype(terms), steps=steps, seed=self.calibration.seed, live=live,
+            rows=rows, scratch=shop.folder_for(f"states of {adapter.name}"),
+            progress=shop.progress,
+        )  # fmt: skip
+        if self.layers == SEARCH:
+            return replace(work, targets=search(work, self.max_sites, self.max_bytes))
+        return work
+
+    def _moved(self, work: Work, adapter: Adapter) -> Moved:
+        """What the strategy makes of it; nothing, where all of it is on the target layers."""
+        from adaptrix_export.passes.redistribute.strategies import STRATEGIES, Moved
+
+        if {layer for layer, _ in work.terms} <= set(work.targets):
+            note = "the adapter touches the target layers only: it is left as it is"
+            return Moved(work.terms, {}, (note,))
+        moved = STRATEGIES[self.strategy](work)
+        if not moved.terms:
+            raise UnsupportedError(
+                f"{adapter.name}: layers {', '.join(map(str, work.targets))}", "no delta there",
+                "a target layer that the adapter changes", "use the strategy fit",
+            )  # fmt: skip
+        return moved
+
+    def _told(
+        self, work: Work, moved: Moved, kept: tuple[Delta, ...], found: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The report's section, but for the bytes."""
+        outside = {delta.site for delta in kept}
+        return {
+            "strategy": self.strategy,
+            "layers": list(work.targets),
+            "of_layers": len(work.live.layers),
+            "rank": work.rank,
+            "calibration": {
+                "text": work.rows.source, "tokens": work.rows.tokens,
+                "length": int(work.rows.fit.shape[1]), "seed": self.calibration.seed,
+            },
+            **found,
+            **moved.measured,
+            "sites_before": len(work.terms) + len(outside),
+            "sites_after": len(moved.terms) + len(outside),
+            "notes": [*work.rows.notes, *moved.notes],
+        }  # fmt: skip
+
+    def _rank(self, plan: Plan, terms: Terms) -> int:
+        sizes = [min(t.a.shape[1], t.b.shape[0]) for held in terms.values() for t in held]
+        largest = max(sum(t.rank for t in held) for held in terms.values())
+        if self.rank is None:
+            return min(RANK_FACTOR * largest, min(sizes))
+        if self.rank > plan.base.architecture.hidden_size:
+            raise RecipeError(
+                "rank", str(self.rank), f"at most {plan.base.architecture.hidden_size}",
+                "no matrix of the base has a higher rank at the residual",
+            )  # fmt: skip
+        return self.rank
+
+
+def taken_apart(plan: Plan, adapter: Adapter) -> tuple[str, Terms, tuple[Delta, ...]]:
+    """(the stack, its low-rank terms by place, the deltas outside of it, which are kept).
+
+    Raises UnsupportedError for anything in a layer that is not plain LoRA on a weight.
+    """
+    if plan.base.task not in TASKS_MOVED:
+        raise UnsupportedError(
+            f"{adapter.name}: task {plan.base.task}", "two stacks", ", ".join(TASKS_MOVED),
+            "build without redistribution",
+        )  # fmt: skip
+    stack = plan.base.architecture.stacks[0].prefix if plan.base.architecture.stacks else ""
+    for saved in adapter.replacements:
+        if saved.site.layer is not None:
+            raise _immovable(adapter, saved.site, f"a {saved.parameter} shipped whole")
+    terms: dict[Place, tuple[LowRank, ...]] = {}
+    kept: list[Delta] = []
+    for delta in adapter.deltas:
+        low = tuple(t for t in delta.terms if isinstance(t, LowRank))
+        if len(low) != len(delta.terms) or delta.parameter != "weight":
+            other = next((t for t in delta.terms if not isinstance(t, LowRank)), delta.terms[0])
+            raise _immovable(adapter, delta.site, f"a {type(other).__name__} term")
+        if delta.site.layer is None:
+            kept.append(delta)
+        elif delta.site.stack == stack:
+            terms[delta.site.layer, delta.site.module] = low
+        else:
+            raise _immovable(adapter, delta.site, "a second stack of layers")
+    if not terms:
+        raise UnsupportedError(
+            adapter.name, "no delta in a layer", "LoRA on modules of layers",
+            "there is nothing to redistribute",
+        )  # fmt: skip
+    return stack, terms, tuple(kept)
+
+
+def _immovable(adapter: Adapter, site: Site, found: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{adapter.name}: {site.path}", found, "plain LoRA on modules of layers",
+        "it cannot be moved to another layer; build without redistribution",
+    )  # fmt: skip
+
+
+@contextmanager
+def _as_folders(plan: Plan) -> Iterator[tuple[tuple[str, Path], ...]]:
+    """PEFT folders that are the plan's adapters, for the live model to load.
+
+    As they are on disk where no pass has changed them; else written anew, with ranks and scales
+    that say what the passes made of them.
+    """
+    if not plan.history:
+        with oracle_folders(plan) as folders:
+            yield folders.adapters
+        return
+    with TemporaryDirectory(prefix="adaptrix-composed-") as scratch:
+        found: list[tuple[str, Path]] = []
+        for number, adapter in enumerate(plan.adapters):
+            folder = Path(scratch) / f"{number}"
+            folder.mkdir()
+            write_peft(with_one_term_a_site(adapter, plan.base), plan.base, folder)
+            found.append((adapter.name, folder))
+        yield tuple(found)
+
+
+def _attach(live: Any, work: Work, terms: Terms) -> None:
+    """The student as it will be published: its factors rounded as the file rounds them."""
+    from adaptrix_export.oracle.layered import factors_of
+    from adaptrix_export.passes.redistribute.moved import factors
+
+    live.detach_all()
+    pairs = {work.path(layer, module): factors(held) for (layer, module), held in terms.items()}
+    for path, pair in factors_of(pairs, live.device).items():
+        live.attach(path, pair)
+
+
+def _nbytes(adapter: Adapter) -> int:
+    """Bytes of the adapter's tensors."""
+    tensors = [t for d in adapter.deltas for term in d.terms for t in term.tensors]
+    tensors += [r.tensor for r in adapter.replacements]
+    return sum(prod(t.shape) * itemsize(t.dtype) for t in tensors)

@@ -1,0 +1,54 @@
+"""How an adapter's deltas are moved onto a few layers; one row a strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from adaptrix_export.passes.redistribute.moved import Terms
+from adaptrix_export.passes.redistribute.strategies.fold import fold
+from adaptrix_export.passes.redistribute.strategies.select import select
+
+if TYPE_CHECKING:
+    from adaptrix_export.passes.redistribute.work import Work
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Terms on the target layers, and what is to be told of how they came about.
+
+    `measured` is what the strategy saw, for the report; `notes` are for people.
+    """
+
+    terms: Terms
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def _select(work: Work) -> Moved:
+    return Moved(select(work.terms, work.targets))
+
+
+def _fold(work: Work) -> Moved:
+    return Moved(fold(work.terms, work.targets, work.rank, work.dtype))
+
+
+def _fit(work: Work) -> Moved:
+    from adaptrix_export.passes.redistribute.strategies.fit import fit  # PyTorch
+
+    return fit(work)
+
+
+def _distill(work: Work) -> Moved:
+    from adaptrix_export.passes.redistribute.strategies.distill import distill  # PyTorch
+
+    return distill(work)
+
+
+STRATEGIES: dict[str, Callable[[Work], Moved]] = {
+    "select": _select,
+    "fold": _fold,
+    "fit": _fit,
+    "distill": _distill,
+}

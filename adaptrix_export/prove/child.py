@@ -1,0 +1,159 @@
+"""The process that loads models: `python -m adaptrix_export.prove.child JOB.json REPORT.json`.
+
+It tells its parent how far it is in JSON lines on standard output, and leaves either a report or
+an error in REPORT.json. It may crash without harm: the parent says so in words.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TextIO
+
+from adaptrix_export.errors import AdaptrixError
+from adaptrix_export.oracle.job import Job, tolerance_of
+from adaptrix_export.oracle.peft_folders import GATED, PLAIN_ORACLE
+from adaptrix_export.progress import Progress
+
+EXECUTED = (
+    "PyTorch executing the plan: each adapter's delta as stock PEFT runs it alone, "
+    "composed in float64"
+)
+
+
+class Lines:
+    """A `Progress` that writes JSON lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def _say(self, **line: object) -> None:
+        self._stream.write(json.dumps(line) + "\n")
+        self._stream.flush()
+
+    @contextmanager
+    def stage(
+        self, name: str, total: int | None = None, unit: str = ""
+    ) -> Iterator[Callable[[int], None]]:
+        self._say(event="begin", name=name, total=total, unit=unit)
+        yield lambda amount: self._say(event="advance", amount=amount)
+        self._say(event="end")
+
+    def note(self, text: str) -> None:
+        self._say(event="note", text=text)
+
+
+def run(job: Job, progress: Progress) -> dict[str, Any]:
+    """All cases of `job`; the report that `parity.prove` returns.
+
+    Order keeps one model in memory at a time: the reference answers every question and serves
+    the replay, is dropped, and only then is the artifact loaded.
+    """
+    if job.target == "onnx-switchable":
+        from adaptrix_export.prove.switched import run_switched
+
+        report = run_switched(job, progress)
+        told = {"target": job.target, "level": job.level, "task": job.task}
+        return {**report, **told, "versions": _versions(job.target)}
+    from adaptrix_export.oracle.executed import Executed
+    from adaptrix_export.oracle.prompts import prompts
+    from adaptrix_export.oracle.reference import Reference
+    from adaptrix_export.prove.bases import compare_bases
+    from adaptrix_export.prove.cases import ask_all, compare, select
+    from adaptrix_export.prove.dense import open_dense
+    from adaptrix_export.prove.gate_cases import ask_gates, compare_gates
+    from adaptrix_export.prove.replay import coarsest, replay
+    from adaptrix_export.prove.stored import open_stored
+    from adaptrix_export.prove.subject import open_subject
+
+    with progress.stage("reference: loading base and adapters"):
+        reference = (Executed if job.composition else Reference).open(job)
+        cases = select(
+            job.target, job.level, job.task, pooling=job.pooling, batches=reference.pad is not None
+        )
+        asked = prompts(job, reference.vocabulary, reference.positions, reference.pad)
+    with progress.stage("reference: logits"):
+        answers = ask_all(cases, reference, asked)
+    with progress.stage("replaying weights", len(job.weights), "tensors") as advance:
+        stored = open_dense(job) if job.target == "peft" else open_stored(job.target, job.artifact)
+        replayed, formats = replay(
+            stored, dict(job.weights), reference.live, job.precision, advance, reference.room
+        )
+    compared: dict[str, Any] = {}
+    if job.gates:
+        with progress.stage("reference: gates"):
+            opened = ask_gates(job, reference, asked)
+    reference.close()
+    del stored
+    if job.other is not None:
+        with progress.stage("reference: the other base weights"):
+            ask = cases[0].ask
+            compared["base_weights"] = compare_bases(job, ask, asked, answers[ask].logits)
+    precision = coarsest(formats) if job.precision == "base" else job.precision
+    with progress.stage("artifact: loading"):
+        subject = open_subject(job)
+    entries, limits = [], tolerance_of(precision, job.task)
+    with progress.stage("comparing logits", len(cases), "cases") as advance:
+        for case in cases:
+            entries.append(compare(case, subject, asked, answers[case.ask], limits))
+            advance(1)
+    if job.gates:
+        compared["context"] = compare_gates(job, subject, asked, opened)
+    return {
+        "oracle": (EXECUTED if job.composition else PLAIN_ORACLE) + GATED * bool(job.gates),
+        "target": job.target,
+        "level": job.level,
+        "precision": job.precision,
+        "tolerance": precision,
+        "task": job.task,
+        "tokens": asked.source,
+        "cases": entries,
+        "replay": replayed,
+        **compared,
+        "passed": bool(
+            replayed["passed"]
+            and all(entry["passed"] for entry in entries)
+            and compared.get("context", {}).get("passed", True)
+        ),
+        "versions": _versions(job.target),
+    }
+
+
+def _versions(target: str) -> dict[str, str]:
+    names = ["numpy", "peft", "torch", "transformers"]
+    names += (
+        ["onnx-ir", "onnxruntime", "onnxruntime-gpu"]
+        if target.startswith("onnx")
+        else ["safetensors"]
+    )
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue  # only one of the two ONNX Runtime packages is ever installed
+    return found
+
+
+def main(job_file: str, report_file: str) -> int:
+    """Runs the job in one file and leaves the report, or the error's parts, in the other."""
+    # Libraries print to standard output as they like; the parent reads only our own lines there.
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    job = Job.from_json(Path(job_file).read_text(encoding="utf-8"))
+    try:
+        document = {"report": run(job, Lines(lines))}
+    except AdaptrixError as error:
+        document = {"error": error.as_dict()}
+    text = json.dumps(document, allow_nan=False)
+    Path(report_file).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""A front end tried on a small replica."""

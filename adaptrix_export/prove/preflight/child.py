@@ -1,0 +1,74 @@
+"""The process of a preflight: `python -m` this module `JOB.json REPORT.json`.
+
+It may crash without harm: the parent takes that for a verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from adaptrix_export.errors import AdaptrixError
+from adaptrix_export.oracle.job import Job
+from adaptrix_export.progress import Silent
+from adaptrix_export.prove.child import run
+from adaptrix_export.prove.preflight.replica import save_replica
+
+STEPS = 16
+EXACT = 1e-4  # a tenth of what an artifact is allowed: a graph that is right is off by 1e-6
+
+
+def answer(question: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`passed`, and `why` not: the failing case by name, or the refusal."""
+    from adaptrix_export.graph.graph import UNCHECKED
+    from adaptrix_export.load.base_model import open_base
+    from adaptrix_export.plan import Plan
+    from adaptrix_export.targets.merged_onnx import lower_merged_onnx
+
+    base, out = folder / "base", folder / "out"
+    out.mkdir()
+    save_replica(question["config"], question["task"], base)
+    try:
+        plan = Plan(open_base(str(base), question["task"]), ())
+        artifact = lower_merged_onnx(
+            plan, out, Silent(), UNCHECKED + question["frontend"], question["provider"]
+        )
+        report = run(
+            Job(
+                target="onnx", artifact=out, base_folder=base, precision="fp32",
+                weights=artifact.weights, task=question["task"], decode_steps=STEPS, threads=1,
+            ),
+            Silent(),
+        )  # fmt: skip
+    except AdaptrixError as error:
+        why = str(error).replace(str(base), "a small replica")
+        return {"passed": False, "why": why}
+    except (OSError, MemoryError):
+        raise  # the machine's fault, not the graph's: no verdict
+    except Exception as error:  # noqa: BLE001  # the runtime's errors share no class
+        first = str(error).split("\n")[0].replace(str(folder), "")[:200]
+        return {"passed": False, "why": f"a small replica does not run: {first}"}
+    failed = [case for case in report["cases"] if not (case["passed"] and case["max_abs"] <= EXACT)]
+    if failed:
+        most = failed[0]["max_abs"]
+        by = "not finite" if most is None else f"off by {most:.2g}"
+        return {"passed": False, "why": f"{failed[0]['name']} of a small replica is {by}"}
+    if not report["passed"]:
+        return {"passed": False, "why": "weights of a small replica are not in their places"}
+    return {"passed": True, "why": ""}
+
+
+def main(job_file: str, report_file: str) -> int:
+    """Answers the question in one file and leaves the verdict in the other."""
+    os.dup2(2, 1)  # the parent reads progress on standard output; libraries print there
+    question = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    verdict = answer(question, Path.cwd())
+    Path(report_file).write_text(json.dumps({"report": verdict}), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

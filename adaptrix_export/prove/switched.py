@@ -1,0 +1,273 @@
+"""Proves a switchable artifact: the base alone, then each adapter alone, against its own oracle.
+
+The oracle of an adapter is the live PEFT model with that adapter and no other; that of the base is
+the plain model. With an adapter a row, a batch whose rows have different adapters is compared with
+each row's own oracle, too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from adaptrix_export.graph.rewrite.slots import Slot
+from adaptrix_export.oracle.compare import Logits, rounded
+from adaptrix_export.oracle.job import GateSpec, Job, Tolerance, tolerance_of
+from adaptrix_export.oracle.peft_folders import GATED, PLAIN_ORACLE
+from adaptrix_export.oracle.prompts import Prompts, prompts
+from adaptrix_export.oracle.reference import Reference
+from adaptrix_export.progress import Progress
+from adaptrix_export.prove.cases import (
+    CASES,
+    Answer,
+    Ask,
+    Case,
+    ask_all,
+    ask_rows,
+    compare,
+    select,
+)
+from adaptrix_export.prove.gate_cases import OracleGates, ask_gates, compare_gates, function_nodes
+from adaptrix_export.prove.replay import replay
+from adaptrix_export.prove.stored import open_stored
+from adaptrix_export.prove.subject import OnnxSubject, SwitchableSubject, adapter_values
+from adaptrix_export.runtime.graph import SLOTLESS
+from adaptrix_export.runtime.stamps import FACTS
+
+ALONE = ", each adapter by itself"
+BASE = "base alone"
+TWIN = "base alone, without slots"
+# A slot holds A as it is and scale * B rounded once to fp32; sums of fp64 products differ by less.
+ROUNDING = 2.0**-23
+NOISE = 2.0**-46
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one oracle said; `name` is the adapter, None the base."""
+
+    name: str | None
+    of: dict[Ask, Answer]
+    gates: tuple[GateSpec, ...] = ()  # of the modules that this adapter acts on
+    opened: OracleGates | None = None  # how far they are open
+
+
+def run_switched(job: Job, progress: Progress) -> dict[str, Any]:
+    """The report of a switchable artifact; `adapters` in it has the factors of each adapter.
+
+    One oracle is in memory at a time, and none when the artifact is loaded. Without `weights` in
+    the job the base is left out: it was proved before, and only an adapter is new.
+    """
+    cases = select("onnx", job.level, job.task)
+    names = list(dict.fromkeys(name for name, _ in job.adapters))
+    facts = facts_of(job)
+    entries_of = facts.get("slots") or facts.get("row_slots") or ()
+    slots = [Slot.from_dict(entry) for entry in entries_of]
+    answered: list[Answers] = []
+    replayed, factors = _nothing(), dict[str, Any]()
+    asked: Prompts | None = None
+    for name in ([None] if job.weights else []) + names:
+        own = tuple(pair for pair in job.adapters if pair[0] == name)
+        with progress.stage(f"reference: {name or BASE}"):
+            reference = Reference.open(replace(job, adapters=own, gates=()))
+            gates = reference.put_gates(job.gates)
+            asked = asked or prompts(job, reference.vocabulary, reference.positions)
+            opened = ask_gates(replace(job, gates=gates), reference, asked) if gates else None
+            answered.append(Answers(name, ask_all(cases, reference, asked), gates, opened))
+        if name is None:
+            with progress.stage("replaying weights", len(job.weights), "tensors") as advance:
+                stored = open_stored("onnx", job.artifact)
+                replayed, _ = replay(
+                    stored, dict(job.weights), reference.live, job.precision, advance
+                )
+        else:
+            held = row_values(job, facts, name) if "rows" in facts else adapter_values(job, name)
+            shares = {gate.site: gate.weight for gate in gates if gate.weight is not None}
+            factors[name] = check_factors(slots, held, reference, shares)
+        reference.close()
+    assert asked is not None
+    entries = list[dict[str, Any]]()
+    if answered[0].name is None and "rows" not in facts:
+        entries += _compared_twin(job, cases, asked, answered[0], progress)
+    with progress.stage("artifact: loading"):
+        subject = SwitchableSubject(job)
+    entries += _compared(job, cases, subject, asked, answered, progress)
+    passed = replayed["passed"] and all(entry["passed"] for entry in (*entries, *factors.values()))
+    told: dict[str, Any] = {}
+    if job.gates:
+        told["context"] = _compared_gates(job, subject, asked, answered)
+        passed = passed and told["context"]["passed"]
+    return {
+        "oracle": PLAIN_ORACLE + ALONE + GATED * bool(job.gates),
+        "precision": job.precision,
+        "tolerance": job.precision,
+        "tokens": asked.source,
+        "cases": entries,
+        "replay": replayed,
+        "adapters": factors,
+        **told,
+        "passed": bool(passed),
+    }
+
+
+def facts_of(job: Job) -> dict[str, Any]:
+    """What the graph's metadata says of its slots."""
+    import onnx_ir as ir
+
+    text = ir.load(job.artifact / "model.onnx").metadata_props.get(FACTS, "{}")
+    return dict(json.loads(text))
+
+
+def row_values(job: Job, facts: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The factors of one adapter out of those that a graph with rows has side by side."""
+    stored = open_stored("onnx", job.artifact)
+    number = facts["rows"].index(name)
+    values: dict[str, Any] = {}
+    for slot in facts["row_slots"]:
+        own = np.array(slot["owners"]) == number
+        if own.any():
+            values[slot["a"]] = stored.read(slot["a"])[:, own]
+            values[slot["b"]] = stored.read(slot["b"])[own]
+    return values
+
+
+def _nothing() -> dict[str, Any]:
+    worst = {"tensor": "", "ulps": 0.0}
+    return {
+        "tensors": 0, "elements": 0, "changed": 0, "worst": worst, "failed": 0, "failures": [],
+        "unmapped": [], "passed": True,
+    }  # fmt: skip
+
+
+def _compared_twin(
+    job: Job,
+    cases: Sequence[Case],
+    asked: Prompts,
+    base: Answers,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """A line for each case on the graph without slots."""
+    limits = tolerance_of(job.precision, job.task)
+    with progress.stage("the graph without slots", len(cases), "cases") as advance:
+        subject = OnnxSubject(job.artifact, job.threads, file=SLOTLESS)
+        entries = []
+        for case in cases:
+            entry = compare(case, subject, asked, base.of[case.ask], limits)
+            entries.append({**entry, "name": f"{TWIN}: {case.name}"})
+            advance(1)
+    return entries
+
+
+def _compared(
+    job: Job,
+    cases: Sequence[Case],
+    subject: SwitchableSubject,
+    asked: Prompts,
+    answered: Sequence[Answers],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """A line for each adapter and case, and for batches of different adapters."""
+    limits = tolerance_of(job.precision, job.task)
+    entries = []
+    with progress.stage("comparing logits", len(cases) * len(answered), "cases") as advance:
+        for answers in answered:
+            subject.choose(answers.name)
+            for case in cases:
+                entry = compare(case, subject, asked, answers.of[case.ask], limits)
+                entries.append({**entry, "name": f"{answers.name or BASE}: {case.name}"})
+                advance(1)
+    if subject.by_row and job.level == "full":
+        entries += _mixed(subject, asked, answered, limits)
+    return entries
+
+
+def _mixed(
+    subject: SwitchableSubject, asked: Prompts, answered: Sequence[Answers], limits: Tolerance
+) -> list[dict[str, Any]]:
+    """The ragged batches again, each row with another adapter, as many times as it takes until
+    every adapter has been in a batch with others."""
+    found = []
+    lengths = [len(row) for row in asked.rows]
+    cuts = np.cumsum(lengths)[:-1]
+    for first in range(0, len(answered), len(lengths)):
+        chosen = [answered[(first + row) % len(answered)] for row in range(len(lengths))]
+        parts: list[Logits] = [
+            np.split(answers.of[ask_rows].logits, cuts)[row] for row, answers in enumerate(chosen)
+        ]
+        subject.choose_rows([answers.name for answers in chosen])
+        label = ", ".join(answers.name or "base" for answers in chosen)
+        for case in CASES:
+            if case.ask is ask_rows:
+                entry = compare(case, subject, asked, Answer(np.concatenate(parts)), limits)
+                found.append({**entry, "name": f"rows of {label}: {case.name}"})
+    return found
+
+
+def _compared_gates(
+    job: Job, subject: SwitchableSubject, asked: Prompts, answered: Sequence[Answers]
+) -> dict[str, Any]:
+    """The report's `context`: the graph's function nodes, and each adapter's own gates.
+
+    What the graph tells of modules that an adapter leaves alone is not compared: nothing is gated
+    there.
+    """
+    sites: list[dict[str, Any]] = []
+    depending = [gate.site for gate in job.gates if gate.depends_on_data]
+    checks = [function_nodes(job)] if depending else []
+    for answers in answered:
+        if answers.opened is None:
+            continue
+        subject.choose(answers.name)
+        places = [depending.index(g.site) for g in answers.gates if g.depends_on_data]
+        own = replace(job, gates=answers.gates)
+        entry = compare_gates(own, subject, asked, answers.opened, places)
+        sites += [{"adapter": answers.name, **line} for line in entry["sites"]]
+        checks += [{**c, "name": f"{answers.name}: {c['name']}"} for c in entry["checks"]]
+    return {"sites": sites, "checks": checks, "passed": all(c["passed"] for c in checks)}
+
+
+def check_factors(
+    slots: Sequence[Slot],
+    values: dict[str, Any],
+    reference: Reference,
+    shares: Mapping[str, float],
+) -> dict[str, Any]:
+    """Every slot of an adapter file, multiplied out in fp64, against the live layers' deltas, or
+    the share of one that `shares` names by its site.
+
+    What a slot adds outside of the columns of adapted modules must be nothing at all; a module
+    that the oracle adapts and no slot holds is a failure, too.
+    """
+    worst, failures, held = 0.0, list[str](), set[str]()
+    for slot in slots:
+        filled = slot.a in values
+        a = values[slot.a].astype(np.float64) if filled else np.zeros((slot.inputs, 0))
+        b = values[slot.b].astype(np.float64) if filled else np.zeros((0, slot.outputs))
+        outside = np.ones(slot.outputs, bool)
+        for member in slot.members:
+            wanted, size = reference.delta(member.site)
+            held.add(member.site)
+            if wanted is None:
+                continue
+            wanted = shares.get(member.site, 1.0) * wanted
+            columns = slice(*member.columns)
+            outside[columns] = False
+            found = (a @ b[:, columns]).T
+            room = ROUNDING * (np.abs(a) @ np.abs(b[:, columns])).T + NOISE * size
+            off = np.abs(found - wanted[slice(*member.rows)]) / room
+            worst = max(worst, float(np.nan_to_num(off, nan=np.inf).max(initial=0.0)))
+            if not (off <= 1).all():
+                failures.append(member.site)
+        if b[:, outside].any():
+            failures.append(f"{slot.name}: columns of modules that the adapter leaves alone")
+    failures += [f"{site}: no slot" for site in sorted(reference.adapted() - held)]
+    return {
+        "slots": sum(slot.a in values for slot in slots),
+        "worst": rounded(worst),
+        "failures": failures[:10],
+        "passed": not failures,
+    }

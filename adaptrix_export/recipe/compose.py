@@ -1,0 +1,97 @@
+"""The recipe's `compose`: how several adapters become one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from adaptrix_export.plan.composition import Weight
+from adaptrix_export.recipe.messages import one_of, refusal, shown
+
+if TYPE_CHECKING:
+    from adaptrix_export.plan import Pass
+    from adaptrix_export.progress import Progress
+    from adaptrix_export.recipe.sections import ComposeSpec
+
+AUTO = "auto"  # no method: chosen by `passes/compose/choose.py`
+
+
+def compose_of(spec: ComposeSpec, names: Sequence[str], progress: Progress | None = None) -> Pass:
+    """The pass that a recipe asks for, for adapters of these names, in order.
+
+    Raises RecipeError for options that do not go together.
+    """
+    if spec.method == AUTO:
+        from adaptrix_export.passes.compose.choose import Auto
+
+        return Auto(tuple(sorted((spec.calibration or {}).items())), progress)
+    return _by_name(spec, names)
+
+
+def _by_name(spec: ComposeSpec, names: Sequence[str]) -> Pass:
+    from adaptrix_export.passes.compose.compose import Compose
+
+    return Compose(
+        spec.method,
+        weights_of(spec.weights, names),
+        spec.density,
+        spec.rank,
+        spec.election.value,
+        spec.seed,
+    )
+
+
+def weights_of(given: Any, names: Sequence[str]) -> tuple[tuple[str, Weight], ...]:
+    """(adapter, weight) of each that is not 1; a layer that is not named has weight 1."""
+    pairs = given.items() if isinstance(given, Mapping) else zip(names, given or (), strict=False)
+    found = []
+    for name, value in pairs:
+        layers = tuple(sorted(value.items())) if isinstance(value, Mapping) else ()
+        weight = Weight(1.0 if layers or isinstance(value, Mapping) else float(value), layers)
+        if weight != Weight():
+            found.append((name, weight))
+    return tuple(sorted(found))
+
+
+def check_weights(given: Any) -> None:
+    """A list of finite numbers, or name: number, or name: {layer: number}; else a refusal."""
+    values = list(given.values()) if isinstance(given, Mapping) else given
+    if given is not None and not isinstance(values, (list, tuple)):
+        raise refusal(shown(given), "a list of numbers, or name: number")
+    for value in values or ():
+        by_layer = isinstance(value, Mapping) and isinstance(given, Mapping)
+        for number in value.values() if by_layer else [value]:
+            try:
+                finite = isfinite(float(number))
+            except (TypeError, ValueError):
+                finite = False
+            if not finite:
+                raise refusal(shown(number), "a finite number, or for a name {layer: number}")
+
+
+def check_compose(spec: ComposeSpec, names: Sequence[str]) -> None:
+    """Weights and texts must be of adapters of the recipe, and options of the method."""
+    auto = spec.method == AUTO
+    if spec.calibration and not auto:
+        raise refusal("given", "method auto", "leave it out", key="compose.calibration")
+    if auto:
+        settled = {"weights": spec.weights, "density": spec.density, "rank": spec.rank}
+        chosen = next((key for key, value in settled.items() if value is not None), None)
+        if chosen:
+            raise refusal(
+                "given with method auto", "a method by name",
+                "auto chooses it; leave it out", key=f"compose.{chosen}",
+            )  # fmt: skip
+    if isinstance(spec.weights, tuple) and len(spec.weights) != len(names):
+        raise refusal(
+            f"{len(spec.weights)} weights", f"{len(names)}, one for each adapter",
+            key="compose.weights",
+        )  # fmt: skip
+    named = {"weights": spec.weights, "calibration": spec.calibration}
+    for key, value in named.items():
+        for name in value if isinstance(value, Mapping) else ():
+            if name not in names:
+                raise refusal(shown(name), one_of(names), key=f"compose.{key}")
+    if not auto:
+        _by_name(spec, names)

@@ -1,0 +1,1 @@
+"""Files out: hashed while written, staged, published whole."""

@@ -1,0 +1,116 @@
+"""Lowerings: a plan in, an artifact in a staging folder out; one row a target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+from threadpoolctl import threadpool_limits
+
+from adaptrix_export.load.files.tensors import itemsize
+from adaptrix_export.merge.tuned import layers_freed
+from adaptrix_export.plan import Plan, Tensor
+from adaptrix_export.progress import Progress
+from adaptrix_export.targets.artifact import Artifact
+
+
+class Lower(Protocol):
+    def __call__(
+        self, plan: Plan, stage: Path, progress: Progress, frontend: str = "auto"
+    ) -> Artifact: ...
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """`lower` writes the weight files, of a graph by the front end so named where there is one;
+    `estimate` says how many bytes that will take."""
+
+    lower: Lower
+    estimate: Callable[[Plan], int]
+    admit: Callable[[Plan], None] = lambda plan: None  # refuses what the target cannot express
+
+
+@contextmanager
+def _lowering() -> Iterator[None]:
+    """What every lowering runs in: tuner layers are freed after it, and BLAS has one thread,
+    because the products are thin and its threads would spend more time waiting than working."""
+    with layers_freed(), threadpool_limits(limits=1, user_api="blas"):
+        yield
+
+
+def _safetensors(plan: Plan, stage: Path, progress: Progress, frontend: str = "auto") -> Artifact:
+    from adaptrix_export.targets.merged_safetensors import lower_merged_safetensors
+
+    with _lowering():
+        return lower_merged_safetensors(plan, stage, progress)
+
+
+def _onnx(plan: Plan, stage: Path, progress: Progress, frontend: str = "auto") -> Artifact:
+    from adaptrix_export.targets.merged_onnx import lower_merged_onnx
+
+    with _lowering():
+        return lower_merged_onnx(plan, stage, progress, frontend)
+
+
+def _switchable(rows: bool) -> Lower:
+    def lower(plan: Plan, stage: Path, progress: Progress, frontend: str = "auto") -> Artifact:
+        from adaptrix_export.targets.switchable_onnx import lower_switchable_onnx
+
+        with _lowering():
+            return lower_switchable_onnx(plan, stage, progress, frontend, rows)
+
+    return lower
+
+
+def _admit_slots(plan: Plan) -> None:
+    from adaptrix_export.graph.rewrite.slots import check_slots
+
+    check_slots(plan)
+
+
+def _switchable_bytes(plan: Plan) -> int:
+    """The base, and the adapters with the zeros between their blocks."""
+    return 4 * (
+        sum(prod(t.shape) for t in plan.base.tensors.values())
+        + 2 * sum(adapter.parameters for adapter in plan.adapters)
+    )
+
+
+def _bytes(plan: Plan, width: int | None = None) -> int:
+    """Bytes of all tensors at `width` bytes a value, or at their own; untied copies included."""
+    tensors = plan.base.tensors
+    shared = [tensors[plan.base.tied[name]] for name in plan.untied()]
+    factors = _gated_factors(plan) if plan.gates else []
+    every = (*tensors.values(), *shared, *factors)
+    return sum(prod(t.shape) * (width or itemsize(t.dtype)) for t in every)
+
+
+def _gated_factors(plan: Plan) -> list[Tensor]:
+    """What is written beside the weights, because gated sites are not merged."""
+    gated = plan.gated()
+    deltas = (d for a in plan.adapters for d in a.deltas if d.site in gated)
+    return [t for d in deltas for term in d.terms for t in term.tensors]
+
+
+def _peft(plan: Plan, stage: Path, progress: Progress, frontend: str = "auto") -> Artifact:
+    from adaptrix_export.targets.peft_folder import lower_peft_folder
+
+    return lower_peft_folder(plan, stage, progress)
+
+
+def _adapter_bytes(plan: Plan) -> int:
+    """Twice the adapters' values in fp32: several terms may become one."""
+    return 8 * sum(adapter.parameters for adapter in plan.adapters)
+
+
+LOWERINGS = {
+    "peft": Lowering(_peft, _adapter_bytes),
+    "safetensors": Lowering(_safetensors, _bytes),
+    "onnx": Lowering(_onnx, lambda plan: _bytes(plan, width=4)),
+    "onnx-switchable": Lowering(_switchable(rows=False), _switchable_bytes, _admit_slots),
+    "onnx-switchable rows": Lowering(_switchable(rows=True), _switchable_bytes, _admit_slots),
+}

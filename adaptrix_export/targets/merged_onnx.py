@@ -1,0 +1,195 @@
+"""Target `onnx`: one graph with the adapters merged in, weights in one file beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from adaptrix_export.arch.tasks import SEQ2SEQ
+from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.graph.expression import Expression, evaluate
+from adaptrix_export.graph.graph import AUTO, Graph, draw, draw_parts
+from adaptrix_export.graph.rewrite.facts import state_facts
+from adaptrix_export.graph.rewrite.gates import Factor, wire_gates
+from adaptrix_export.graph.rewrite.pooling import wire_pooling
+from adaptrix_export.load.files.tensors import DTYPES
+from adaptrix_export.merge.merge import merged, plain_blocks
+from adaptrix_export.plan import Array, Base, Plan, Tensor
+from adaptrix_export.progress import Progress
+from adaptrix_export.save.writer import HashingWriter
+from adaptrix_export.targets.artifact import Artifact
+
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+ALIGNMENT = 4096  # a page: ONNX Runtime can then map each initializer
+INLINE = 1024  # bytes; smaller constants stay inside the graph file
+
+
+def lower_merged_onnx(
+    plan: Plan, stage: Path, progress: Progress, frontend: str = AUTO, provider: str = "cpu"
+) -> Artifact:
+    """Write the merged graph or graphs and their weights, float32, into `stage`."""
+    merged_plan = plan.merged()  # gated sites keep the base's weights
+    graphs = _graphs(merged_plan, provider, frontend, progress)
+    factors: Mapping[str, Factor] = {}
+    if MODEL in graphs:
+        wired = wire_gates(plan, graphs[MODEL])
+        graphs[MODEL] = replace(graphs[MODEL], weights=wired.weights)
+        factors = wired.factors
+        if plan.pooling is not None:
+            wire_pooling(graphs[MODEL].model, plan.pooling)
+    elif plan.gated():
+        raise UnsupportedError(
+            f"{plan.base.spec}: task {plan.base.task}", "context", "one graph to gate",
+            "leave context out, or use mode blend",
+        )  # fmt: skip
+    values = Values(merged_plan, factors)
+    hashes = {DATA: write_data(values, graphs, stage / DATA, progress)}
+    for file, graph in graphs.items():
+        state_facts(graph.model)
+        hashes[file] = write_model(graph.model, plan.base, stage / file)
+    note_unused(tuple(graphs.values()), progress)
+    first = next(iter(graphs.values()))
+    return Artifact(
+        folder=stage,
+        target="onnx",
+        precision="fp32",
+        hashes=hashes,
+        weights=dict(sorted(w for graph in graphs.values() for w in graph.weights.items())),
+        untied=plan.untied(),
+        config_changes=plan.config_changes(),
+        frontend=first.frontend,
+        frontend_reason=first.reason,
+        gates=plan.gates,
+        gate_stats=plan.gate_stats,
+    )
+
+
+def write_model(model: ir.Model, base: Base, path: Path) -> str:
+    """Write the graph, after `write_data`; returns the sha256."""
+    model.graph.name = base.architecture.model_type
+    with HashingWriter(path) as out:
+        out.write(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
+        return out.hexdigest
+
+
+def _graphs(plan: Plan, provider: str, frontend: str, progress: Progress) -> dict[str, Graph]:
+    """File name -> graph. An initializer of a name means the same in all of them."""
+    if plan.base.task != SEQ2SEQ:
+        return {MODEL: draw(plan, provider, frontend, progress)}
+    graphs = draw_parts(plan, provider, frontend, progress)
+    known: dict[str, Expression] = {}
+    for file, graph in graphs.items():
+        weights = {}
+        for name, expression in graph.weights.items():
+            own = name
+            if known.setdefault(name, expression) != expression:
+                own = f"{file.removesuffix('.onnx')}.{name}"
+                value = graph.model.graph.initializers.pop(name)
+                value.name = own
+                graph.model.graph.initializers[own] = value
+            weights[own] = expression
+        graphs[file] = replace(graph, weights=weights)
+    return graphs
+
+
+def note_unused(graphs: tuple[Graph, ...], progress: Progress) -> None:
+    unused = [name for name in graphs[0].unused if all(name in g.unused for g in graphs)]
+    if unused:
+        progress.note(f"{len(unused)} base tensors are not read: {', '.join(unused[:5])}")
+
+
+def write_data(
+    values_of: Values, graphs: Mapping[str, Graph], path: Path, progress: Progress
+) -> str:
+    """Evaluate each initializer, write it once, and point the graphs at its bytes; returns the
+    sha256. Equal expressions share their bytes, and so does a constant of several graphs."""
+    wanted = {(name, file): graph for file, graph in graphs.items() for name in graph.weights}
+    sizes = {
+        repr(g.weights[n]): _size(g.model.graph.initializers[n]) for (n, _), g in wanted.items()
+    }
+    placed: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+    with (
+        HashingWriter(path) as out,
+        progress.stage("weights", 4 * sum(sizes.values()), "B") as advance,
+    ):
+
+        def write(array: Array) -> tuple[int, int, tuple[int, ...]]:
+            out.align(ALIGNMENT)
+            return out.position, out.write_array(array), array.shape
+
+        for (name, _), graph in sorted(wanted.items(), key=lambda item: item[0]):
+            key = repr(graph.weights[name])
+            if key not in placed:
+                placed[key] = write(values_of(graph.weights[name]))
+                advance(placed[key][1])
+            value = graph.model.graph.initializers[name]
+            value.const_value = _external(name, ir.DataType.FLOAT, placed[key], path)
+        constants: dict[int, tuple[object, tuple[int, int, tuple[int, ...]]]] = {}
+        for graph in graphs.values():
+            for name, value in sorted(graph.model.graph.initializers.items()):
+                constant = value.const_value
+                if isinstance(constant, ir.ExternalTensor) or constant is None:
+                    continue
+                if constant.nbytes > INLINE:
+                    if id(constant) not in constants:  # a copy of a graph shares its constants
+                        constants[id(constant)] = (constant, write(constant.numpy()))
+                    _, placed_at = constants[id(constant)]
+                    value.const_value = _external(name, constant.dtype, placed_at, path)
+        return out.hexdigest
+
+
+def _external(
+    name: str, dtype: ir.DataType, placed: tuple[int, int, tuple[int, ...]], path: Path
+) -> ir.ExternalTensor:
+    offset, length, shape = placed
+    return ir.ExternalTensor(
+        location=DATA, offset=offset, length=length, name=name, dtype=dtype,
+        shape=ir.Shape(shape), base_dir=path.parent,
+    )  # fmt: skip
+
+
+def _size(value: ir.Value) -> int:
+    sizes: tuple[int, ...] = value.shape.numpy() if value.shape is not None else ()
+    return prod(sizes)
+
+
+@dataclass(frozen=True)
+class Values:
+    """Initializers in float32: moves of values that were rounded once.
+
+    `factors` are what expressions name beside the tensors of the plan.
+    """
+
+    plan: Plan
+    factors: Mapping[str, Factor] = field(default_factory=dict)
+
+    def __call__(self, expression: Expression) -> Array:
+        """An expression that computes (a factor, a shift) is evaluated in float64, so that it is
+        still one rounding."""
+        dtype = "F64" if "affine" in repr(expression) else "F32"
+
+        def read(name: str) -> Array:
+            if name in self.factors:
+                return self.factors[name].read(dtype)
+            change = self.plan.changes().get(name)
+            if change is not None:
+                return merged(change, dtype)
+            blocks = list(plain_blocks(self._stored(name), dtype))
+            return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)  # a scalar has one
+
+        def rows(name: str, start: int, stop: int) -> Array:
+            change = self.plan.changes().get(name)
+            if change is not None:
+                return merged(change, dtype, start, stop)
+            return self._stored(name).rows(start, stop).astype(DTYPES[dtype])
+
+        return evaluate(expression, read, rows).astype(np.float32, copy=False)
+
+    def _stored(self, name: str) -> Tensor:
+        return self.plan.base.tensors[self.plan.base.tied.get(name, name)]
