@@ -113,7 +113,8 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
 def open_plan(recipe: Recipe) -> Plan:
     """The plan before any pass: base and adapters as they are on disk, headers only.
 
-    The adapters are read as they mean on this base; see `load/fit/adjust.py` and `load/fit/mismatch.py`.
+    The adapters are read as they mean on this base; see the modules
+    `adjust` and `mismatch` of `load.fit`.
     """
     specs = [adapter.source for adapter in recipe.adapters]
     simulated = recipe.simulate.value if recipe.simulate else None

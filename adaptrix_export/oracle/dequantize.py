@@ -1,6 +1,7 @@
 """Quantized bases for the oracle: dequantized by torch, with none of the loader's routines.
 
-Only the child process imports this module. Formats: see `load/quantized/bitsandbytes.py` and `load/quantized/fp8.py`.
+Only the child process imports this module. The formats are described in
+`load/quantized/bitsandbytes.py` and `load/quantized/fp8.py`.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ class Job:
     """One artifact, the original files that it was made from, and how hard to look.
 
     `weights` maps an initializer (onnx) or tensor (safetensors) name to the expression over
-    transformers' parameter names that made it (`graph/expression.py`). `precision` "base" means that
-    each tensor keeps the dtype that its base stores. `text` replaces the built-in prompt;
+    transformers' parameter names that made it (`graph/expression.py`). `precision` "base" means
+    that each tensor keeps the dtype its base stores. `text` replaces the built-in prompt;
     `threads` of None leaves the number to the runtimes. `simulated` names a quantization that the
     base's weights are put through first; `other` is compared with the base in the report.
     """

@@ -181,7 +181,7 @@ def test_three_adapters_and_a_density_of_one(method):
 @pytest.mark.parametrize("method", OURS)
 @pytest.mark.parametrize("turned", [False, True])
 def test_the_oracle_computes_the_same_by_its_own_code(method, turned):
-    """oracle/composed.py, in PyTorch, against the lowering; with another draw it would not agree."""
+    """The oracle, in PyTorch, against the lowering; with another draw it would not agree."""
     c = case(weights=(0.7, 1.3))
 
     def oracle(seed: int) -> Array:

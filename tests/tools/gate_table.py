@@ -1,6 +1,7 @@
 """Do gates reduce forgetting? A table, for a real adapter on a real model.
 
-    make gates        # or: python -m tests.tools.gate_table [--adapter FOLDER] [--strategies fit,distill]
+    make gates
+    python -m tests.tools.gate_table [--adapter FOLDER] [--strategies fit,distill]
 
 The adapter is the one of `tests/fidelity.py`; it is measured as it is and redistributed onto five
 layers. In-domain loss is that of topics of the Python documentation which the adapter was not

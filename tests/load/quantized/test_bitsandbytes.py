@@ -20,7 +20,7 @@ from adaptrix_export.load.quantized.bitsandbytes import read_bitsandbytes
 from adaptrix_export.load.quantized.simulated import SimulatedTensor
 
 # Made by bitsandbytes 0.50.2 on a CPU: what it stored, and what it read back.
-DATA = Path(__file__).parents[1] / "data" / "bitsandbytes.safetensors"
+DATA = Path(__file__).parents[2] / "data" / "bitsandbytes.safetensors"
 STORED = {t.name: t for t in read_safetensors(DATA).tensors}
 CASES = sorted(n.removesuffix(".expected") for n in STORED if n.endswith(".expected"))
 FOUR_BIT = [case for case in CASES if case.startswith(("nf4", "fp4"))]
