@@ -58,7 +58,8 @@ def draw(plan: Plan, provider: str, frontend: str, progress: Progress) -> Graph:
     """The graph of `plan` for an execution provider, by the front end of that name or by `auto`.
 
     `native` is tried on a small replica first (`prove/preflight/preflight.py`); where it fails,
-    `auto` traces instead. Raises UnsupportedError where the front end cannot draw it, or draws it wrongly.
+    `auto` traces instead. Raises UnsupportedError where the front end cannot draw it, or draws
+    it wrongly.
     """
     if frontend.startswith(UNCHECKED):
         return FRONTENDS[frontend.removeprefix(UNCHECKED)](plan, provider, progress)
