@@ -2,7 +2,6 @@
 
 from adaptrix_export.recipe.recipe import (
     MAX_BYTES,
-    ComposeSpec,
     Recipe,
     load_recipe,
     make_recipe,
@@ -10,6 +9,7 @@ from adaptrix_export.recipe.recipe import (
     recipe_schema,
     with_overrides,
 )
+from adaptrix_export.recipe.sections import ComposeSpec
 
 __all__ = [
     "MAX_BYTES",
