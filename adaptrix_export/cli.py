@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -40,7 +42,10 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted; nothing was published", err=True)
             raise click.exceptions.Exit(failures.INTERRUPTED) from None
-        except Exception as error:
+        except BaseException as error:
+            # A panic of a library in Rust is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 raise  # the reader of our output went away: click ends quietly
             as_json, verbosity = ctx.meta.get(AS_JSON, False), ctx.meta.get(VERBOSITY, 0)
@@ -59,6 +64,9 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="adaptrix-export")
 def main() -> None:
     """Merge PEFT adapters into a base transformer, prove the result, publish it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries would draw over ours
 
 

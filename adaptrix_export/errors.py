@@ -12,12 +12,14 @@
     │   ├── FidelityError              a redistribution kept less than was asked for
     │   └── VerificationError          a published artifact no longer is what its manifest says
     └── MachineError          exit 3   the machine failed us: disk full, out of memory, a crash
+        └── CheckerError               the checking process crashed, was killed or was too late
 
 Each message is one line: place, what was found, what was expected, and what to do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -25,6 +27,8 @@ class AdaptrixError(Exception):
     """Root. `place: found, expected ...; remedy`, with the parts kept for `--json`."""
 
     exit_code = 1
+    # What was measured before it failed, where something was; for `--json` and the tables.
+    report: Mapping[str, Any] | None = None
 
     def __init__(self, place: str, found: str, expected: str = "", remedy: str = "") -> None:
         self.place, self.found, self.expected, self.remedy = place, found, expected, remedy
@@ -77,13 +81,9 @@ class ProofError(AdaptrixError):
 class ParityError(ProofError):
     """`report` is the whole parity report, when there is one."""
 
-    report: dict[str, Any] | None = None
-
 
 class FidelityError(ProofError):
     """`report` holds what was measured."""
-
-    report: dict[str, Any] | None = None
 
 
 class VerificationError(ProofError):
@@ -92,3 +92,9 @@ class VerificationError(ProofError):
 
 class MachineError(AdaptrixError):
     exit_code = 3
+
+
+class CheckerError(MachineError):
+    """`crashed` where the code of a library did it (a segmentation fault), not the machine."""
+
+    crashed = False

@@ -221,7 +221,7 @@ def test_control_characters_of_strangers_are_shown_not_obeyed(
 def test_a_failed_proof_shows_its_report(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
     error = ParityError("o", "prefill", "parity")
     case = {**REPORT["cases"][0], "passed": False, "max_abs": float("nan")}
-    error.report = {**REPORT, "passed": False, "cases": [case]}  # type: ignore[attr-defined]
+    error.report = {**REPORT, "passed": False, "cases": [case]}
     build_raises(monkeypatch, error)
     done = invoke("build", *FLAGS, *(["--json"] if as_json else []))
     assert done.exit_code == 1

@@ -15,10 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-from adaptrix_export.errors import AdaptrixError
 from adaptrix_export.oracle.job import Job, tolerance_of
 from adaptrix_export.oracle.peft_folders import GATED, PLAIN_ORACLE
 from adaptrix_export.progress import Progress
+from adaptrix_export.show.failures import known
 
 EXECUTED = (
     "PyTorch executing the plan: each adapter's delta as stock PEFT runs it alone, "
@@ -148,8 +148,11 @@ def main(job_file: str, report_file: str) -> int:
     job = Job.from_json(Path(job_file).read_text(encoding="utf-8"))
     try:
         document = {"report": run(job, Lines(lines))}
-    except AdaptrixError as error:
-        document = {"error": error.as_dict()}
+    except Exception as error:
+        failure = known(error)  # no memory, a full disk: said as such
+        if failure is None:
+            raise  # a fault of ours: its last lines are in the parent's error
+        document = {"error": failure.as_dict()}
     text = json.dumps(document, allow_nan=False)
     Path(report_file).write_text(text, encoding="utf-8")
     return 0

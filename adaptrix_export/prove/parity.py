@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,20 +19,22 @@ from pathlib import Path
 from typing import IO, Any
 
 from adaptrix_export import errors
-from adaptrix_export.errors import AdaptrixError, ParityError
+from adaptrix_export.errors import AdaptrixError, CheckerError, MachineError
 from adaptrix_export.oracle.job import Job
 from adaptrix_export.progress import Advance, Progress
 
 CHILD = "adaptrix_export.prove.child"
 TIMEOUT_S = 2 * 3600.0  # a 7B model on a few cores takes tens of minutes
 LAST_LINES = 5
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+ROOM = 1 << 16  # bytes: with less in the temporary folder a report cannot be written
 
 
 def prove(job: Job, progress: Progress, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
     """The parity report of `job`, passed or not (`report["passed"]`).
 
-    Raises `ParityError` when there is no verdict to report: the oracle could not be trusted, or
-    the child crashed, was killed or ran past `timeout_s`.
+    Raises `ParityError` when the oracle could not be trusted, `CheckerError` when the child
+    crashed, was killed or ran past `timeout_s`.
     """
     with tempfile.TemporaryDirectory(prefix="adaptrix-parity-") as scratch:
         return run_child(CHILD, job.to_json(), Path(scratch), progress, timeout_s)
@@ -42,7 +45,7 @@ def run_child(
 ) -> dict[str, Any]:
     """The report of `python -m module job.json report.json`, run in the empty `folder`.
 
-    Raises the child's own error, and ParityError when it left neither.
+    Raises the child's own error, and CheckerError when it left neither.
     """
     (folder / "job.json").write_text(job, encoding="utf-8")
     with (folder / "stderr").open("wb") as stderr:
@@ -109,6 +112,8 @@ def _follow(lines: IO[str], progress: Progress) -> None:
     advance: Advance = _unheard
     try:
         for line in lines:
+            if not line.endswith("\n"):
+                break  # the child died in the middle of it
             event = json.loads(line)
             if event["event"] == "begin":
                 stage = progress.stage(event["name"], event["total"], event["unit"])
@@ -129,7 +134,8 @@ def _unheard(amount: int) -> None:
     return None
 
 
-def _crash(code: int, late: bool, timeout_s: float, stderr: Path) -> ParityError:
+def _crash(code: int, late: bool, timeout_s: float, stderr: Path) -> CheckerError:
+    """What became of a child that left no report: the machine's fault, whatever it was."""
     if late:
         how = f"ran past {timeout_s:g} s and was stopped"
     elif code < 0:
@@ -138,8 +144,20 @@ def _crash(code: int, late: bool, timeout_s: float, stderr: Path) -> ParityError
         how = f"ended with exit code {code} and no report"
     lines = stderr.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     last = " | ".join(line.strip() for line in lines[-LAST_LINES:])
-    remedy = "was it out of memory?" if code == -signal.SIGKILL and not late else ""
-    return ParityError("parity", f"the checking process {how}: {last}", "a report", remedy)
+    error = CheckerError(
+        "parity", f"the checking process {how}: {last}", "a report",
+        _remedy(code, late, stderr.parent),
+    )  # fmt: skip
+    error.crashed = -code in CRASHES and not late
+    return error
+
+
+def _remedy(code: int, late: bool, folder: Path) -> str:
+    if late:
+        return "give it a machine with more cores to itself, or --parity fast"
+    if shutil.disk_usage(folder).free < ROOM:
+        return f"{folder.parent} is full; free some space or set TMPDIR"
+    return "was it out of memory?" if code == -signal.SIGKILL else ""
 
 
 def _signal_name(number: int) -> str:
@@ -149,6 +167,6 @@ def _signal_name(number: int) -> str:
 
 def _revived(parts: dict[str, str]) -> AdaptrixError:
     """The child's error, of the same class, so that the exit code is the same."""
-    kind = getattr(errors, parts["error"], ParityError)
+    kind = getattr(errors, parts["error"], MachineError)
     error: AdaptrixError = kind(parts["place"], parts["found"], parts["expected"], parts["remedy"])
     return error

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import traceback
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -20,8 +21,14 @@ _MACHINE = {
     errno.ENOSPC: ("the disk is full", "free some space or choose another --out"),
     errno.EDQUOT: ("the disk quota is used up", "free some space or choose another --out"),
     errno.ENOMEM: ("out of memory", "close other programs or use a larger machine"),
+    errno.EFBIG: ("a file became larger than this system allows", "raise ulimit -f, or --out"),
+    errno.EMFILE: ("too many open files", "raise ulimit -n"),
+    errno.ENFILE: ("too many open files on this machine", "close other programs"),
     errno.EIO: ("the disk failed to read or write", "check the disk"),
 }
+
+# How libraries say it in errors of their own: torch's allocator, C++ below ONNX Runtime.
+_NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "Failed to allocate memory")
 
 # What only the compiler imports, by the name of its module: an installation that just runs
 # artifacts is without it.
@@ -31,23 +38,35 @@ _COMPILER = (
 ).split()
 
 
-def report(error: Exception, as_json: bool, verbose: bool) -> int:
+def report(error: BaseException, as_json: bool, verbose: bool) -> int:
     """Print the failure and give its exit code. Nothing was published."""
-    known = _known(error)
-    if verbose and known is not error:
+    failure = known(error)
+    if verbose and failure is not error:
         traceback.print_exception(error, file=sys.stderr)
-    failure = known or _internal(error)
+    failure = failure or _internal(error)
     if as_json:
         document: dict[str, Any] = {**failure.as_dict(), "message": str(failure)}
         document["exit_code"] = failure.exit_code
-        if hasattr(failure, "report"):
+        if failure.report is not None:
             document["report"] = failure.report
-        print_json(document)
+        written = _written(lambda: print_json(document))
     else:
-        if hasattr(failure, "report"):
-            print_table(failure.report)
-        click.echo(f"error: {_one_line(failure)}", err=True)
+        measured = failure.report
+        written = measured is None or _written(lambda: print_table(measured))
+    if not (as_json and written):
+        _written(lambda: click.echo(f"error: {_one_line(failure)}", err=True))
     return failure.exit_code
+
+
+def _written(write: Callable[[], None]) -> bool:
+    """Whether the output could be written; a full disk under stdout must not hide the failure."""
+    try:
+        write()
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise  # the reader of our output went away: click ends quietly
+        return False
+    return True
 
 
 def print_json(document: Any) -> None:
@@ -55,7 +74,7 @@ def print_json(document: Any) -> None:
     click.echo(json.dumps(_finite(document), indent=2))
 
 
-def print_table(report: dict[str, Any]) -> None:
+def print_table(report: Mapping[str, Any]) -> None:
     """A report's tables on stdout: what a redistribution and gates kept, parity, and gates."""
     from adaptrix_export.show.fidelity_tables import effect_table, fidelity_table
     from adaptrix_export.show.parity_tables import gates_table, table
@@ -73,12 +92,11 @@ def print_table(report: dict[str, Any]) -> None:
         show(gates)
 
 
-def _known(error: Exception) -> AdaptrixError | None:
+def known(error: BaseException) -> AdaptrixError | None:
     """The failure as one of ours, if it is one of ours or the machine's."""
     if isinstance(error, AdaptrixError):
         return error
-    # torch raises a RuntimeError where its allocator fails
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
         found, remedy = _MACHINE[errno.ENOMEM]
         return MachineError("this machine", found, remedy=remedy)
     if isinstance(error, OSError) and error.errno in _MACHINE:
@@ -103,7 +121,7 @@ def _not_installed(module: str) -> MachineError | None:
     )  # fmt: skip
 
 
-def _internal(error: Exception) -> MachineError:
+def _internal(error: BaseException) -> MachineError:
     """A fault of this program: it has the exit code of a crash."""
     found = f"{type(error).__name__}: {error}"
     return MachineError("internal error", found, remedy="run again with -v and report what it says")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from adaptrix_export.errors import ParityError
+from adaptrix_export.errors import CheckerError, ParityError
 from adaptrix_export.progress import Silent
 from adaptrix_export.prove.child import run
 from adaptrix_export.prove.parity import prove
@@ -279,5 +279,7 @@ def test_a_crashed_child_is_an_error_that_names_the_signal(
     (tmp_path / "dying_child.py").write_text(lines + CRASHES[said] + "\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("adaptrix_export.prove.parity.CHILD", "dying_child")
-    with pytest.raises(ParityError, match=said):
+    with pytest.raises(CheckerError, match=said) as caught:
         prove(bench("llama").job("safetensors"), Silent(), timeout_s=2.0)
+    assert caught.value.exit_code == 3
+    assert caught.value.crashed == ("SIGSEGV" in said)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptrix_export import __version__
-from adaptrix_export.errors import ParityError
+from adaptrix_export.errors import CheckerError
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress
 from adaptrix_export.prove.parity import run_child
@@ -52,7 +52,8 @@ class Verdict:
 def preflight(plan: Plan, provider: str, frontend: str, progress: Progress) -> Verdict:
     """The verdict on a front end for a plan's model, from the cache where it is known.
 
-    A child that crashes is a verdict, too, but not one that is kept.
+    A child that a library crashes is a verdict, too, but not one that is kept. Raises
+    CheckerError for one that was killed, was late or failed by a fault of ours: no verdict.
     """
     from adaptrix_export.graph.frontends.live_config import live_config
 
@@ -67,7 +68,9 @@ def preflight(plan: Plan, provider: str, frontend: str, progress: Progress) -> V
             document = run_child(
                 CHILD, json.dumps(asdict(question)), Path(scratch), progress, TIMEOUT_S
             )
-    except ParityError as error:
+    except CheckerError as error:
+        if not error.crashed:
+            raise
         return Verdict(False, f"the small replica failed: {error}")
     verdict = Verdict(bool(document["passed"]), str(document["why"]))
     _keep(entry, verdict)

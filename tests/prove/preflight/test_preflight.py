@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from transformers import AutoConfig
 
 from adaptrix_export.cli import main
-from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.errors import CheckerError, UnsupportedError
 from adaptrix_export.graph.frontends import native
 from adaptrix_export.graph.graph import FRONTENDS, Graph, draw
 from adaptrix_export.progress import Silent
@@ -139,11 +139,28 @@ def test_a_front_end_has_a_tenth_of_the_tolerance(tmp_path, monkeypatch, error, 
     assert answer(question("llama"), tmp_path) == {"passed": not why, "why": why}
 
 
-def test_a_crash_is_a_verdict_that_is_not_kept(plan, cache, monkeypatch):
-    monkeypatch.setattr(module, "CHILD", "no_such_module")
+def test_a_crash_is_a_verdict_that_is_not_kept(plan, cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "CHILD", _child(tmp_path, monkeypatch, "os.abort()"))
     found = preflight(plan, "cpu", "native", Silent())
-    assert not found.passed and "the checking process ended" in found.why
+    assert not found.passed and "was killed by SIGABRT" in found.why
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("ending", ["raise NameError('x')", "os.kill(os.getpid(), 9)"])
+def test_a_fault_of_ours_or_of_the_machine_is_no_verdict(
+    plan, cache, monkeypatch, tmp_path, ending
+):
+    monkeypatch.setattr(module, "CHILD", _child(tmp_path, monkeypatch, ending))
+    with pytest.raises(CheckerError, match="NameError: x|SIGKILL"):
+        preflight(plan, "cpu", "native", Silent())
+    assert not cache.exists()
+
+
+def _child(folder, monkeypatch, ending):
+    """A module whose process ends like that."""
+    (folder / "dying_replica.py").write_text(f"import os\n{ending}\n")
+    monkeypatch.syspath_prepend(str(folder))
+    return "dying_replica"
 
 
 @pytest.mark.slow
