@@ -15,10 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
+from adaptrix_export.errors import known
 from adaptrix_export.oracle.job import Job, tolerance_of
 from adaptrix_export.oracle.peft_folders import GATED, PLAIN_ORACLE
 from adaptrix_export.progress import Progress
-from adaptrix_export.show.failures import known
 
 EXECUTED = (
     "PyTorch executing the plan: each adapter's delta as stock PEFT runs it alone, "

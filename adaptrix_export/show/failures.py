@@ -12,35 +12,15 @@ from typing import Any
 
 import click
 
+from adaptrix_export import errors
 from adaptrix_export.errors import AdaptrixError, MachineError
 
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
-# errno -> what ran out, and what to do about it.
-_MACHINE = {
-    errno.ENOSPC: ("the disk is full", "free some space or choose another --out"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space or choose another --out"),
-    errno.ENOMEM: ("out of memory", "close other programs or use a larger machine"),
-    errno.EFBIG: ("a file became larger than this system allows", "raise ulimit -f, or --out"),
-    errno.EMFILE: ("too many open files", "raise ulimit -n"),
-    errno.ENFILE: ("too many open files on this machine", "close other programs"),
-    errno.EIO: ("the disk failed to read or write", "check the disk"),
-}
-
-# How libraries say it in errors of their own: torch's allocator, C++ below ONNX Runtime.
-_NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "Failed to allocate memory")
-
-# What only the compiler imports, by the name of its module: an installation that just runs
-# artifacts is without it.
-_COMPILER = (
-    "accelerate filelock gguf huggingface_hub ml_dtypes mobius onnx onnx_ir optimum peft pydantic "
-    "regex safetensors threadpoolctl torch transformers yaml"
-).split()
-
 
 def report(error: BaseException, as_json: bool, verbose: bool) -> int:
     """Print the failure and give its exit code. Nothing was published."""
-    failure = known(error)
+    failure = errors.known(error)
     if verbose and failure is not error:
         traceback.print_exception(error, file=sys.stderr)
     failure = failure or _internal(error)
@@ -90,35 +70,6 @@ def print_table(report: Mapping[str, Any]) -> None:
     gates = gates_table(report)
     if gates is not None:
         show(gates)
-
-
-def known(error: BaseException) -> AdaptrixError | None:
-    """The failure as one of ours, if it is one of ours or the machine's."""
-    if isinstance(error, AdaptrixError):
-        return error
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
-        found, remedy = _MACHINE[errno.ENOMEM]
-        return MachineError("this machine", found, remedy=remedy)
-    if isinstance(error, OSError) and error.errno in _MACHINE:
-        found, remedy = _MACHINE[error.errno]
-        return MachineError(str(error.filename or "this machine"), found, remedy=remedy)
-    if isinstance(error, ModuleNotFoundError):
-        return _not_installed(str(error.name).partition(".")[0])
-    return None
-
-
-def _not_installed(module: str) -> MachineError | None:
-    """A package that an extra of ours would have installed."""
-    if module == "onnxruntime":
-        extras = "adaptrix-export[runtime]"
-    elif module in _COMPILER:
-        extras = "adaptrix-export[cpu]"
-    else:
-        return None
-    return MachineError(
-        "this installation", f"no package {module}", "it, for this command",
-        f"pip install '{extras}'",
-    )  # fmt: skip
 
 
 def _internal(error: BaseException) -> MachineError:
