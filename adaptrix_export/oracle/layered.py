@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adaptrix_export.arch.tasks import GENERATION, SEQUENCES
+from adaptrix_export.compat.cache_names import cache_argument, cache_of
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.oracle.layerwise import (
     LayerReader,
@@ -223,8 +224,8 @@ class Live:
         drawn, cache, fed = ids, None, ids
         with torch.no_grad():
             for _ in range(length - 1):
-                out = self.plain(input_ids=fed, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                out = self.plain(input_ids=fed, **cache_argument(cache), use_cache=True)
+                cache = cache_of(out)
                 chances = out.logits[:, -1].float().softmax(-1).cpu()
                 fed = torch.multinomial(chances, 1, generator=generator).to(self.device)
                 drawn = torch.cat([drawn, fed], dim=1)

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from adaptrix_export.arch.tasks import CLASSIFIERS, FEATURES, GENERATION, LABELS, TASKS
+from adaptrix_export.compat.cache_names import cache_argument, cache_of
 from adaptrix_export.errors import ParityError
 from adaptrix_export.oracle.compare import Logits
 from adaptrix_export.oracle.dequantize import (
@@ -120,9 +121,9 @@ class Reference:
         with torch.inference_mode():
             for _ in range(steps):
                 out = self._model(
-                    input_ids=torch.tensor([fed]), past_key_values=cache, use_cache=True
+                    input_ids=torch.tensor([fed]), **cache_argument(cache), use_cache=True
                 )
-                cache, logits = out.past_key_values, out.logits[0, -1].float().numpy()
+                cache, logits = cache_of(out), out.logits[0, -1].float().numpy()
                 fed = [int(logits.argmax())]
                 tokens += fed
                 picked_from.append(logits)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from adaptrix_export.compat.cache_names import cache_argument, cache_of
 from adaptrix_export.errors import ParityError
 from adaptrix_export.oracle.compare import Logits
 from adaptrix_export.oracle.encoded import padded_rows
@@ -60,9 +61,9 @@ class LiveTranslator:
             for chunk in chunks:
                 tokens = torch.tensor([list(chunk)] * len(ids))
                 out = self._model(
-                    **fed, decoder_input_ids=tokens, past_key_values=cache, use_cache=True
+                    **fed, decoder_input_ids=tokens, **cache_argument(cache), use_cache=True
                 )
-                cache = out.past_key_values
+                cache = cache_of(out)
                 found.append(out.logits.float().numpy())
         return np.concatenate(found, axis=1)
 
@@ -79,10 +80,10 @@ class LiveTranslator:
                 out = self._model(
                     input_ids=torch.from_numpy(ids),
                     decoder_input_ids=torch.tensor([[tokens[-1]]]),
-                    past_key_values=cache,
+                    **cache_argument(cache),
                     use_cache=True,
                 )
-                cache = out.past_key_values
+                cache = cache_of(out)
                 found.append(out.logits[0, -1].float().numpy())
                 tokens.append(int(found[-1].argmax()))
         return tokens[:-1], np.stack(found)

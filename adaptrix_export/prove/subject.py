@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptrix_export.arch.tasks import FEATURES, GENERATION, SEQ2SEQ
+from adaptrix_export.compat.cache_names import cache_argument, cache_of
 from adaptrix_export.errors import ParityError
 from adaptrix_export.oracle.compare import Logits
 from adaptrix_export.oracle.job import Job
@@ -191,10 +192,10 @@ class TransformersSubject:
                 input_ids=torch.from_numpy(ids),
                 attention_mask=torch.from_numpy(mask),
                 position_ids=torch.from_numpy(positions),
-                past_key_values=cache,
+                **cache_argument(cache),
                 use_cache=True,
             )
-        return cast(Logits, out.logits.float().numpy()), out.past_key_values
+        return cast(Logits, out.logits.float().numpy()), cache_of(out)
 
 
 def open_subject(job: Job) -> Any:

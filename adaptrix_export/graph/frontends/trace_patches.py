@@ -1,8 +1,8 @@
-"""What transformers 5.23 does that cannot be traced as it is, done otherwise while a trace runs.
+"""What transformers does that cannot be traced as it is, done otherwise while a trace runs.
 
-Most of it is about padding. The cache here keeps the pads of a batch that was padded on the right
-and then continued, so whatever counts places instead of tokens, a window or a bias by distance,
-spends its count on them.
+Seen in 5.23 and 5.24. Most of it is about padding. The cache here keeps the pads of a batch that
+was padded on the right and then continued, so whatever counts places instead of tokens, a window or
+a bias by distance, spends its count on them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 from adaptrix_export.arch.tasks import GENERATION
+from adaptrix_export.compat.cache_names import cache_name
 
 # The kernel for grouped products wants bfloat16 of tensors without values; the fallback computes
 # the same and has a translation to ONNX.
@@ -112,9 +113,8 @@ def _mpt_attention(
     self: Any,
     hidden_states: Any,
     position_bias: Any,
-    past_key_values: Any = None,
     attention_mask: Any = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """MptAttention.forward, whose bias counts the places between a key and the last one.
 
@@ -128,8 +128,9 @@ def _mpt_attention(
         part.reshape(rows, length, self.n_heads, self.head_dim).transpose(1, 2)
         for part in mixed.chunk(3, dim=2)
     )
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, self.layer_idx)
+    cache = options[cache_name()]
+    if cache is not None:
+        key, value = cache.update(key, value, self.layer_idx)
     slope = position_bias[:, :, :1] / (position_bias.shape[-1] - 1)
     scores = query @ key.transpose(-1, -2) * self.softmax_scale + slope * _after(~attention_mask)
     scores = scores.masked_fill(attention_mask, -3.4e38)

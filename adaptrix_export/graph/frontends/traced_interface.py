@@ -1,13 +1,20 @@
-"""Give a traced graph the interface that every graph here has: names, order, symbolic sizes."""
+"""Give a traced graph the interface that every graph here has: names, order, symbolic sizes.
+
+The exporter names inputs and outputs by their place in what the model takes and answers, as
+`input.past_key_values.layers.0.keys` or, from transformers 5.24 on, `input.cache.layers.0.keys`.
+The word for the cache is read from the graph; an output that nothing here knows is an error.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from adaptrix_export.arch.tasks import FEATURES, GENERATION, SEQUENCES, TOKENS
+from adaptrix_export.errors import UnsupportedError
 
 # What a graph of each task answers, beside its cache.
 OUTPUTS = {
@@ -16,7 +23,12 @@ OUTPUTS = {
     SEQUENCES: "logits",
     TOKENS: "logits",
 }
-_CACHE = re.compile(r"^(?:input\.|output\.)?past_key_values\.layers\.(\d+)\.(keys|values)$")
+_CACHE = re.compile(r"^(?:input\.|output\.)?(\w+)\.layers\.(\d+)\.(keys|values)$")
+# What models answer beside that, by the first word of its name, and no client of a graph reads.
+_UNREAD = frozenset(
+    "attentions aux_loss cross_attentions encoder_attentions encoder_hidden_states "
+    "encoder_last_hidden_state hidden_states pooler_output router_logits".split()
+)
 _SIZES = {
     "input_ids": ("batch", "sequence_length"),
     "attention_mask": ("batch", "total_sequence_length"),
@@ -26,26 +38,30 @@ _SIZES = {
 
 
 def name_interface(model: ir.Model, answer: str) -> None:
-    """Rename inputs and outputs, drop the others, and name the symbolic sizes.
+    """Rename inputs and outputs, drop the outputs that no client reads, name the symbolic sizes.
 
     An input that nothing reads is dropped but for `input_ids` and `attention_mask`, which every
-    caller feeds.
+    caller feeds. Raises UnsupportedError for an output that is not known, a missing answer, and
+    a cache of which an input or output is missing.
     """
     graph = model.graph
-    cached = False
-    for value in graph.inputs:
-        found = _CACHE.match(str(value.name))
-        if found:
-            cached = True
-            value.name = f"past_key_values.{found[1]}.{found[2].removesuffix('s')}"
-    kept = []
+    past = _name_cache(graph.inputs, "past_key_values")
+    present = _name_cache(graph.outputs, "present")
+    _match_cache(past, present)
+    kept = [value for value in graph.outputs if value.name == answer]
+    if len(kept) != 1:
+        named = ", ".join(str(value.name) for value in graph.outputs)
+        raise UnsupportedError("traced graph", f"the outputs {named}", f"one named {answer}")
     for value in graph.outputs:
-        found = _CACHE.match(str(value.name))
-        if found:
-            value.name = f"present.{found[1]}.{found[2].removesuffix('s')}"
+        name = str(value.name)
+        if name in present:
             kept.append(value)
-        elif value.name == answer:
-            kept.insert(0, value)
+        elif name != answer and name.removeprefix("output.").split(".")[0] not in _UNREAD:
+            raise UnsupportedError(
+                "traced graph", f"an output named {name}, which is not known",
+                f"{answer}, a cache of keys and values, {', '.join(sorted(_UNREAD))}",
+                "use --target safetensors, and report this name with the version of transformers",
+            )  # fmt: skip
     graph.outputs[:] = kept
     common.RemoveUnusedNodesPass()(model)
     always = ("input_ids", "attention_mask")
@@ -54,7 +70,41 @@ def name_interface(model: ir.Model, answer: str) -> None:
     graph.inputs[:] = sorted(
         used, key=lambda v: order.index(str(v.name)) if v.name in order else len(order)
     )
-    _name_sizes(graph, cached)
+    _name_sizes(graph, bool(past))
+
+
+def _name_cache(values: Iterable[ir.Value], word: str) -> dict[str, str]:
+    """Name what holds keys and values `word.{layer}.key` or `.value`: new name -> old name."""
+    named: dict[str, str] = {}
+    for value in values:
+        found = _CACHE.match(str(value.name))
+        if not found:
+            continue
+        name = f"{word}.{found[2]}.{found[3].removesuffix('s')}"
+        if name in named:
+            raise UnsupportedError(
+                "traced graph", f"two caches, {named[name]} and {value.name}",
+                "one of keys and values", "use --target safetensors",
+            )  # fmt: skip
+        named[name] = str(value.name)
+        value.name = name
+    return named
+
+
+def _match_cache(past: dict[str, str], present: dict[str, str]) -> None:
+    """Each part of the cache goes in and comes out."""
+    ins = {name.removeprefix("past_key_values") for name in past}
+    outs = {name.removeprefix("present") for name in present}
+    if ins != outs:
+        lone = ", ".join(
+            [past[f"past_key_values{n}"] for n in sorted(ins - outs)]
+            + [present[f"present{n}"] for n in sorted(outs - ins)]
+        )
+        raise UnsupportedError(
+            "traced graph", f"one side alone of a cache: {lone}",
+            "an output for each input of the cache, and the other way round",
+            "use --target safetensors",
+        )  # fmt: skip
 
 
 def _name_sizes(graph: ir.Graph, cached: bool) -> None:

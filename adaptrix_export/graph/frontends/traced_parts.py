@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 
 from adaptrix_export.arch.tasks import FEATURES, GENERATION, SEQ2SEQ
+from adaptrix_export.compat.cache_names import cache_argument, cache_of
 from adaptrix_export.graph.frontends.live_config import live_config
 from adaptrix_export.graph.frontends.trace_patches import traceable
 from adaptrix_export.graph.frontends.traced import export, finish, traced_faults
@@ -81,15 +82,15 @@ def _decoder(model: Any) -> tuple[ir.Model, set[str]]:
     fed = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
     before = torch.ones(BATCH, PAST, dtype=torch.long)
     with torch.no_grad(), model.fake_mode:
-        cache = model(input_ids=before, past_key_values=None, **fed).past_key_values
+        cache = cache_of(model(input_ids=before, **fed))
     for layer in cache.layers:
         layer.keys, layer.values = torch.zeros(layer.keys.shape), torch.zeros(layer.values.shape)
     ids = torch.ones(BATCH, NEW, dtype=torch.long)
     auto = torch.export.Dim.AUTO
     sizes = {0: auto, 1: auto}
     shapes: dict[str, Any] = dict.fromkeys(("input_ids", *fed), sizes)
-    shapes["past_key_values"] = [{0: auto, 2: auto}] * (2 * len(cache.layers))
-    graph = export(model, Sample({"input_ids": ids, **fed, "past_key_values": cache}, shapes))
+    shapes |= cache_argument([{0: auto, 2: auto}] * (2 * len(cache.layers)))
+    graph = export(model, Sample({"input_ids": ids, **fed, **cache_argument(cache)}, shapes))
     name_interface(graph, OUTPUTS[GENERATION])
     _name_parts(graph.graph)
     return graph, parameters
@@ -106,17 +107,19 @@ def _decoder_class(kind: type) -> type:
             input_ids: torch.Tensor,
             encoder_hidden_states: torch.Tensor,
             encoder_attention_mask: torch.Tensor,
+            cache: Any = None,
             past_key_values: Any = None,
         ) -> Any:
-            own = DynamicCache() if past_key_values is None else past_key_values
+            own = past_key_values if cache is None else cache  # `cache_name` is one of them
+            own = DynamicCache() if own is None else own
             found = super().forward(
                 encoder_outputs=BaseModelOutput(last_hidden_state=encoder_hidden_states),
                 attention_mask=encoder_attention_mask,
                 decoder_input_ids=input_ids,
-                past_key_values=EncoderDecoderCache(own, DynamicCache()),
+                **cache_argument(EncoderDecoderCache(own, DynamicCache())),
                 use_cache=True,
             )
-            return CausalLMOutputWithPast(logits=found.logits, past_key_values=own)
+            return CausalLMOutputWithPast(logits=found.logits, **cache_argument(own))
 
     return Decoder
 

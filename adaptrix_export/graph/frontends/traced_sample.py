@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from adaptrix_export.arch.tasks import GENERATION
+from adaptrix_export.compat.cache_names import cache_argument, cache_of
 from adaptrix_export.errors import UnsupportedError
 
 # Different numbers, none of them one: torch.export takes equal sizes for the same size, and a
@@ -50,8 +51,8 @@ def _generating(model: Any) -> Sample:
             inputs["position_ids"] = _positions(ids, mask)
     auto = torch.export.Dim.AUTO
     shapes: dict[str, Any] = {name: {0: auto, 1: auto} for name in inputs}
-    inputs["past_key_values"] = cache
-    shapes["past_key_values"] = [{0: auto, 2: auto}] * (2 * len(cache.layers))
+    inputs |= cache_argument(cache)
+    shapes |= cache_argument([{0: auto, 2: auto}] * (2 * len(cache.layers)))
     inputs["use_cache"] = True
     return Sample(inputs, shapes)
 
@@ -113,7 +114,7 @@ def _cache(model: Any) -> Any:
     mask = torch.ones_like(ids)
     mask[0, 0] = 0
     with _untouched(model), torch.no_grad(), model.fake_mode:
-        cache = model(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=ids, attention_mask=mask, use_cache=True))
     for number, layer in enumerate(getattr(cache, "layers", None) or [None]):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None or keys.dim() != 4 or values.dim() != 4:

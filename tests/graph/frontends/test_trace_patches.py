@@ -17,6 +17,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
+from adaptrix_export.compat.cache_names import cache_name
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.graph.frontends import traced as module
 from adaptrix_export.graph.frontends.trace_patches import exactly_matched, traceable
@@ -76,9 +77,8 @@ def test_a_traced_cache_keeps_every_token_of_a_sliding_layer():
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     config = config_of("qwen3", layer_types=kinds, sliding_window=2, use_sliding_window=True)
     assert any(DynamicCache(config=config).is_sliding)
-    cache = sample_of(weightless(config, "text-generation"), "text-generation").inputs[
-        "past_key_values"
-    ]
+    model = weightless(config, "text-generation")
+    cache = sample_of(model, "text-generation").inputs[cache_name()]
     assert [type(layer) for layer in cache.layers] == [DynamicLayer] * 4
     assert {tuple(layer.keys.shape) for layer in cache.layers} == {(2, 2, PAST, 32)}
 

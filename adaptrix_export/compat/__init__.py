@@ -1,0 +1,1 @@
+"""Private, patched and renamed names of other libraries, each with the versions it was seen in."""
