@@ -30,22 +30,23 @@ from adaptrix_export.package import (
     write_manifest,
     write_package,
 )
-from adaptrix_export.package.redistributed import keep_redistributed, oracle_plan, with_oracle
+from adaptrix_export.package.redistributed import keep_redistributed, with_oracle
 from adaptrix_export.passes.approximate import Loss, approximated
 from adaptrix_export.passes.approximate import told as approximations_told
 from adaptrix_export.passes.context import Workshop, workshop
+from adaptrix_export.passes.from_recipe import compose_of, redistribution
 from adaptrix_export.passes.gating import with_context, with_gates_of
 from adaptrix_export.passes.pool import Pool
+from adaptrix_export.passes.reference_plan import reference_plan
 from adaptrix_export.plan import Pass, Plan
 from adaptrix_export.plan.composition import Composition
 from adaptrix_export.progress import Progress, Silent
 from adaptrix_export.prove.bases import other_base
 from adaptrix_export.prove.parity import prove
+from adaptrix_export.prove.preflight.preflight import preflight
+from adaptrix_export.prove.report import save, summary
 from adaptrix_export.recipe import Recipe
-from adaptrix_export.recipe.compose import compose_of
-from adaptrix_export.recipe.redistribute import redistribution
 from adaptrix_export.recipe.words import ParityLevel, Pooling, Target
-from adaptrix_export.show.parity_tables import save, summary
 from adaptrix_export.targets import LOWERINGS
 from adaptrix_export.targets.artifact import Artifact
 
@@ -87,10 +88,10 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
         with approximated(plan, rank, progress) as (plain, losses):
             lowering.admit(plain)
             lowered = with_context(recipe, original, plain, shop)
-            artifact = lowering.lower(lowered, stage, progress, recipe.frontend.value)
+            artifact = lowering.lower(lowered, stage, progress, recipe.frontend.value, preflight)
             write_package(artifact, lowered)
             keep_redistributed(lowered, artifact)
-            proved = plain if losses else oracle_plan(original, plan)
+            proved = plain if losses else reference_plan(original, plan)
             report = check(recipe, proved, lowered, artifact, progress, losses)
             plan = with_gates_of(lowered, plain, plan)
         manifest = build_manifest(

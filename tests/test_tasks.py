@@ -17,9 +17,9 @@ from transformers import (
 
 from adaptrix_export.cli import main
 from adaptrix_export.errors import ParityError, SourceError, UnsupportedError
+from adaptrix_export.graph.frontends.draw import Verdict
 from adaptrix_export.manage.verify_artifact import verify_artifact
 from adaptrix_export.pipeline import build
-from adaptrix_export.prove.preflight import preflight
 from adaptrix_export.recipe import Recipe
 from adaptrix_export.runtime.session import Session
 from tests.tiny import auto_of, config_of, save_base
@@ -69,7 +69,7 @@ def test_an_encoder_that_forgets_its_mask_is_not_published(tmp_path, bert, monke
     """Negative control: the graph as mobius makes it is right for one row only. The proof sees it
     where the preflight has not."""
     monkeypatch.setattr("adaptrix_export.graph.frontends.native.wire_key_mask", lambda model: 0)
-    monkeypatch.setattr(preflight, "preflight", lambda *_: preflight.Verdict(True))
+    monkeypatch.setattr("adaptrix_export.pipeline.preflight", lambda *_: Verdict(True))
     with pytest.raises(ParityError) as caught:
         build(recipe(*bert, "onnx", tmp_path / "out"))
     if caught.value.report is not None:  # else ONNX Runtime refused the mask's shape

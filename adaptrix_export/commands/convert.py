@@ -39,7 +39,7 @@ def convert(
     compared bit by bit before it is put in place.
     """
     from adaptrix_export.load import Reading
-    from adaptrix_export.save.convert import convert as write
+    from adaptrix_export.manage.convert import convert as write
 
     done = write(source, base, to, out, Reading(allow_pickle, adaptrix_scaling))
     if as_json:

@@ -45,9 +45,9 @@ def drift(
     standard library's documentation unless --text names some; nothing is clamped meanwhile.
     """
     from adaptrix_export.load import open_adapter
-    from adaptrix_export.load.base_model import open_base
     from adaptrix_export.load.fit.invariants import verify
     from adaptrix_export.load.fit.mismatch import fitted
+    from adaptrix_export.load.open_base import open_base
     from adaptrix_export.load.text import read_text
     from adaptrix_export.measure.drift import measure
     from adaptrix_export.plan import Plan

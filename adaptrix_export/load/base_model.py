@@ -25,7 +25,7 @@ from adaptrix_export.load.adapters.peft_keys import saved_by
 from adaptrix_export.load.files.tensors import StoredTensor, read_json, read_safetensors
 from adaptrix_export.load.quantized.experts import stack_experts
 from adaptrix_export.load.quantized.quantized_base import dequantized
-from adaptrix_export.load.source import Source, resolve
+from adaptrix_export.load.source import Source
 from adaptrix_export.plan import Base, Tensor
 
 INDEX = "model.safetensors.index.json"
@@ -33,18 +33,13 @@ SINGLE = "model.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def open_base(spec: str, task: str = "auto", adapters: Iterable[str] = ()) -> Base:
-    """Read the headers of the base that `spec` names (see `source.py` for the forms).
+def open_checkpoint(source: Source, task: str = "auto", adapters: Iterable[str] = ()) -> Base:
+    """Read the headers of a folder with a config.json and safetensors files.
 
     `adapters` are the specs of the adapters to come: they tell the task where `task` is auto.
 
     Raises SourceError for what is missing or damaged, UnsupportedError for what is refused.
     """
-    source = resolve(spec)
-    if source.gguf_file is not None:
-        from adaptrix_export.load.quantized.gguf_base import open_gguf
-
-        return open_gguf(source, source.gguf_file)
     config = read_json(source.folder / "config.json")
     trained = [adapter_config(spec) for spec in adapters]
     task = choose_task(task, config, trained)
@@ -64,7 +59,7 @@ def open_base(spec: str, task: str = "auto", adapters: Iterable[str] = ()) -> Ba
     tensors: Mapping[str, Tensor] = named
     quantization: str | None = None
     if config.get("quantization_config"):
-        found = dequantized(spec, named, config, family)
+        found = dequantized(source.spec, named, config, family)
         tensors, config, quantization = found.tensors, dict(found.config), found.quantization
     tensors = stack_experts(tensors, str(config.get("model_type")), source.spec)
     base = make_base(source, files, config, tensors, task)

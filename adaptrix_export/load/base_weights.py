@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from adaptrix_export.errors import RecipeError
-from adaptrix_export.load.base_model import open_base
+from adaptrix_export.load.open_base import open_base
 from adaptrix_export.load.quantized.quantized_base import COMPUTING
 from adaptrix_export.load.quantized.simulated import SIMULATED, simulate
 from adaptrix_export.plan import Base

@@ -29,15 +29,15 @@ from adaptrix_export.package import (
     hash_file,
     install,
     read_manifest,
-    without_machine_paths,
     write_manifest,
 )
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress, Silent
 from adaptrix_export.prove.parity import prove
+from adaptrix_export.prove.report import save, summary
 from adaptrix_export.recipe.sections import AdapterSpec
 from adaptrix_export.runtime.adapters import FOLDER
-from adaptrix_export.show.parity_tables import save, summary
+from adaptrix_export.save.machine_paths import without_machine_paths
 from adaptrix_export.targets.switchable_onnx import TARGET, add_adapter_file
 
 

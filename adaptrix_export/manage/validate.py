@@ -26,10 +26,10 @@ from adaptrix_export.load.fit.adjust import adjusted
 from adaptrix_export.load.fit.invariants import misfits
 from adaptrix_export.load.fit.replication import repeat_layers
 from adaptrix_export.load.source import resolve
+from adaptrix_export.manage.findings import ERROR, OK, WARNING, Finding, Validation
 from adaptrix_export.merge.norms import LARGEST, SMALLEST, delta_norm, tensor_norm
 from adaptrix_export.plan import Adapter, Base, LowRank, Plan, Scaled, Tensor
 from adaptrix_export.progress import Progress, Silent
-from adaptrix_export.show.findings import ERROR, OK, WARNING, Finding, Validation
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress, Silent
 from adaptrix_export.prove.bases import other_base
 from adaptrix_export.prove.parity import prove
-from adaptrix_export.show.parity_tables import summary
+from adaptrix_export.prove.report import summary
 
 READING = ("allow_pickle", "adaptrix_scaling")  # fields of a recipe
 

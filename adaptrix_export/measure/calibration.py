@@ -212,7 +212,7 @@ def _tokens(base: Base, texts: Sequence[str], source: str) -> Ids:
 def _tokenizer(base: Base, source: str) -> Any:
     from transformers import AutoTokenizer
 
-    from adaptrix_export.package.content import TOKENIZER_FILES
+    from adaptrix_export.load.tokenizer_files import TOKENIZER_FILES
 
     files = [path for pattern in TOKENIZER_FILES for path in base.folder.glob(pattern)]
     if base.gguf_file is None and not files:

@@ -38,11 +38,11 @@ from adaptrix_export.load.files.finite import check_finite
 from adaptrix_export.load.fit.invariants import verify
 from adaptrix_export.load.fit.mismatch import fitted
 from adaptrix_export.merge.aligned import Factors, thin_svd
+from adaptrix_export.merge.blocks import rows_per_block
 from adaptrix_export.merge.composed import Matrix, Share, matrices
-from adaptrix_export.merge.merge import rows_per_block
 from adaptrix_export.merge.tuned import layers_freed
-from adaptrix_export.passes.compose.compose import shares_of
 from adaptrix_export.plan import Array, Composed, Part, Plan, leaves
+from adaptrix_export.plan.shares import shares_of
 from adaptrix_export.progress import Progress, Silent
 from adaptrix_export.recipe.sections import default_name
 

@@ -27,7 +27,6 @@ from adaptrix_export.oracle.layered import ADAPTED, BASE
 from adaptrix_export.oracle.peft_folders import Folders, oracle_folders
 from adaptrix_export.oracle.reference import bare_model, encode
 from adaptrix_export.oracle.translated import LiveTranslator
-from adaptrix_export.passes.redistribute.redistribute import MEASURED
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress
 
@@ -116,7 +115,7 @@ class _Found:
 @contextmanager
 def _variants(original: Plan, plan: Plan, progress: Progress) -> Iterator[_Found]:
     """The models by name, as long as the context: their adapters' folders are temporary."""
-    moved = MEASURED in plan.measured  # composed adapters are still those of the files
+    moved = plan.redistributed  # composed adapters are still those of the files
     with ExitStack() as stack:
         own = stack.enter_context(oracle_folders(original)).adapters
         new = stack.enter_context(oracle_folders(_as_it_is(plan))).adapters if moved else own

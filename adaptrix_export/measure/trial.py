@@ -27,8 +27,7 @@ from adaptrix_export.oracle.compare import Logits, distance
 from adaptrix_export.oracle.executed import on_a_copy, put_parameter, sharing
 from adaptrix_export.oracle.peft_folders import OracleFolders, oracle_folders
 from adaptrix_export.oracle.reference import bare_model
-from adaptrix_export.passes.compose.compose import Compose
-from adaptrix_export.plan import Base, Plan
+from adaptrix_export.plan import Base, Pass, Plan
 from adaptrix_export.progress import Progress
 
 ROWS, LENGTH = 8, 64  # of a text: the logits of all rows are kept
@@ -39,9 +38,9 @@ Rows = NDArray[np.int64]
 
 
 def measured(
-    plan: Plan, candidates: Sequence[Compose], texts: Mapping[str, Path], progress: Progress
-) -> tuple[Compose, dict[str, Any]]:
-    """The best of `candidates` for an uncomposed plan, and what was measured of each.
+    plan: Plan, candidates: Sequence[Pass], texts: Mapping[str, Path], progress: Progress
+) -> tuple[int, dict[str, Any]]:
+    """Which of `candidates` is best for an uncomposed plan, and what was measured of each.
 
     Loads the base once, in float32. Raises RecipeError for a text that cannot be used,
     UnsupportedError for a model that does not generate text.
@@ -64,7 +63,7 @@ def measured(
             advance(1)
     best = min(range(len(entries)), key=lambda i: (entries[i]["worst"], i))
     told = {"candidates": entries, "without": {n: _shown(kl) for n, kl in nothing.items()}}
-    return candidates[best], told
+    return best, told
 
 
 def text_rows(base: Base, path: Path) -> Rows:
@@ -140,7 +139,7 @@ def _kl(alone: Sequence[Logits], other: Sequence[Logits]) -> tuple[float, float]
 
 
 def _entry(
-    candidate: Compose,
+    candidate: Pass,
     found: Mapping[str, tuple[float, float]],
     nothing: Mapping[str, tuple[float, float]],
 ) -> dict[str, Any]:

@@ -8,17 +8,17 @@ where one is not. Memory is that of the one matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from hashlib import sha256
 
 import numpy as np
 
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.merge.aligned import Factors, dense_svd, knots, thin_svd, truncated, tsv
-from adaptrix_export.merge.elections import elected, largest_of, threshold_of
-from adaptrix_export.merge.merge import Rows, added_rows, base_rows, rows_per_block
+from adaptrix_export.merge.blocks import Block, Rows, base_rows, rows_per_block
+from adaptrix_export.merge.elections import drawn, elected, largest_of, threshold_of
+from adaptrix_export.merge.leaves import leaf_rows
 from adaptrix_export.merge.peft_formulas import peft_factors
 from adaptrix_export.plan import (
     Array,
@@ -32,8 +32,6 @@ from adaptrix_export.plan import (
     leaves,
 )
 from adaptrix_export.plan.methods import METHODS
-
-Block = Callable[[int, int], Array]  # (start, stop) -> rows of a delta, two-dimensional
 
 
 @dataclass(frozen=True)
@@ -199,26 +197,6 @@ def _values(matrix: Matrix, share: Share) -> list[Array]:
     return [share.rows(i, min(matrix.shape[0], i + step)) for i in starts]
 
 
-def drawn(seed: int, adapter: str, name: str, shape: tuple[int, int], density: float) -> Block:
-    """The values that a random drop keeps, by rows: the same for a seed, an adapter and a name.
-
-    Philox keyed by the first 16 bytes of sha256("seed newline adapter newline name"), read as a
-    little-endian number; values row by row as the base stores them, kept where a uniform double in
-    [0, 1) is below `density`. Held as bits.
-    """
-    key = sha256(f"{seed}\n{adapter}\n{name}".encode()).digest()[:16]
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-    step = rows_per_block(shape)
-    packed = [
-        np.packbits(generator.random((min(step, shape[0] - i), shape[1])) < density, axis=1)
-        for i in range(0, shape[0], step)
-    ]
-    bits = np.concatenate(packed)
-    return lambda start, stop: np.unpackbits(
-        bits[start:stop], axis=1, count=shape[1]
-    ).astype(bool)  # fmt: skip
-
-
 def _matrix(change: Change, term: Composed) -> Matrix:
     rows = change.shape[0]
     shape = (rows, int(np.prod(change.shape[1:], dtype=np.int64)))
@@ -246,7 +224,7 @@ def _product(factors: Factors) -> Block:
 
 def _alone(change: Change, part: Part) -> Block:
     """The delta of one adapter as its live layer gives it with no other beside it."""
-    added = [added_rows(change, term) for term in part.terms]
+    added = [leaf_rows(change, term) for term in part.terms]
     reads_base = any(isinstance(term, (Dora, Tuned)) for term in part.terms)
 
     def rows(start: int, stop: int) -> Array:

@@ -8,9 +8,11 @@ noise of float64 and far below what a value means; what lies within it counts as
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha256
 
 import numpy as np
 
+from adaptrix_export.merge.blocks import Block, rows_per_block
 from adaptrix_export.plan import Array
 
 MARGIN = 2.0**-40  # relative
@@ -50,3 +52,23 @@ def elected(values: Sequence[Array], floors: Sequence[float], election: str) -> 
     count = np.maximum(agree.sum(axis=0), 1)
     mean: Array = np.where(agree, stack, 0.0).sum(axis=0) / count
     return mean
+
+
+def drawn(seed: int, adapter: str, name: str, shape: tuple[int, int], density: float) -> Block:
+    """The values that a random drop keeps, by rows: the same for a seed, an adapter and a name.
+
+    Philox keyed by the first 16 bytes of sha256("seed newline adapter newline name"), read as a
+    little-endian number; values row by row as the base stores them, kept where a uniform double in
+    [0, 1) is below `density`. Held as bits.
+    """
+    key = sha256(f"{seed}\n{adapter}\n{name}".encode()).digest()[:16]
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+    step = rows_per_block(shape)
+    packed = [
+        np.packbits(generator.random((min(step, shape[0] - i), shape[1])) < density, axis=1)
+        for i in range(0, shape[0], step)
+    ]
+    bits = np.concatenate(packed)
+    return lambda start, stop: np.unpackbits(
+        bits[start:stop], axis=1, count=shape[1]
+    ).astype(bool)  # fmt: skip

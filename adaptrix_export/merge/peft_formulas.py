@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adaptrix_export.merge.aligned import Factors
+from adaptrix_export.merge.elections import drawn
 from adaptrix_export.plan import Array, Composed, LowRank, Tensor
 from adaptrix_export.plan.methods import METHODS
 
 if TYPE_CHECKING:
-    from adaptrix_export.merge.composed import Block
+    from adaptrix_export.merge.blocks import Block
 
 Drop = Callable[[Array, str, str], Array]
 
@@ -43,8 +44,6 @@ def _combined(
     if method.sparsify == "magnitude" and density < 1:
         values = [_largest(value, density) for value in values]
     if method.sparsify == "random" and density < 1:
-        from adaptrix_export.merge.composed import drawn
-
         masks: list[Block] = [
             drawn(term.seed, name, f"{term.name}.{factor}", (v.shape[0], v.shape[1]), density)
             for name, v in zip(names, values, strict=True)

@@ -11,6 +11,7 @@ from adaptrix_export.errors import ParityError
 from adaptrix_export.oracle.job import Tolerance
 
 Logits = NDArray[np.float32]
+Ids = NDArray[np.int64]  # token ids, masks, positions: (rows, tokens)
 
 
 @dataclass(frozen=True)

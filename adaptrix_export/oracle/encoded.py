@@ -13,9 +13,8 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from adaptrix_export.oracle.compare import Logits
+from adaptrix_export.oracle.compare import Ids, Logits
 from adaptrix_export.oracle.prompts import Prompts
-from adaptrix_export.prove.subject import Ids
 
 
 class Encoding(Protocol):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from adaptrix_export.errors import ParityError
+from adaptrix_export.oracle.layer_kinds import plain_kind
 
 Effect = Callable[[Any, str], Any]
 
@@ -146,13 +147,6 @@ def kind_of(layer: Any) -> str:
     base = plain_kind(layer.get_base_layer())
     variants = {type(v).__name__ for v in getattr(layer, "lora_variant", {}).values()}
     return f"{tuner}.{type(layer).__name__}({base})" + "".join(f"+{v}" for v in sorted(variants))
-
-
-def plain_kind(module: Any) -> str:
-    """The class that says how a weight is stored: a model's own Linear or Embedding, which only
-    does something more with it, is one."""
-    names = [c.__name__ for c in type(module).__mro__]
-    return next((name for name in ("Linear", "Embedding") if name in names[1:]), names[0])
 
 
 def _lora_linear(layer: Any, parameter: str) -> Any:

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from adaptrix_export.plan import Adapter, Base, Delta, Dora, LowRank, Plan, Scaled, Tensor
-from adaptrix_export.save.convert import PeftFolders, peft_folders
+from adaptrix_export.save.peft_folder import PeftFolders, peft_folders
 
 PREFIX = "base_model.model."
 PLAIN_ORACLE = "stock transformers + PEFT on the original files"

@@ -12,7 +12,7 @@ import torch
 
 from adaptrix_export.errors import ParityError
 from adaptrix_export.merge.in_double import in_double, tensors_of
-from adaptrix_export.oracle.live import plain_kind
+from adaptrix_export.oracle.layer_kinds import plain_kind
 
 BLOCK = 256  # unit vectors at a time
 AFFINE = 2.0**-40  # how far a response may be from the affine one, by the largest response

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from adaptrix_export.arch.tasks import CLASSIFIERS, FEATURES, GENERATION, LABELS, TASKS
 from adaptrix_export.compat.cache_names import cache_argument, cache_of
 from adaptrix_export.errors import ParityError
-from adaptrix_export.oracle.compare import Logits
+from adaptrix_export.oracle.compare import Ids, Logits
 from adaptrix_export.oracle.dequantize import (
     dequantized_state,
     quantization_of,
@@ -34,7 +34,6 @@ from adaptrix_export.oracle.gated import LiveGates, Statistics
 from adaptrix_export.oracle.job import GateSpec, Job
 from adaptrix_export.oracle.live import live_parameter
 from adaptrix_export.oracle.translated import Chunks, LiveTranslator
-from adaptrix_export.prove.subject import Ids
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -14,10 +14,9 @@ import numpy as np
 
 from adaptrix_export.compat.cache_names import cache_argument, cache_of
 from adaptrix_export.errors import ParityError
-from adaptrix_export.oracle.compare import Logits
+from adaptrix_export.oracle.compare import Ids, Logits
 from adaptrix_export.oracle.encoded import padded_rows
 from adaptrix_export.oracle.prompts import Prompts
-from adaptrix_export.prove.subject import Ids
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
 _PAST = "past_key_values."

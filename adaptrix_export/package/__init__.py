@@ -7,7 +7,6 @@ from adaptrix_export.package.manifest import (
     build_manifest,
     check_hashes,
     read_manifest,
-    without_machine_paths,
     write_manifest,
 )
 from adaptrix_export.package.model_config import portable_config
@@ -27,7 +26,6 @@ __all__ = [
     "publish",
     "read_manifest",
     "staging",
-    "without_machine_paths",
     "write_manifest",
     "write_package",
 ]

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from adaptrix_export.arch.tasks import FEATURES
+from adaptrix_export.load.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_FILES
 from adaptrix_export.package.genai import GRAPH, genai_config, token_ids
 from adaptrix_export.package.model_config import portable_config
 from adaptrix_export.package.sentence import copy_sentence_files
@@ -21,26 +22,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 GENAI = "genai_config.json"
-TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
-# Whatever a tokenizer of transformers is made of, by any of its names; copied byte for byte.
-TOKENIZER_FILES = (
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "*.tiktoken",
-    "tekken.json",
-    "spiece.model",
-    "sentencepiece*.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 COPIED = (*TOKENIZER_FILES, GENERATION)
 
 # Precision as recipes name it -> dtype as config.json does. An integer artifact computes in fp32.

@@ -23,6 +23,7 @@ from adaptrix_export.save.hashes import (
     hash_file,
     hash_folder,
 )
+from adaptrix_export.save.machine_paths import without_machine_paths
 
 if TYPE_CHECKING:
     from adaptrix_export.plan import Plan
@@ -212,22 +213,6 @@ def _read_back(artifact: Artifact) -> dict[str, FileHash]:
                 "check the disk and build again",
             )
     return found
-
-
-def without_machine_paths(value: Any) -> Any:
-    """`value` with every absolute path in it cut to `path:<last part>`."""
-    if isinstance(value, Mapping):
-        return {str(k): without_machine_paths(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_machine_paths(v) for v in value]
-    if isinstance(value, Path):
-        value = str(value)
-    if not isinstance(value, str):
-        return value
-    windows = PureWindowsPath(value)
-    if value.startswith(("/", "~")) or windows.is_absolute():
-        return f"path:{windows.name}"  # splits at both kinds of slash
-    return value
 
 
 def _version(distribution: str) -> str | None:

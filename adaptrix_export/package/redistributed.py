@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from adaptrix_export.load import open_adapter
-from adaptrix_export.passes.redistribute.redistribute import MEASURED
 from adaptrix_export.plan import Plan
 from adaptrix_export.targets.artifact import Artifact
 
@@ -24,18 +23,9 @@ FROM_FILES = "the original files"
 FROM_COPY = "the original base and the redistributed adapter"
 
 
-def oracle_plan(original: Plan, plan: Plan) -> Plan:
-    """The plan whose adapters stock PEFT loads: the original one, or that of the redistribution."""
-    if MEASURED not in plan.measured:
-        return original
-    return replace(
-        original, adapters=plan.adapters, adjustments=(), history=(), measured=plan.measured
-    )
-
-
 def keep_redistributed(plan: Plan, artifact: Artifact) -> None:
     """Copy the redistributed adapters into the artifact, which for target peft has them already."""
-    if MEASURED not in plan.measured or artifact.target == PEFT:
+    if not plan.redistributed or artifact.target == PEFT:
         return
     for adapter in plan.adapters:
         place = artifact.folder / KEPT / adapter.name
@@ -52,7 +42,7 @@ def kept_plan(original: Plan, folder: Path) -> Plan:
     adapters = tuple(
         open_adapter(str(place), original.base, place.name) for place in sorted(home.iterdir())
     )
-    return replace(original, adapters=adapters, adjustments=(), measured={MEASURED: {}})
+    return replace(original, adapters=adapters, adjustments=(), redistributed=True)
 
 
 def of_peft_folder(original: Plan, manifest: Mapping[str, Any], folder: Path) -> Plan:
@@ -60,11 +50,11 @@ def of_peft_folder(original: Plan, manifest: Mapping[str, Any], folder: Path) ->
     if not manifest["recipe"].get("redistribute"):
         return original
     adapter = open_adapter(str(folder), original.base, original.adapters[0].name)
-    return replace(original, adapters=(adapter,), adjustments=(), measured={MEASURED: {}})
+    return replace(original, adapters=(adapter,), adjustments=(), redistributed=True)
 
 
 def with_oracle(report: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """The parity report with the oracle by its right name."""
-    if MEASURED not in plan.measured:
+    if not plan.redistributed:
         return report
     return {**report, "oracle": str(report["oracle"]).replace(FROM_FILES, FROM_COPY)}

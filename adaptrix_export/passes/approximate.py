@@ -21,7 +21,8 @@ import numpy as np
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.graph.rewrite.slots import is_plain
 from adaptrix_export.load import open_adapter
-from adaptrix_export.merge.merge import base_rows, merged
+from adaptrix_export.merge.blocks import base_rows
+from adaptrix_export.merge.merge import merged
 from adaptrix_export.plan import Adapter, Array, Base, Change, Delta, Plan, Replacement
 from adaptrix_export.progress import Progress
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 from adaptrix_export.load.fit.invariants import verify
 from adaptrix_export.load.text import read_text
 from adaptrix_export.measure.drift import SHARE, measure, measure_apart
-from adaptrix_export.package.redistributed import oracle_plan
 from adaptrix_export.passes.context import Workshop
+from adaptrix_export.passes.reference_plan import reference_plan
 from adaptrix_export.passes.wire_context import PerLayer, WireContext
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress
@@ -28,7 +28,7 @@ def with_context(recipe: Recipe, original: Plan, plan: Plan, shop: Workshop) -> 
     if recipe.context is None:
         return plan
     apart = recipe.target is Target.ONNX_SWITCHABLE
-    asked = plan if apart else oracle_plan(original, plan)
+    asked = plan if apart else reference_plan(original, plan)
     tau = _tau(recipe.context, asked, apart, shop.progress)
     wire = WireContext(
         mode=recipe.context.mode.value,

@@ -1,28 +1,21 @@
 """The data that everything else works on: what changes where, by reference to tensors on disk."""
 
-from adaptrix_export.plan.plan import (
-    Adapter,
-    Adjustment,
-    Array,
-    Base,
-    Change,
+from adaptrix_export.plan.adapter import Adapter, Adjustment, Delta, Replacement
+from adaptrix_export.plan.base import Base
+from adaptrix_export.plan.gate import Gate, clamp_slope
+from adaptrix_export.plan.plan import Change, Pass, Plan
+from adaptrix_export.plan.site import Site
+from adaptrix_export.plan.tensor import Array, Tensor
+from adaptrix_export.plan.terms import (
     Composed,
-    Delta,
     Dora,
     Experts,
-    Gate,
     Leaf,
     LowRank,
     Part,
-    Pass,
-    Plan,
-    Replacement,
     Scaled,
-    Site,
-    Tensor,
     Term,
     Tuned,
-    clamp_slope,
     leaves,
 )
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from adaptrix_export.errors import RecipeError
 from adaptrix_export.plan.methods import DENSITY, METHODS
-
-if TYPE_CHECKING:
-    from adaptrix_export.plan import Site
+from adaptrix_export.plan.site import Site
 
 
 @dataclass(frozen=True)
@@ -86,3 +85,21 @@ class Composition:
             for name, w in document["weights"].items()
         )
         return cls(**{**document, "weights": weights})
+
+
+def check_options(wanted: Composition) -> None:
+    """Raise RecipeError for an unknown method, and for options without a meaning to it."""
+    method = METHODS.get(wanted.method)
+    if method is None:
+        raise RecipeError("compose.method", repr(wanted.method), f"one of {', '.join(METHODS)}")
+    given = {"density": wanted.density is not None, "rank": wanted.rank is not None}
+    given.update(election=wanted.election != "total", seed=wanted.seed != 0)
+    unread = [n for n, is_given in given.items() if is_given and n not in method.options]
+    if unread:
+        raise RecipeError(
+            f"compose.{unread[0]}", f"given with method {wanted.method}",
+            "one of " + ", ".join(m for m, row in METHODS.items() if unread[0] in row.options),
+            "leave it out",
+        )  # fmt: skip
+    if wanted.density is not None and not 0 < wanted.density <= 1:
+        raise RecipeError("compose.density", repr(wanted.density), "above 0 and at most 1")

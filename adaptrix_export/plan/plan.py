@@ -6,288 +6,18 @@ turns one into bytes. Shapes are written as PyTorch has them: a Linear weight is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-from numpy import dtype, ndarray
-
-if TYPE_CHECKING:
-    from adaptrix_export.arch.architecture import Architecture
-    from adaptrix_export.plan.composition import Composition
-
-
-Array = ndarray[Any, dtype[Any]]
-
-
-class Tensor(Protocol):
-    """A tensor on disk: its header now, its values when lowering asks for them.
-
-    `dtype` is a safetensors name (`F32`, `F16`, `BF16`, ...). `rows(i, j)` decodes rows i to j-1
-    of the first axis only, so that a large matrix never has to be in memory whole.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    def read(self) -> Array: ...
-    def rows(self, start: int, stop: int) -> Array: ...
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place that an adapter changes.
-
-    `Site("model.layers", 7, "self_attn.q_proj")` is a module of one layer of a stack;
-    `Site("", None, "lm_head")` is one outside any stack.
-    """
-
-    stack: str
-    layer: int | None
-    module: str
-
-    @property
-    def path(self) -> str:
-        """The module path in the model, e.g. `model.layers.7.self_attn.q_proj`."""
-        return self.module if self.layer is None else f"{self.stack}.{self.layer}.{self.module}"
-
-    @property
-    def order(self) -> tuple[str, int, str]:
-        """Sort key: by stack, then by layer as a number (10 comes after 9), then by module."""
-        return (self.stack, -1 if self.layer is None else self.layer, self.module)
-
-    def __str__(self) -> str:
-        return self.path
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The term `scale * b @ a`, shape (out, in), from a (r, in) and b (out, r)."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.a, self.b)
-
-
-@dataclass(frozen=True)
-class Dora:
-    """DoRA, https://arxiv.org/abs/2402.09353: m / |W + scale b a| * (W + scale b a) - W.
-
-    `magnitude` m is (out,); the norm is taken over the inputs of each output, of the base W alone
-    with this one adapter added.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    magnitude: Tensor
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.a, self.b, self.magnitude)
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """`scale * vector`, added to a bias: what `lora_bias` trains."""
-
-    vector: Tensor
-    scale: float
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.vector,)
-
-
-@dataclass(frozen=True)
-class Experts:
-    """`scale * b_e @ a_e` for each expert e of a parameter (experts, out, in), or of one (out, in).
-
-    What `target_parameters` trains. `a` is (experts * r, in) with the expert slowest, `b` is
-    (out, r * experts) with the expert fastest, as PEFT's ParamWrapper lays them out. Added to the
-    parameter as it is stored, whatever its module does with it. `turned`: the parameter is
-    (experts, in, out), and gains the transpose.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    experts: int
-    turned: bool = False
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0] // self.experts
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.a, self.b)
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What a layer of another PEFT tuner makes of its parameter: only the layer knows the formula.
-
-    `kind` is the adapter's `peft_type`; `tensors` are those of this one module. The layer reads
-    all of its module's parameters, so the term knows the `base` that they are in.
-    """
-
-    folder: Path  # of the adapter, whose config and tensors PEFT loads
-    kind: str
-    path: str  # of the module
-    parameter: str
-    base: Base = field(repr=False, compare=False)
-    tensors: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True)
-class Part:
-    """One adapter's share in a `Composed` term: its own terms at the parameter, and its weight."""
-
-    adapter: str
-    terms: tuple[LowRank | Dora | Scaled | Experts | Tuned, ...]
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Composed:
-    """One delta made of several adapters' deltas, each as it acts alone on the base.
-
-    `method` is a row of `plan/methods.py`, which says what the options mean to it; `name` is the
-    parameter's, of which random draws depend. Evaluated by `merge/composed.py`.
-    """
-
-    method: str
-    name: str
-    parts: tuple[Part, ...]
-    density: float | None = None
-    rank: int | None = None
-    election: str = "total"
-    seed: int = 0
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(t for part in self.parts for term in part.terms for t in term.tensors)
-
-
-Leaf = LowRank | Dora | Scaled | Experts | Tuned
-Term = Leaf | Composed
-
-
-def leaves(terms: Iterable[Term]) -> Iterator[Leaf]:
-    """The terms that read tensors: those inside a composition in its place."""
-    for term in terms:
-        if isinstance(term, Composed):
-            for part in term.parts:
-                yield from part.terms
-        else:
-            yield term
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What an adapter adds to one parameter of a site: the sum of its terms."""
-
-    site: Site
-    terms: tuple[Term, ...]
-    parameter: str = "weight"
-
-    @property
-    def name(self) -> str:
-        return f"{self.site.path}.{self.parameter}"
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """A parameter, or some rows of one, that an adapter ships whole.
-
-    `shared` values go into the base's own parameter, so tied tensors follow (saved biases,
-    resized embeddings, trained token rows); the others are a copy of the adapter's own
-    (`modules_to_save`). `rows` of None means all of them.
-    """
-
-    site: Site
-    parameter: str  # "weight" or "bias"
-    tensor: Tensor
-    shared: bool = False
-    rows: tuple[int, ...] | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.site.path}.{self.parameter}"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One adapter, read from headers only."""
-
-    name: str
-    spec: str  # as the recipe named it
-    folder: Path
-    files: tuple[Path, ...]
-    config: Mapping[str, Any]  # adapter_config.json, or what it would be in PEFT's form
-    deltas: tuple[Delta, ...]
-    replacements: tuple[Replacement, ...]
-    # What a user should know of how the files were read.
-    notes: tuple[str, ...] = ()
-    # Stock PEFT would not read the files as we do: the oracle gets a copy in PEFT's own form.
-    foreign: bool = False
-    # What the files say beside what is applied: `format`, and that format's own metadata.
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    shared: tuple[Tensor, ...] = ()  # tensors that many sites use, such as VeRA's projections
-
-    @property
-    def parameters(self) -> int:
-        """Number of trained values that the adapter ships."""
-        tensors = [t for d in self.deltas for term in d.terms for t in term.tensors]
-        tensors += self.shared
-        return sum(prod(t.shape) for t in (*tensors, *(r.tensor for r in self.replacements)))
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base model, read from headers only.
-
-    `tensors` are named as transformers names them, in file order, whatever the file format.
-    `tied` maps a tensor name to the stored tensor that it shares (`lm_head.weight` ->
-    `model.embed_tokens.weight`); the first is then usually absent from `tensors`.
-    """
-
-    spec: str
-    folder: Path
-    gguf_file: str | None  # file name inside `folder` when the base is a GGUF file
-    files: tuple[Path, ...]
-    config: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-    architecture: Architecture
-    tied: Mapping[str, str]
-    task: str = "text-generation"  # decides the live model, and with it every name
-    # Stored, but not part of the live model for this task (another head): kept as they are.
-    unseen: tuple[Tensor, ...] = ()
-    # The tensors are no longer one for one those of the files (repeated layers, dequantized).
-    rebuilt: bool = False
-    config_changes: Mapping[str, Any] = field(default_factory=dict)
-    # How the files store the weights, and as what plain files are read: see `base_weights.py`.
-    quantization: str | None = None
-    simulated: str | None = None
+from typing import Any
+
+from adaptrix_export.plan.adapter import Adapter, Adjustment, Replacement
+from adaptrix_export.plan.base import Base
+from adaptrix_export.plan.composition import Composition
+from adaptrix_export.plan.gate import Gate
+from adaptrix_export.plan.site import Site
+from adaptrix_export.plan.tensor import Tensor
+from adaptrix_export.plan.terms import Term
 
 
 @dataclass(frozen=True)
@@ -312,50 +42,6 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Adjustment:
-    """Something in an adapter that was read otherwise than it is stored, or dropped.
-
-    `kind` is "transposed", "renamed", "split", "stacked", "vocabulary" or "dropped"; `place` is
-    the module as the adapter names it.
-    """
-
-    adapter: str
-    kind: str
-    place: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.adapter}: {self.place}: {self.text}"
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What becomes of the adapters' contribution d at one site, beside the base's output y0.
-
-    With m the token's mask: "clamp" gives y0 + m min(1, tau |y0| / |d|) d, "mask" y0 + m d, and
-    "blend" y0 + weight d, which a weight can hold; the first two depend on the data.
-    """
-
-    site: Site
-    mode: str
-    tau: float | None = None
-    weight: float | None = None
-
-    @property
-    def depends_on_data(self) -> bool:
-        return self.mode != "blend"
-
-
-def clamp_slope(tau: float, width: int) -> float:
-    """What a clamp to `tau` multiplies |y0| / |d| by, for outputs of `width` numbers.
-
-    It is tau less what float32 can be off by: norms of `width` squares, by 2^-24 for each in
-    whatever order they are summed, and y0 + g d, by 2^-22 |y0|.
-    """
-    return max(0.0, tau * (1 - (width + 16) * 2.0**-24) - 2.0**-22)
-
-
-@dataclass(frozen=True)
 class Plan:
     """Base, adapters, and what the passes did, in order."""
 
@@ -372,6 +58,9 @@ class Plan:
     composition: Composition | None = None
     gates: tuple[Gate, ...] = field(default=())
     gate_stats: bool = False  # the graph tells how far its gates were open
+    # The adapters are no longer those of the files, but moved onto a few layers: an artifact keeps
+    # a copy of them, and is proved against stock PEFT on that.
+    redistributed: bool = False
 
     def after(self, step: object, **changed: Any) -> Plan:
         """This plan with fields changed by `step`, whose repr becomes the history line."""
@@ -462,34 +151,6 @@ class Plan:
         own = {d.name for a in self.adapters for d in a.deltas}
         own |= {r.name for a in self.adapters for r in a.replacements if not r.shared}
         return tuple(n for n, source in self.base.tied.items() if n in own or source in own)
-
-    def config_changes(self) -> dict[str, Any]:
-        """Keys of config.json that the merged model needs otherwise than the base."""
-        changed = dict(self.base.config_changes)
-        if self.untied():
-            changed["tie_word_embeddings"] = False
-        embedding = self.changes().get(f"{self.base.architecture.family.embedding}.weight")
-        if embedding and embedding.shape[0] != self.base.architecture.vocab_size:
-            changed["vocab_size"] = embedding.shape[0]
-        return changed | self._head_changes()
-
-    def _head_changes(self) -> dict[str, Any]:
-        """A classifier that the adapter ships: the class of the model, and a label for each row."""
-        from adaptrix_export.arch.tasks import CLASSIFIERS, LABELS, class_name
-
-        base = self.base
-        if base.task not in CLASSIFIERS:
-            return {}
-        changed: dict[str, Any] = {}
-        name = class_name(base.config, base.task)
-        if name and [name] != base.config.get("architectures"):
-            changed["architectures"] = [name]
-        heads = [c for n, c in self.changes().items() if n in LABELS]
-        labels = heads[0].shape[0] if heads else 0
-        if labels and labels != len(base.config.get("id2label") or (0, 1)):
-            changed["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
-            changed["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
-        return changed
 
 
 def _replaced(change: Change, saved: Replacement) -> Change:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from adaptrix_export.arch.tasks import FEATURES, GENERATION, SEQ2SEQ, SEQUENCES, TOKENS
-from adaptrix_export.oracle.compare import Logits, distance, rounded
+from adaptrix_export.oracle.compare import Ids, Logits, distance, rounded
 from adaptrix_export.oracle.encoded import (
     encode_left_padded,
     encode_pooled,
@@ -32,7 +32,7 @@ from adaptrix_export.oracle.translated import (
     translate_right_padded,
     translate_states,
 )
-from adaptrix_export.prove.subject import Ids, Subject
+from adaptrix_export.prove.subject import Subject
 
 
 class Asked(Translating, Protocol):

@@ -67,9 +67,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     from adaptrix_export.prove.cases import ask_all, compare, select
     from adaptrix_export.prove.dense import open_dense
     from adaptrix_export.prove.gate_cases import ask_gates, compare_gates
+    from adaptrix_export.prove.open_subject import open_subject
     from adaptrix_export.prove.replay import coarsest, replay
     from adaptrix_export.prove.stored import open_stored
-    from adaptrix_export.prove.subject import open_subject
 
     with progress.stage("reference: loading base and adapters"):
         reference = (Executed if job.composition else Reference).open(job)

@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
-from adaptrix_export.arch.tasks import FEATURES, GENERATION, SEQ2SEQ
+from adaptrix_export.arch.tasks import FEATURES, GENERATION
 from adaptrix_export.compat.cache_names import cache_argument, cache_of
 from adaptrix_export.errors import ParityError
-from adaptrix_export.oracle.compare import Logits
+from adaptrix_export.oracle.compare import Ids, Logits
 from adaptrix_export.oracle.job import Job
 from adaptrix_export.runtime.adapters import FOLDER, SUFFIX
 from adaptrix_export.runtime.graph import ADAPTER_IDS, GRAPH
 
 CONTEXT = "context."  # how the outputs begin that tell of gates
-Ids = NDArray[np.int64]
 _PAST = "past_key_values."
 
 
@@ -196,22 +194,3 @@ class TransformersSubject:
                 use_cache=True,
             )
         return cast(Logits, out.logits.float().numpy()), cache_of(out)
-
-
-def open_subject(job: Job) -> Any:
-    """The artifact of `job` in its runtime: a Subject, or of an encoder-decoder a Translating."""
-    if job.task == SEQ2SEQ:
-        from adaptrix_export.oracle.translated import LiveTranslator, OnnxTranslator
-
-        if job.target == "onnx":
-            return OnnxTranslator(job.artifact, job.threads)
-        from adaptrix_export.oracle.reference import load_model
-
-        return LiveTranslator(load_model(job.artifact, task=job.task))
-    if job.target == "onnx":
-        return OnnxSubject(job.artifact, job.threads, job.task)
-    if job.target == "peft":
-        from adaptrix_export.prove.dense import DenseSubject
-
-        return DenseSubject(job)
-    return TransformersSubject(job.artifact, job.threads, job.task)

@@ -6,33 +6,18 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from adaptrix_export.plan.composition import Weight
+from adaptrix_export.plan.composition import Composition, Weight, check_options
 from adaptrix_export.recipe.messages import one_of, refusal, shown
 
 if TYPE_CHECKING:
-    from adaptrix_export.plan import Pass
-    from adaptrix_export.progress import Progress
     from adaptrix_export.recipe.sections import ComposeSpec
 
 AUTO = "auto"  # no method: chosen by `passes/compose/choose.py`
 
 
-def compose_of(spec: ComposeSpec, names: Sequence[str], progress: Progress | None = None) -> Pass:
-    """The pass that a recipe asks for, for adapters of these names, in order.
-
-    Raises RecipeError for options that do not go together.
-    """
-    if spec.method == AUTO:
-        from adaptrix_export.passes.compose.choose import Auto
-
-        return Auto(tuple(sorted((spec.calibration or {}).items())), progress)
-    return _by_name(spec, names)
-
-
-def _by_name(spec: ComposeSpec, names: Sequence[str]) -> Pass:
-    from adaptrix_export.passes.compose.compose import Compose
-
-    return Compose(
+def composition_of(spec: ComposeSpec, names: Sequence[str]) -> Composition:
+    """The method and options of a recipe for adapters of these names, in order; not for `auto`."""
+    return Composition(
         spec.method,
         weights_of(spec.weights, names),
         spec.density,
@@ -94,4 +79,4 @@ def check_compose(spec: ComposeSpec, names: Sequence[str]) -> None:
             if name not in names:
                 raise refusal(shown(name), one_of(names), key=f"compose.{key}")
     if not auto:
-        _by_name(spec, names)
+        check_options(composition_of(spec, names))

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from adaptrix_export.errors import RecipeError
-from adaptrix_export.passes.redistribute.layers import check_layers, parse_layers
+from adaptrix_export.recipe.layers import check_layers, parse_layers
 from adaptrix_export.recipe.messages import refusal, shown
 from adaptrix_export.recipe.sections import Line, Section
 from adaptrix_export.recipe.words import Strategy
-
-if TYPE_CHECKING:
-    from adaptrix_export.passes.context import Workshop
-    from adaptrix_export.passes.redistribute.redistribute import Redistribute
 
 
 def _layers(value: object) -> object:
@@ -95,23 +91,3 @@ class Redistribution(Section):
                 "search with max_sites or max_bytes, or neither",
             )
         return self
-
-
-def redistribution(wanted: Redistribution, shop: Workshop) -> Redistribute:
-    """The pass that a recipe's `redistribute` asks for."""
-    from adaptrix_export.measure.calibration import Calibration
-    from adaptrix_export.passes.redistribute.redistribute import Redistribute
-
-    text = wanted.calibration
-    return Redistribute(
-        layers=wanted.layers,
-        strategy=wanted.strategy.value,
-        rank=wanted.rank,
-        calibration=Calibration(text.text, text.tokens, text.length, text.seed),
-        min_retained=wanted.min_retained,
-        steps=wanted.steps,
-        max_sites=wanted.max_sites,
-        max_bytes=wanted.max_bytes,
-        max_memory=wanted.max_memory,
-        workshop=shop,
-    )

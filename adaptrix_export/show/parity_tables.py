@@ -1,11 +1,11 @@
-"""A parity report for people, and for the artifact's folder."""
+"""A parity report for people, as tables."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from adaptrix_export.prove.report import shown_number
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,10 +25,10 @@ def table(report: Mapping[str, Any]) -> Table:
         shown.add_row(
             case["name"],
             str(case["positions"]),
-            f"{_number(case['max_abs'])} / {limit['max_abs']:g}",
+            f"{shown_number(case['max_abs'])} / {limit['max_abs']:g}",
             "n/a"
             if limit["mean_kl"] is None
-            else f"{_number(case['mean_kl'])} / {limit['mean_kl']:g}",
+            else f"{shown_number(case['mean_kl'])} / {limit['mean_kl']:g}",
             "n/a" if limit["top1"] is None else f"{100 * case['top1']:.2f}%",
             _verdict(case["passed"]),
         )
@@ -36,7 +36,7 @@ def table(report: Mapping[str, Any]) -> Table:
     shown.add_row(
         "weight replay",
         f"{replay['tensors']} tensors",
-        f"{_number(replay['worst']['ulps'])} ulp",
+        f"{shown_number(replay['worst']['ulps'])} ulp",
         f"{replay['changed']} changed",
         f"{replay['failed']} failed",
         _verdict(replay["passed"]),
@@ -45,7 +45,7 @@ def table(report: Mapping[str, Any]) -> Table:
         shown.add_row(
             f"{name}: factors",
             f"{adapter['slots']} slots",
-            f"{_number(adapter['worst'])} of a rounding",
+            f"{shown_number(adapter['worst'])} of a rounding",
             "n/a",
             f"{len(adapter['failures'])} failed",
             _verdict(adapter["passed"]),
@@ -64,8 +64,8 @@ def table(report: Mapping[str, Any]) -> Table:
         shown.add_row(
             f"{bases['merged_into']} base against {bases['compared_with']}",
             str(bases["positions"]),
-            _number(bases["max_abs"]),
-            _number(bases["mean_kl"]),
+            shown_number(bases["max_abs"]),
+            shown_number(bases["mean_kl"]),
             "n/a" if bases["top1"] is None else f"{100 * bases['top1']:.2f}%",
             "for information",
         )
@@ -82,7 +82,7 @@ def table(report: Mapping[str, Any]) -> Table:
 def _add_gates(shown: Table, check: Mapping[str, Any]) -> None:
     """A row for one comparison of the gates."""
     where = f"{check['tokens']}" if "tokens" in check else f"{check['count']} nodes"
-    worst = _number(check["max_abs"]) if "max_abs" in check else ""
+    worst = shown_number(check["max_abs"]) if "max_abs" in check else ""
     shown.add_row(f"gates: {check['name']}", where, worst, "", "", _verdict(check["passed"]))
 
 
@@ -106,47 +106,6 @@ def gates_table(report: Mapping[str, Any]) -> Table | None:
             f"{100 * line['clamped']:.1f}%" if "clamped" in line else "",
         )
     return shown
-
-
-def summary(report: Mapping[str, Any]) -> str:
-    """One line: the verdict, and either the largest errors or what failed."""
-    replay = report["replay"]
-    if report["passed"]:
-        worst = max((case["max_abs"] for case in report["cases"]), default=0.0)
-        return (
-            f"parity passed: {len(report['cases'])} cases within {worst:.1e}, "
-            f"{replay['tensors']} tensors within {_number(replay['worst']['ulps'])} ulp"
-        )
-    failed = [
-        f"{case['name']} (max abs {_number(case['max_abs'])})"
-        for case in report["cases"]
-        if not case["passed"]
-    ]
-    failed += [
-        f"gates: {check['name']}"
-        for check in report.get("context", {}).get("checks", ())
-        if not check["passed"]
-    ]
-    if not replay["passed"]:
-        first = replay["failures"][0]
-        sites = ", ".join(first["sites"])
-        failed.append(f"weight replay of {replay['failed']} tensors, first at {sites}")
-    failed += [
-        f"factors of {name}, first at {adapter['failures'][0]}"
-        for name, adapter in report.get("adapters", {}).items()
-        if not adapter["passed"]
-    ]
-    return "parity failed: " + "; ".join(failed)
-
-
-def save(report: Mapping[str, Any], path: Path) -> None:
-    """Writes the report as JSON: same report, same bytes."""
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.1e}"
 
 
 def _verdict(passed: bool) -> str:

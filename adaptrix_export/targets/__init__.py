@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from threadpoolctl import threadpool_limits
 
@@ -17,10 +17,20 @@ from adaptrix_export.plan import Plan, Tensor
 from adaptrix_export.progress import Progress
 from adaptrix_export.targets.artifact import Artifact
 
+if TYPE_CHECKING:
+    from adaptrix_export.graph.frontends.draw import Trial
+
 
 class Lower(Protocol):
+    """`frontend` names what draws a graph, `trial` tries it first (see `graph/frontends`)."""
+
     def __call__(
-        self, plan: Plan, stage: Path, progress: Progress, frontend: str = "auto"
+        self,
+        plan: Plan,
+        stage: Path,
+        progress: Progress,
+        frontend: str = "auto",
+        trial: Trial | None = None,
     ) -> Artifact: ...
 
 
@@ -42,26 +52,44 @@ def _lowering() -> Iterator[None]:
         yield
 
 
-def _safetensors(plan: Plan, stage: Path, progress: Progress, frontend: str = "auto") -> Artifact:
+def _safetensors(
+    plan: Plan,
+    stage: Path,
+    progress: Progress,
+    frontend: str = "auto",
+    trial: Trial | None = None,
+) -> Artifact:
     from adaptrix_export.targets.merged_safetensors import lower_merged_safetensors
 
     with _lowering():
         return lower_merged_safetensors(plan, stage, progress)
 
 
-def _onnx(plan: Plan, stage: Path, progress: Progress, frontend: str = "auto") -> Artifact:
+def _onnx(
+    plan: Plan,
+    stage: Path,
+    progress: Progress,
+    frontend: str = "auto",
+    trial: Trial | None = None,
+) -> Artifact:
     from adaptrix_export.targets.merged_onnx import lower_merged_onnx
 
     with _lowering():
-        return lower_merged_onnx(plan, stage, progress, frontend)
+        return lower_merged_onnx(plan, stage, progress, frontend, trial=trial)
 
 
 def _switchable(rows: bool) -> Lower:
-    def lower(plan: Plan, stage: Path, progress: Progress, frontend: str = "auto") -> Artifact:
+    def lower(
+        plan: Plan,
+        stage: Path,
+        progress: Progress,
+        frontend: str = "auto",
+        trial: Trial | None = None,
+    ) -> Artifact:
         from adaptrix_export.targets.switchable_onnx import lower_switchable_onnx
 
         with _lowering():
-            return lower_switchable_onnx(plan, stage, progress, frontend, rows)
+            return lower_switchable_onnx(plan, stage, progress, frontend, rows, trial=trial)
 
     return lower
 
@@ -96,7 +124,13 @@ def _gated_factors(plan: Plan) -> list[Tensor]:
     return [t for d in deltas for term in d.terms for t in term.tensors]
 
 
-def _peft(plan: Plan, stage: Path, progress: Progress, frontend: str = "auto") -> Artifact:
+def _peft(
+    plan: Plan,
+    stage: Path,
+    progress: Progress,
+    frontend: str = "auto",
+    trial: Trial | None = None,
+) -> Artifact:
     from adaptrix_export.targets.peft_folder import lower_peft_folder
 
     return lower_peft_folder(plan, stage, progress)

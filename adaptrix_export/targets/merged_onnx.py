@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from adaptrix_export.arch.config_changes import config_changes
 from adaptrix_export.arch.tasks import SEQ2SEQ
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.graph.expression import Expression, evaluate
-from adaptrix_export.graph.graph import AUTO, Graph, draw, draw_parts
+from adaptrix_export.graph.frontends.draw import AUTO, Trial, draw, draw_parts
+from adaptrix_export.graph.graph import Graph
 from adaptrix_export.graph.rewrite.facts import state_facts
 from adaptrix_export.graph.rewrite.gates import Factor, wire_gates
 from adaptrix_export.graph.rewrite.pooling import wire_pooling
@@ -31,11 +33,16 @@ INLINE = 1024  # bytes; smaller constants stay inside the graph file
 
 
 def lower_merged_onnx(
-    plan: Plan, stage: Path, progress: Progress, frontend: str = AUTO, provider: str = "cpu"
+    plan: Plan,
+    stage: Path,
+    progress: Progress,
+    frontend: str = AUTO,
+    provider: str = "cpu",
+    trial: Trial | None = None,
 ) -> Artifact:
     """Write the merged graph or graphs and their weights, float32, into `stage`."""
     merged_plan = plan.merged()  # gated sites keep the base's weights
-    graphs = _graphs(merged_plan, provider, frontend, progress)
+    graphs = _graphs(merged_plan, provider, frontend, progress, trial)
     factors: Mapping[str, Factor] = {}
     if MODEL in graphs:
         wired = wire_gates(plan, graphs[MODEL])
@@ -62,7 +69,7 @@ def lower_merged_onnx(
         hashes=hashes,
         weights=dict(sorted(w for graph in graphs.values() for w in graph.weights.items())),
         untied=plan.untied(),
-        config_changes=plan.config_changes(),
+        config_changes=config_changes(plan),
         frontend=first.frontend,
         frontend_reason=first.reason,
         gates=plan.gates,
@@ -78,10 +85,12 @@ def write_model(model: ir.Model, base: Base, path: Path) -> str:
         return out.hexdigest
 
 
-def _graphs(plan: Plan, provider: str, frontend: str, progress: Progress) -> dict[str, Graph]:
+def _graphs(
+    plan: Plan, provider: str, frontend: str, progress: Progress, trial: Trial | None
+) -> dict[str, Graph]:
     """File name -> graph. An initializer of a name means the same in all of them."""
     if plan.base.task != SEQ2SEQ:
-        return {MODEL: draw(plan, provider, frontend, progress)}
+        return {MODEL: draw(plan, provider, frontend, progress, trial)}
     graphs = draw_parts(plan, provider, frontend, progress)
     known: dict[str, Expression] = {}
     for file, graph in graphs.items():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from adaptrix_export.arch.config_changes import config_changes
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.graph.expression import Expression, tensor
 from adaptrix_export.load.base_model import INDEX, SINGLE
@@ -107,7 +108,7 @@ def lower_merged_safetensors(plan: Plan, stage: Path, progress: Progress) -> Art
             if e.seen and e.source.dtype in FLOATS
         },
         untied=plan.untied(),
-        config_changes=plan.config_changes(),
+        config_changes=config_changes(plan),
         gates=plan.gates,
     )
 

@@ -12,8 +12,8 @@ from adaptrix_export.load.adapters.peft_adapter import CONFIG, WEIGHTS
 from adaptrix_export.passes.redistribute.written import with_one_term_a_site
 from adaptrix_export.plan import Adapter, Delta, Gate, LowRank, Plan, Scaled, Site, Term, Tuned
 from adaptrix_export.progress import Progress
-from adaptrix_export.save.convert import write_peft
 from adaptrix_export.save.hashes import hash_file
+from adaptrix_export.save.peft_folder import write_peft
 from adaptrix_export.targets.artifact import Artifact
 
 

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adaptrix_export.graph.graph import AUTO, draw
+from adaptrix_export.arch.config_changes import config_changes
+from adaptrix_export.graph.frontends.draw import AUTO, Trial, draw
 from adaptrix_export.graph.rewrite.facts import state_facts
 from adaptrix_export.graph.rewrite.gated_slots import join_gated, shares
 from adaptrix_export.graph.rewrite.slots import (
@@ -55,6 +56,7 @@ def lower_switchable_onnx(
     frontend: str = AUTO,
     rows: bool = False,
     provider: str = "cpu",
+    trial: Trial | None = None,
 ) -> Artifact:
     """Write the base graph with slots for the union of all adapters' sites, and the adapters.
 
@@ -63,7 +65,7 @@ def lower_switchable_onnx(
     check_slots(plan)
     alone = base_plan(plan)
     names = [adapter.name for adapter in plan.adapters]
-    graph = draw(alone, provider, frontend, progress)
+    graph = draw(alone, provider, frontend, progress, trial)
     graphs = {MODEL: graph}
     if not rows:
         graphs[SLOTLESS] = replace(graph, model=graph.model.clone())
@@ -111,7 +113,7 @@ def lower_switchable_onnx(
         hashes=hashes,
         weights=dict(sorted(graph.weights.items())),
         untied=(),
-        config_changes=alone.config_changes(),
+        config_changes=config_changes(alone),
         frontend=graph.frontend,
         frontend_reason=graph.reason,
         gates=plan.gates,

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from adaptrix_export.cli import main
 from adaptrix_export.load import open_adapter, open_base
 from adaptrix_export.load.adapters.targets import modules, targeted
+from adaptrix_export.manage.findings import ERROR, OK, WARNING, Finding
 from adaptrix_export.manage.validate import CHECKS, validate
 from adaptrix_export.merge.norms import delta_norm, tensor_norm
-from adaptrix_export.show.findings import ERROR, OK, WARNING, Finding
 from tests.tiny import save_adapter, save_base
 
 Q = "base_model.model.model.layers.1.self_attn.q_proj"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from adaptrix_export.arch.config_changes import config_changes
 from adaptrix_export.errors import AdapterError, UnsupportedError
 from adaptrix_export.load import open_adapter, open_base
 from adaptrix_export.load.fit.invariants import verify
@@ -126,7 +127,7 @@ def test_repeated_layers_get_their_own_weights(tmp_path, bases):
     base = bases["llama", True]
     adapter = save_adapter(base, tmp_path / "a", layer_replication=[[0, 3], [1, 4]])
     plan = check(base, adapter, tmp_path)
-    assert plan.config_changes()["num_hidden_layers"] == 6
+    assert config_changes(plan)["num_hidden_layers"] == 6
     merged = live(base, adapter).merge_and_unload()
     with torch.no_grad():
         wrong = merged(IDS).logits.numpy()

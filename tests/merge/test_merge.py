@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from adaptrix_export.load import open_adapter, open_base
 from adaptrix_export.load.fit.invariants import verify
-from adaptrix_export.merge import merge
+from adaptrix_export.merge import blocks
 from adaptrix_export.merge.merge import merged, to_dtype
 from adaptrix_export.passes.compose.compose import Compose
 from adaptrix_export.plan import Plan
@@ -75,7 +75,7 @@ def plan_of(base, *adapters):
 @pytest.mark.parametrize("block", [1, 100, 1 << 19])
 def test_weights_equal_an_fp64_replay(tmp_path, monkeypatch, kind, dtype, block):
     """Against PEFT's own live layers, for every element, whatever the block size."""
-    monkeypatch.setattr(merge, "BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK", block)
     base = save_base(kind, tmp_path / "base", dtype=dtype)
     adapter = save_adapter(base, tmp_path / "a", use_rslora=True, rank_pattern={"q_proj": 2})
     changes = plan_of(base, adapter).changes()

@@ -19,8 +19,8 @@ from adaptrix_export.package import (
     read_manifest,
     write_manifest,
 )
-from adaptrix_export.package.manifest import without_machine_paths
 from adaptrix_export.save.hashes import FileHash
+from adaptrix_export.save.machine_paths import without_machine_paths
 from adaptrix_export.targets.artifact import Artifact
 from tests.artifacts import plan_of, save_base_with_tokenizer
 from tests.tiny import save_adapter

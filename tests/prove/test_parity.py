@@ -19,7 +19,7 @@ from adaptrix_export.errors import CheckerError, ParityError
 from adaptrix_export.progress import Silent
 from adaptrix_export.prove.child import run
 from adaptrix_export.prove.parity import prove
-from adaptrix_export.show.parity_tables import summary
+from adaptrix_export.prove.report import summary
 from tests.prove.bench import ALPHA, RANK, Bench, merged
 from tests.tiny import save_adapter
 

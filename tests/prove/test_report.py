@@ -19,8 +19,9 @@ from adaptrix_export.oracle.compare import distance
 from adaptrix_export.oracle.job import TOLERANCES, Job
 from adaptrix_export.oracle.prompts import CACHED, prompts
 from adaptrix_export.prove.cases import CASES, Answer, compare
+from adaptrix_export.prove.report import save, summary
 from adaptrix_export.prove.subject import TransformersSubject
-from adaptrix_export.show.parity_tables import save, summary, table
+from adaptrix_export.show.parity_tables import table
 
 FP32 = TOLERANCES["fp32"]
 

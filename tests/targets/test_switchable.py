@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 
 from adaptrix_export.errors import RecipeError, UnsupportedError
 from adaptrix_export.pipeline import build
+from adaptrix_export.prove.report import summary
 from adaptrix_export.runtime.graph import SLOTLESS
 from adaptrix_export.runtime.stamps import adapter_version
-from adaptrix_export.show.parity_tables import summary
 from adaptrix_export.targets.adapter_file import write_adapter
 from tests.artifacts import plan_of
 from tests.switchable import recipe, switchable

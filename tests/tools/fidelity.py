@@ -33,9 +33,9 @@ from adaptrix_export.measure.divergence import Divergence
 from adaptrix_export.oracle.layered import ADAPTED, STUDENT, Live, factors_of
 from adaptrix_export.oracle.layered import BASE as BARE
 from adaptrix_export.passes.redistribute.layers import choose_layers
-from adaptrix_export.passes.redistribute.moved import Terms, common_dtype, factors
+from adaptrix_export.passes.redistribute.moved import Moved, Terms, common_dtype, factors
 from adaptrix_export.passes.redistribute.redistribute import RANK_FACTOR, taken_apart
-from adaptrix_export.passes.redistribute.strategies import STRATEGIES, Moved
+from adaptrix_export.passes.redistribute.strategies import STRATEGIES
 from adaptrix_export.passes.redistribute.strategies.distill import distill
 from adaptrix_export.passes.redistribute.work import STEP_TOKENS, Work, distill_steps
 from adaptrix_export.plan import Plan

@@ -40,9 +40,9 @@ from adaptrix_export.package import write_package
 from adaptrix_export.passes.context import workshop
 from adaptrix_export.pipeline import open_plan, parity_job, passes
 from adaptrix_export.progress import Silent
+from adaptrix_export.prove.open_subject import open_subject
 from adaptrix_export.prove.replay import replay
 from adaptrix_export.prove.stored import open_stored
-from adaptrix_export.prove.subject import open_subject
 from adaptrix_export.recipe import Recipe
 from adaptrix_export.targets import LOWERINGS
 from tests.tiny import VOCAB, save_base

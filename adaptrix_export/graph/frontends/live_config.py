@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from adaptrix_export.arch.config_changes import config_changes
 from adaptrix_export.arch.tasks import SEQ2SEQ
 from adaptrix_export.plan import Plan
 
@@ -18,5 +19,5 @@ def live_config(plan: Plan) -> Any:
     config = {k: v for k, v in plan.base.config.items() if k not in ("dtype", "torch_dtype")}
     if plan.base.task != SEQ2SEQ:  # T5 scales by what its own file says of it
         config["tie_word_embeddings"] = bool(plan.base.tied)
-    config.update(plan.config_changes())
+    config.update(config_changes(plan))
     return AutoConfig.for_model(**config)

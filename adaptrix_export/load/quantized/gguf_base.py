@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adaptrix_export.errors import SourceError, UnsupportedError
+from adaptrix_export.load.base_model import make_base
 from adaptrix_export.load.files.gguf_header import GgufHeader, GgufTensor, read_gguf, stored_bytes
 from adaptrix_export.load.files.tensors import ByRows
 from adaptrix_export.plan import Array
@@ -106,8 +107,6 @@ def _row_order(rows: int, heads: int) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 def open_gguf(source: Source, file_name: str) -> Base:
     """Read the header of a GGUF base. Raises UnsupportedError for what is refused by name."""
-    from adaptrix_export.load.base_model import make_base
-
     path = source.folder / file_name
     header = read_gguf(path)
     kind = header.metadata.get("general.architecture")

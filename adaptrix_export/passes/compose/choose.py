@@ -67,9 +67,9 @@ class Auto:
                     "compose.calibration", f"no text for {min(missing)}", "one for each adapter",
                     "add one, or leave calibration out",
                 )  # fmt: skip
-            compose, choice = measured(
-                plan, candidates(plan, report), dict(self.calibration), progress
-            )
+            possible = candidates(plan, report)
+            best, choice = measured(plan, possible, dict(self.calibration), progress)
+            compose = possible[best]
         else:
             compose, why = by_rule(plan, report)
             choice = {"rule": why}

@@ -19,8 +19,9 @@ from adaptrix_export.plan import (
     Tuned,
     leaves,
 )
-from adaptrix_export.plan.composition import Composition, Weight
+from adaptrix_export.plan.composition import Composition, Weight, check_options
 from adaptrix_export.plan.methods import METHODS, PEFT_ALIASES, SUMS
+from adaptrix_export.plan.shares import shares_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,20 +37,7 @@ class Compose(Composition):
     """
 
     def __post_init__(self) -> None:
-        method = METHODS.get(self.method)
-        if method is None:
-            raise RecipeError("compose.method", repr(self.method), f"one of {', '.join(METHODS)}")
-        given = {"density": self.density is not None, "rank": self.rank is not None}
-        given.update(election=self.election != "total", seed=self.seed != 0)
-        unread = [n for n, is_given in given.items() if is_given and n not in method.options]
-        if unread:
-            raise RecipeError(
-                f"compose.{unread[0]}", f"given with method {self.method}",
-                "one of " + ", ".join(m for m, row in METHODS.items() if unread[0] in row.options),
-                "leave it out",
-            )  # fmt: skip
-        if self.density is not None and not 0 < self.density <= 1:
-            raise RecipeError("compose.density", repr(self.density), "above 0 and at most 1")
+        check_options(self)
 
     def __call__(self, plan: Plan) -> Plan:
         self._check_weights(plan)
@@ -163,15 +151,6 @@ class Compose(Composition):
                 "plain LoRA, which is all that PEFT's formulas read",
                 f"use {self.method.removeprefix('peft-').replace('-', '_')}",
             )  # fmt: skip
-
-
-def shares_of(plan: Plan) -> dict[str, list[tuple[Adapter, Delta]]]:
-    """Parameter name -> what each adapter adds to it, in the order of the adapters."""
-    found: dict[str, list[tuple[Adapter, Delta]]] = {}
-    for adapter in plan.adapters:
-        for delta in adapter.deltas:
-            found.setdefault(delta.name, []).append((adapter, delta))
-    return found
 
 
 def acting(method: str, parts: int, delta: Delta, rank: int | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,18 @@ Matrix = NDArray[np.float64]
 Factors = tuple[Matrix, Matrix]  # a (r, in) and b (out, r), the scale folded into b
 Place = tuple[int, str]  # layer, module path inside the layer
 Terms = dict[Place, tuple[LowRank, ...]]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Terms on the target layers, and what is to be told of how they came about.
+
+    `measured` is what the strategy saw, for the report; `notes` are for people.
+    """
+
+    terms: Terms
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from adaptrix_export.load.files.tensors import itemsize
 from adaptrix_export.measure.calibration import AUTO, PYDOC, Calibration, calibration_rows
 from adaptrix_export.oracle.peft_folders import oracle_folders
 from adaptrix_export.passes.context import Workshop
-from adaptrix_export.passes.redistribute.layers import SEARCH, Layers, check_layers, choose_layers
+from adaptrix_export.passes.redistribute.layers import choose_layers
 from adaptrix_export.passes.redistribute.moved import Place, Terms, common_dtype
 from adaptrix_export.passes.redistribute.written import (
     open_written,
@@ -31,10 +31,11 @@ from adaptrix_export.passes.redistribute.written import (
     write_redistributed,
 )
 from adaptrix_export.plan import Adapter, Delta, LowRank, Plan, Site
-from adaptrix_export.save.convert import write_peft
+from adaptrix_export.recipe.layers import SEARCH, Layers, check_layers
+from adaptrix_export.save.peft_folder import write_peft
 
 if TYPE_CHECKING:
-    from adaptrix_export.passes.redistribute.strategies import Moved
+    from adaptrix_export.passes.redistribute.moved import Moved
     from adaptrix_export.passes.redistribute.work import Work
 
 MEASURED = "fidelity"  # in Plan.measured
@@ -97,6 +98,7 @@ class Redistribute:
             adjustments=(),
             composition=None,  # the oracle is the redistributed adapter
             measured={**plan.measured, MEASURED: measured},
+            redistributed=True,
         )
 
     def _move(self, plan: Plan, adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
@@ -178,7 +180,8 @@ class Redistribute:
 
     def _moved(self, work: Work, adapter: Adapter) -> Moved:
         """What the strategy makes of it; nothing, where all of it is on the target layers."""
-        from adaptrix_export.passes.redistribute.strategies import STRATEGIES, Moved
+        from adaptrix_export.passes.redistribute.moved import Moved
+        from adaptrix_export.passes.redistribute.strategies import STRATEGIES
 
         if {layer for layer, _ in work.terms} <= set(work.targets):
             note = "the adapter touches the target layers only: it is left as it is"

@@ -10,10 +10,10 @@ from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.load import open_adapter
 from adaptrix_export.load.adapters.peft_form import peft_config
 from adaptrix_export.load.adapters.peft_keys import module_paths
-from adaptrix_export.package.manifest import without_machine_paths
 from adaptrix_export.passes.redistribute.moved import Place, Terms, as_term, factors
 from adaptrix_export.plan import Adapter, Base, Delta, LowRank, Site
-from adaptrix_export.save.convert import write_peft
+from adaptrix_export.save.machine_paths import without_machine_paths
+from adaptrix_export.save.peft_folder import write_peft
 
 PROVENANCE = "redistributed"  # beside what the source said, under our key of the file's metadata
 # What the source's config says of itself and not of its factors.

@@ -19,6 +19,7 @@ from typing import Any
 
 from adaptrix_export import __version__
 from adaptrix_export.errors import CheckerError
+from adaptrix_export.graph.frontends.draw import Verdict
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress
 from adaptrix_export.prove.parity import run_child
@@ -39,14 +40,6 @@ class Question:
     task: str
     provider: str
     frontend: str
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """`why` names the case that failed, or what the front end refused; empty when it passed."""
-
-    passed: bool
-    why: str = ""
 
 
 def preflight(plan: Plan, provider: str, frontend: str, progress: Progress) -> Verdict:

@@ -23,8 +23,8 @@ from adaptrix_export.oracle.reference import Reference
 from adaptrix_export.pipeline import build
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
+from adaptrix_export.prove.report import summary
 from adaptrix_export.runtime import Session
-from adaptrix_export.show.parity_tables import summary
 from adaptrix_export.targets.merged_onnx import lower_merged_onnx
 from tests.artifacts import plan_of, save_base_with_tokenizer
 from tests.switchable import recipe, switchable

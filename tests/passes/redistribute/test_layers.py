@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from adaptrix_export.errors import RecipeError
-from adaptrix_export.passes.redistribute.layers import best_layers, choose_layers, parse_layers
+from adaptrix_export.passes.redistribute.layers import best_layers, choose_layers
+from adaptrix_export.recipe.layers import parse_layers
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ from transformers import AutoConfig
 from adaptrix_export.cli import main
 from adaptrix_export.errors import CheckerError, UnsupportedError
 from adaptrix_export.graph.frontends import native
-from adaptrix_export.graph.graph import FRONTENDS, Graph, draw
+from adaptrix_export.graph.frontends.draw import FRONTENDS, Verdict, draw
+from adaptrix_export.graph.graph import Graph
 from adaptrix_export.progress import Silent
 from adaptrix_export.prove.preflight import child as preflight_child
 from adaptrix_export.prove.preflight import preflight as module
 from adaptrix_export.prove.preflight.child import answer
-from adaptrix_export.prove.preflight.preflight import Verdict, preflight
+from adaptrix_export.prove.preflight.preflight import preflight
 from adaptrix_export.prove.preflight.replica import shrunk
 from adaptrix_export.targets.artifact import Artifact
 from tests.artifacts import plan_of
@@ -101,11 +102,11 @@ def test_auto_traces_where_native_fails_and_native_refuses(plan, cache, monkeypa
 
     monkeypatch.setattr(module, "run_child", lambda *_: {"passed": False, "why": "off by 2"})
     monkeypatch.setitem(FRONTENDS, "traced", lambda *_: Graph(None, {}, "traced", ()))
-    graph = draw(plan, "cpu", "auto", Told())
+    graph = draw(plan, "cpu", "auto", Told(), preflight)
     assert graph.frontend == "traced" and graph.reason == "native: off by 2"
     assert told == ["front end traced, not native: off by 2"]
     with pytest.raises(UnsupportedError, match="model type 'llama': off by 2.*--frontend traced"):
-        draw(plan, "cpu", "native", Silent())
+        draw(plan, "cpu", "native", Silent(), preflight)
 
 
 def test_native_by_name_ends_the_command_with_two_and_the_reason(

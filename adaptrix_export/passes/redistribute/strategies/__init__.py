@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from adaptrix_export.passes.redistribute.moved import Terms
+from adaptrix_export.passes.redistribute.moved import Moved
 from adaptrix_export.passes.redistribute.strategies.fold import fold
 from adaptrix_export.passes.redistribute.strategies.select import select
 
 if TYPE_CHECKING:
     from adaptrix_export.passes.redistribute.work import Work
-
-
-@dataclass(frozen=True)
-class Moved:
-    """Terms on the target layers, and what is to be told of how they came about.
-
-    `measured` is what the strategy saw, for the report; `notes` are for people.
-    """
-
-    terms: Terms
-    measured: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 def _select(work: Work) -> Moved:

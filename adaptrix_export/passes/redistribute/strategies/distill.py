@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from adaptrix_export.arch.tasks import FEATURES
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.oracle.layered import ADAPTED, STUDENT, Live, Pair, States
-from adaptrix_export.passes.redistribute.moved import Factors, Place, Terms, as_term, factors
-from adaptrix_export.passes.redistribute.strategies import Moved
+from adaptrix_export.passes.redistribute.moved import Factors, Moved, Place, Terms, as_term, factors
 from adaptrix_export.passes.redistribute.strategies.fit import CHOSEN_BY, fit
 from adaptrix_export.passes.redistribute.work import STEP_TOKENS, Work
 

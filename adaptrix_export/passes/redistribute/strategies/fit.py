@@ -26,13 +26,13 @@ from adaptrix_export.oracle.layered import ADAPTED, STUDENT, Live, States, facto
 from adaptrix_export.oracle.writes import OUTPUT, Watch, Write, find_writes
 from adaptrix_export.passes.redistribute.moved import (
     Factors,
+    Moved,
     Place,
     Terms,
     as_term,
     beside,
     factors,
 )
-from adaptrix_export.passes.redistribute.strategies import Moved
 from adaptrix_export.passes.redistribute.strategies.select import select
 from adaptrix_export.passes.redistribute.work import BATCH_TOKENS, Work
 

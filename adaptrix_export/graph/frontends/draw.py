@@ -1,0 +1,106 @@
+"""Front ends: a plan in, an ONNX graph out whose weights are expressions, not values.
+
+A front end is a row of `FRONTENDS`. None of them is trusted: whoever draws hands in a trial, which
+compares a front end's graph of a small model of the same kind with PyTorch before it is used, and
+the parity check that follows every build decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.graph.graph import Graph
+from adaptrix_export.plan import Plan
+from adaptrix_export.progress import Progress
+
+FrontEnd = Callable[[Plan, str, Progress], Graph]
+
+
+def _native(plan: Plan, provider: str, progress: Progress) -> Graph:
+    from adaptrix_export.graph.frontends.native import native
+
+    with progress.stage("graph"):
+        return native(plan, provider)
+
+
+def _traced(plan: Plan, provider: str, progress: Progress) -> Graph:
+    from adaptrix_export.graph.frontends.traced import traced
+
+    return traced(plan, provider, progress)
+
+
+FRONTENDS: dict[str, FrontEnd] = {"native": _native, "traced": _traced}
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a front end may be used; `why` not names the case that failed, or its refusal."""
+
+    passed: bool
+    why: str = ""
+
+
+class Trial(Protocol):
+    """Tries a front end on a small replica of the plan's model, before it draws the model."""
+
+    def __call__(self, plan: Plan, provider: str, frontend: str, progress: Progress) -> Verdict: ...
+
+
+def draw(
+    plan: Plan, provider: str, frontend: str, progress: Progress, trial: Trial | None = None
+) -> Graph:
+    """The graph of `plan` for an execution provider, by the front end of that name or by `auto`.
+
+    `native` is tried by `trial` first, if there is one; where it fails, `auto` traces instead.
+    Raises UnsupportedError where the front end cannot draw it, or draws it wrongly.
+    """
+    if frontend == "traced":
+        return FRONTENDS[frontend](plan, provider, progress)
+    try:
+        if trial is not None:
+            _check_native(plan, provider, progress, trial)
+        return FRONTENDS["native"](plan, provider, progress)
+    except UnsupportedError as error:
+        if frontend != AUTO:
+            raise
+        reason = f"native: {error.found}"
+    progress.note(f"front end traced, not {reason}")
+    return replace(FRONTENDS["traced"](plan, provider, progress), reason=reason)
+
+
+def _check_native(plan: Plan, provider: str, progress: Progress, trial: Trial) -> None:
+    """Raise UnsupportedError where the native front end cannot be trusted with this plan."""
+    from adaptrix_export.graph.frontends.native import REMEDY, check_known
+
+    check_known(plan)
+    with progress.stage("trying the native front end on a small replica"):
+        verdict = trial(plan, provider, "native", progress)
+    if not verdict.passed:
+        kind = plan.base.architecture.model_type
+        raise UnsupportedError(
+            f"{plan.base.spec}: front end native, model type {kind!r}", verdict.why,
+            "what PyTorch computes", REMEDY,
+        )  # fmt: skip
+
+
+def draw_parts(plan: Plan, provider: str, frontend: str, progress: Progress) -> dict[str, Graph]:
+    """The graphs of an encoder-decoder by file name; only the traced front end draws them.
+
+    Raises UnsupportedError where another is asked for, and what that one raises.
+    """
+    if frontend not in (AUTO, "traced"):
+        raise UnsupportedError(
+            f"{plan.base.spec}: task {plan.base.task}", f"front end {frontend}", "traced",
+            "leave the front end to auto",
+        )  # fmt: skip
+    from adaptrix_export.graph.frontends.traced_parts import traced_parts
+
+    parts = traced_parts(plan, provider, progress)
+    if frontend == AUTO:
+        reason = "an encoder-decoder, which the native front end does not draw"
+        parts = {file: replace(graph, reason=reason) for file, graph in parts.items()}
+    return parts

@@ -1,0 +1,90 @@
+"""An adapter, read from headers: deltas, replacements, and what was adjusted in reading it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from adaptrix_export.plan.site import Site
+from adaptrix_export.plan.tensor import Tensor
+from adaptrix_export.plan.terms import Term
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What an adapter adds to one parameter of a site: the sum of its terms."""
+
+    site: Site
+    terms: tuple[Term, ...]
+    parameter: str = "weight"
+
+    @property
+    def name(self) -> str:
+        return f"{self.site.path}.{self.parameter}"
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A parameter, or some rows of one, that an adapter ships whole.
+
+    `shared` values go into the base's own parameter, so tied tensors follow (saved biases,
+    resized embeddings, trained token rows); the others are a copy of the adapter's own
+    (`modules_to_save`). `rows` of None means all of them.
+    """
+
+    site: Site
+    parameter: str  # "weight" or "bias"
+    tensor: Tensor
+    shared: bool = False
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.site.path}.{self.parameter}"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter, read from headers only."""
+
+    name: str
+    spec: str  # as the recipe named it
+    folder: Path
+    files: tuple[Path, ...]
+    config: Mapping[str, Any]  # adapter_config.json, or what it would be in PEFT's form
+    deltas: tuple[Delta, ...]
+    replacements: tuple[Replacement, ...]
+    # What a user should know of how the files were read.
+    notes: tuple[str, ...] = ()
+    # Stock PEFT would not read the files as we do: the oracle gets a copy in PEFT's own form.
+    foreign: bool = False
+    # What the files say beside what is applied: `format`, and that format's own metadata.
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    shared: tuple[Tensor, ...] = ()  # tensors that many sites use, such as VeRA's projections
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained values that the adapter ships."""
+        tensors = [t for d in self.deltas for term in d.terms for t in term.tensors]
+        tensors += self.shared
+        return sum(prod(t.shape) for t in (*tensors, *(r.tensor for r in self.replacements)))
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """Something in an adapter that was read otherwise than it is stored, or dropped.
+
+    `kind` is "transposed", "renamed", "split", "stacked", "vocabulary" or "dropped"; `place` is
+    the module as the adapter names it.
+    """
+
+    adapter: str
+    kind: str
+    place: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.adapter}: {self.place}: {self.text}"

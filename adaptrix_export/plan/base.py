@@ -1,0 +1,41 @@
+"""A base model, read from headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptrix_export.plan.tensor import Tensor
+
+if TYPE_CHECKING:
+    from adaptrix_export.arch.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, read from headers only.
+
+    `tensors` are named as transformers names them, in file order, whatever the file format.
+    `tied` maps a tensor name to the stored tensor that it shares (`lm_head.weight` ->
+    `model.embed_tokens.weight`); the first is then usually absent from `tensors`.
+    """
+
+    spec: str
+    folder: Path
+    gguf_file: str | None  # file name inside `folder` when the base is a GGUF file
+    files: tuple[Path, ...]
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    architecture: Architecture
+    tied: Mapping[str, str]
+    task: str = "text-generation"  # decides the live model, and with it every name
+    # Stored, but not part of the live model for this task (another head): kept as they are.
+    unseen: tuple[Tensor, ...] = ()
+    # The tensors are no longer one for one those of the files (repeated layers, dequantized).
+    rebuilt: bool = False
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
+    # How the files store the weights, and as what plain files are read: see `base_weights.py`.
+    quantization: str | None = None
+    simulated: str | None = None

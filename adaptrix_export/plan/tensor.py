@@ -1,0 +1,26 @@
+"""A tensor on disk, by reference."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from numpy import dtype, ndarray
+
+Array = ndarray[Any, dtype[Any]]
+
+
+class Tensor(Protocol):
+    """A tensor on disk: its header now, its values when lowering asks for them.
+
+    `dtype` is a safetensors name (`F32`, `F16`, `BF16`, ...). `rows(i, j)` decodes rows i to j-1
+    of the first axis only, so that a large matrix never has to be in memory whole.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def read(self) -> Array: ...
+    def rows(self, start: int, stop: int) -> Array: ...

@@ -1,0 +1,28 @@
+"""Which runtime serves an artifact while it is compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adaptrix_export.arch.tasks import SEQ2SEQ
+from adaptrix_export.oracle.job import Job
+from adaptrix_export.prove.subject import OnnxSubject, TransformersSubject
+
+
+def open_subject(job: Job) -> Any:
+    """The artifact of `job` in its runtime: a Subject, or of an encoder-decoder a Translating."""
+    if job.task == SEQ2SEQ:
+        from adaptrix_export.oracle.translated import LiveTranslator, OnnxTranslator
+
+        if job.target == "onnx":
+            return OnnxTranslator(job.artifact, job.threads)
+        from adaptrix_export.oracle.reference import load_model
+
+        return LiveTranslator(load_model(job.artifact, task=job.task))
+    if job.target == "onnx":
+        return OnnxSubject(job.artifact, job.threads, job.task)
+    if job.target == "peft":
+        from adaptrix_export.prove.dense import DenseSubject
+
+        return DenseSubject(job)
+    return TransformersSubject(job.artifact, job.threads, job.task)

@@ -1,0 +1,50 @@
+"""A parity report in one line, and as the file in the artifact's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """One line: the verdict, and either the largest errors or what failed."""
+    replay = report["replay"]
+    if report["passed"]:
+        worst = max((case["max_abs"] for case in report["cases"]), default=0.0)
+        return (
+            f"parity passed: {len(report['cases'])} cases within {worst:.1e}, "
+            f"{replay['tensors']} tensors within {shown_number(replay['worst']['ulps'])} ulp"
+        )
+    failed = [
+        f"{case['name']} (max abs {shown_number(case['max_abs'])})"
+        for case in report["cases"]
+        if not case["passed"]
+    ]
+    failed += [
+        f"gates: {check['name']}"
+        for check in report.get("context", {}).get("checks", ())
+        if not check["passed"]
+    ]
+    if not replay["passed"]:
+        first = replay["failures"][0]
+        sites = ", ".join(first["sites"])
+        failed.append(f"weight replay of {replay['failed']} tensors, first at {sites}")
+    failed += [
+        f"factors of {name}, first at {adapter['failures'][0]}"
+        for name, adapter in report.get("adapters", {}).items()
+        if not adapter["passed"]
+    ]
+    return "parity failed: " + "; ".join(failed)
+
+
+def save(report: Mapping[str, Any], path: Path) -> None:
+    """Writes the report as JSON: same report, same bytes."""
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def shown_number(value: float | None) -> str:
+    """For a table; None is what was not finite."""
+    return "not finite" if value is None else f"{value:.1e}"

@@ -1,0 +1,100 @@
+"""An adapter as a folder of the original Adaptrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.load.adapters.adaptrix_adapter import METADATA
+from adaptrix_export.load.adapters.adaptrix_adapter import OURS as ADAPTRIX_OURS
+from adaptrix_export.load.adapters.peft_form import peft_config
+from adaptrix_export.load.adapters.peft_keys import module_paths
+from adaptrix_export.plan import Adapter, Base, Delta, Dora, LowRank, Scaled, Tensor
+from adaptrix_export.save.adapter_json import only_term, write_json
+
+
+def write_adaptrix(adapter: Adapter, base: Base, folder: Path) -> None:
+    """Write `metadata.json` and a `layer_<i>.pt` for each layer; needs torch.
+
+    Each module gets its rank, alpha and scaling, so that every reader of the format finds its own.
+    Raises UnsupportedError for what the format cannot hold: anything but LoRA on modules of layers.
+    """
+    layers: dict[int, dict[str, LowRank]] = {}
+    for delta in adapter.deltas:
+        layer, term = _in_layer(adapter, base, delta)
+        layers.setdefault(layer, {})[delta.site.module] = term
+    held = ("modules_to_save", "layer_replication", "trainable_token_indices")
+    other = next((key for key in held if adapter.config.get(key)), None)
+    if adapter.replacements or other:
+        what = adapter.replacements[0].name if adapter.replacements else str(other)
+        raise _cannot_hold(adapter, what, "more than LoRA factors")
+    terms = {d.site.path: t for d in adapter.deltas for t in d.terms if isinstance(t, LowRank)}
+    usual = peft_config(base, terms)
+    original = adapter.metadata.get(METADATA)
+    kept = dict(original) if isinstance(original, dict) else {"version": "1.0"}
+    kept.setdefault("name", adapter.name)
+    metadata = {
+        **kept,
+        "target_layers": sorted(layers),
+        "target_modules": sorted({m for modules in layers.values() for m in modules}),
+        "rank": usual["r"],
+        "alpha": usual["lora_alpha"],
+        ADAPTRIX_OURS: {"adapter_config": dict(adapter.config), **_source(adapter)},
+    }
+    write_json(folder / METADATA, metadata)
+    for layer, modules in sorted(layers.items()):
+        _write_layer(folder / f"layer_{layer}.pt", modules)
+
+
+def _source(adapter: Adapter) -> dict[str, Any]:
+    """What another format said, unless it is this one's own metadata, which is kept as such."""
+    if not adapter.metadata or adapter.metadata.get("format") == "adaptrix":
+        return {}
+    return {"source": dict(adapter.metadata)}
+
+
+def _in_layer(adapter: Adapter, base: Base, delta: Delta) -> tuple[int, LowRank]:
+    term, site = only_term(adapter, delta), delta.site
+    if not isinstance(term, LowRank):
+        kind = {Dora: "DoRA", Scaled: "lora_bias"}.get(type(term), type(term).__name__)
+        raise _cannot_hold(adapter, delta.name, kind)
+    modules = module_paths(base)
+    stacks = [s for s in base.architecture.stacks if f"{s.prefix}.{site.layer}" in modules]
+    if site.layer is None or len(stacks) != 1:
+        raise _cannot_hold(adapter, delta.name, "a module outside the one stack of layers")
+    return site.layer, term
+
+
+def _cannot_hold(adapter: Adapter, place: str, found: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{adapter.name}: {place}", found, "LoRA on modules of layers",
+        "an Adaptrix folder holds nothing else; use --to peft",
+    )  # fmt: skip
+
+
+def _write_layer(path: Path, modules: Mapping[str, LowRank]) -> None:
+    import torch
+
+    saved = {
+        module: {
+            "lora_A": _torch(term.a),
+            "lora_B": _torch(term.b),
+            "rank": term.rank,
+            "alpha": term.scale * term.rank,
+            "scaling": term.scale,
+        }
+        for module, term in sorted(modules.items())
+    }
+    torch.save(saved, path)
+
+
+def _torch(tensor: Tensor) -> Any:
+    """The same bits as a torch tensor; numpy's bfloat16 goes over as integers."""
+    import torch
+
+    values = tensor.read()
+    if tensor.dtype != "BF16":
+        return torch.from_numpy(values)
+    return torch.from_numpy(values.view("int16")).view(torch.bfloat16)

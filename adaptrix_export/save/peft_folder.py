@@ -1,0 +1,94 @@
+"""An adapter as PEFT has it: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.load.adapters.peft_adapter import CONFIG, OURS, WEIGHTS
+from adaptrix_export.load.adapters.peft_form import Factors, peft_config, says
+from adaptrix_export.load.adapters.peft_keys import PREFIX
+from adaptrix_export.plan import Adapter, Base, Delta, Dora, LowRank, Plan, Scaled, Tensor, Term
+from adaptrix_export.save.adapter_json import json_line, only_term, write_json
+from adaptrix_export.save.safetensors_file import write_safetensors
+
+
+def write_peft(adapter: Adapter, base: Base, folder: Path) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`; same adapter, same bytes.
+
+    The adapter's own configuration is kept where it says what the terms say, else ranks and scales
+    are written into it. Raises UnsupportedError for a sum of several terms at one site.
+    """
+    tensors: dict[str, Tensor] = {saved.tensor.name: saved.tensor for saved in adapter.replacements}
+    factors: dict[str, Factors] = {}
+    for delta in adapter.deltas:
+        term = only_term(adapter, delta)
+        if isinstance(term, (LowRank, Dora)):
+            factors[delta.site.path] = term
+        for ending, tensor in _parts(base, delta, term).items():
+            tensors[f"{PREFIX}{delta.site.path}.{ending}"] = tensor
+    strange = next((name for name in sorted(tensors) if not name.startswith(PREFIX)), None)
+    if strange is not None:
+        raise UnsupportedError(
+            f"{adapter.name}: {strange}", "a replacement without a name in PEFT", "one of PEFT's"
+        )
+    config = dict(adapter.config)
+    if not says(adapter.name, config, factors):
+        config.update(peft_config(base, factors))
+    write_json(folder / CONFIG, config)
+    noted = {OURS: json_line(adapter.metadata)} if adapter.metadata else {}
+    write_safetensors(folder / WEIGHTS, tensors, {**noted, "format": "pt"})
+
+
+def _parts(base: Base, delta: Delta, term: Term) -> dict[str, Tensor]:
+    """How PEFT's key ends -> tensor."""
+    if isinstance(term, Scaled):
+        return {"lora_B.bias": term.vector}
+    if not isinstance(term, (LowRank, Dora)):
+        raise UnsupportedError(delta.name, f"a {type(term).__name__} term", "LoRA")
+    if base.architecture.is_transposed(delta.site) and delta.site.layer is None:
+        parts: dict[str, Tensor] = {"lora_embedding_A": term.a, "lora_embedding_B": term.b}
+    else:
+        parts = {"lora_A.weight": term.a, "lora_B.weight": term.b}
+    if isinstance(term, Dora):
+        parts["lora_magnitude_vector"] = term.magnitude
+    return parts
+
+
+@dataclass(frozen=True)
+class PeftFolders:
+    """(name, folder) of each adapter for stock PEFT, and the names of those that were converted."""
+
+    adapters: tuple[tuple[str, Path], ...]
+    converted: tuple[str, ...]
+
+    def told(self, report: dict[str, Any]) -> dict[str, Any]:
+        """The report with an oracle that says which adapters it did not read from their own files.
+
+        A fault of our reader is a fault of the copy, too: whoever reads the report must know.
+        """
+        if not self.converted:
+            return report
+        names = ", ".join(self.converted)
+        return {**report, "oracle": f"{report['oracle']} (adapter converted to PEFT form: {names})"}
+
+
+@contextmanager
+def peft_folders(plan: Plan) -> Iterator[PeftFolders]:
+    """The adapters of `plan` as folders that stock PEFT reads: their own, or copies for now."""
+    converted = tuple(a.name for a in plan.adapters if a.foreign)
+    with tempfile.TemporaryDirectory(prefix="adaptrix-peft-") as scratch:
+        pairs = []
+        for i, adapter in enumerate(plan.adapters):
+            folder = adapter.folder
+            if adapter.foreign:
+                folder = Path(scratch, f"{i}")
+                folder.mkdir()
+                write_peft(adapter, plan.base, folder)
+            pairs.append((adapter.name, folder))
+        yield PeftFolders(tuple(pairs), converted)
