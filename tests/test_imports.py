@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "adaptrix_export"
 # The order of compilation. A module or folder may import what is named before it.
 ORDER = (
-    "errors progress compat runtime plan arch recipe load merge save graph precision oracle measure "
-    "passes targets package prove manage show pipeline commands cli"
+    "errors progress compat runtime plan arch recipe load merge save graph precision oracle "
+    "measure passes targets package prove manage show pipeline commands cli"
 ).split()
 LOOSE = {"__init__", "__main__", "cli", "pipeline", "errors", "progress"}
 

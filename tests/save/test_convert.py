@@ -19,11 +19,11 @@ import adaptrix_export.load.adapters.mlx_adapter as mlx_adapter
 from adaptrix_export.cli import main
 from adaptrix_export.errors import MachineError, UnsupportedError
 from adaptrix_export.load import Reading, open_adapter, open_base
+from adaptrix_export.manage import convert as converting
 from adaptrix_export.manage.convert import convert
 from adaptrix_export.manage.verify_artifact import verify_artifact
 from adaptrix_export.pipeline import build
 from adaptrix_export.recipe import Recipe
-from adaptrix_export.save import convert as converting
 from adaptrix_export.save.adaptrix_folder import write_adaptrix
 from adaptrix_export.save.peft_folder import write_peft
 from tests.load.adapters.foreign import as_adaptrix, as_gguf, as_mlx
