@@ -222,6 +222,7 @@ def parity_job(
         composition=composition.as_dict() if composition else None,
         gates=gate_specs(artifact.gates),
         gate_stats=artifact.gate_stats,
+        drawn=original.base.skeleton is not None,
     )
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from adaptrix_export.arch.families import Family, family_of
+from adaptrix_export.arch.families import LIVE, Family, family_of
 from adaptrix_export.arch.tasks import FEATURES, GENERATION
 from adaptrix_export.errors import SourceError
 from adaptrix_export.plan import Site
+
+if TYPE_CHECKING:
+    from adaptrix_export.arch.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Architecture:
 
     def is_transposed(self, site: Site) -> bool:
         """Whether the base stores this site's weight as (in, out): Conv1D, and embeddings."""
-        return self.is_embedding(site) or (self.family.conv1d and site.layer is not None)
+        conv1d = self.family.conv1d and site.layer is not None
+        return conv1d or self.is_embedding(site) or site.path in self.family.turned
 
     def is_embedding(self, site: Site) -> bool:
         """Whether the site is a table of rows that are looked up, not multiplied with."""
@@ -70,9 +74,14 @@ def split_path(path: str) -> tuple[str, int | None, str]:
 
 
 def detect(
-    config: Mapping[str, Any], names: Iterable[str], place: str, task: str = GENERATION
+    config: Mapping[str, Any],
+    names: Iterable[str],
+    place: str,
+    task: str = GENERATION,
+    skeleton: Skeleton | None = None,
 ) -> Architecture:
-    """The architecture of a checkpoint from its config.json and its tensor names.
+    """The architecture of a checkpoint from its config.json and its tensor names, or from the
+    skeleton of its live model, where it has one.
 
     Raises SourceError when the config lacks a model type or a size that everything needs.
     """
@@ -81,8 +90,10 @@ def detect(
         raise SourceError(
             f"{place}: config.json", "no model_type", "one", "is this a transformers checkpoint?"
         )
-    text = config.get("text_config") or config
     stacks = _stacks(names)
+    if skeleton is not None:
+        return _of_skeleton(model_type, stacks, skeleton)
+    text = config.get("text_config") or config
     sizes = _sizes(model_type, text)
     for key in ("hidden_size", "num_attention_heads", "vocab_size"):
         if not isinstance(sizes.get(key), int):
@@ -100,6 +111,35 @@ def detect(
         max_positions=sizes.get("max_position_embeddings"),
         _prefixes=frozenset(s.prefix for s in stacks),
     )
+
+
+def _of_skeleton(model_type: str, stacks: tuple[Stack, ...], skeleton: Skeleton) -> Architecture:
+    """Sizes that a model does not have are 0: no token, no head."""
+    sizes = _spelled(skeleton.text)
+    heads = _number(sizes["num_attention_heads"])
+    family = Family(
+        prefix=skeleton.prefix,
+        embedding=skeleton.embedding,
+        head=skeleton.head,
+        shape=LIVE,
+        embeddings=skeleton.embeddings,
+        turned=skeleton.turned,
+    )
+    return Architecture(
+        model_type=model_type,
+        family=family,
+        stacks=stacks,
+        hidden_size=_number(sizes["hidden_size"]),
+        attention_heads=heads,
+        key_value_heads=_number(sizes["num_key_value_heads"]) or heads,
+        vocab_size=_number(sizes["vocab_size"]),
+        max_positions=_number(sizes["max_position_embeddings"]) or None,
+        _prefixes=frozenset(s.prefix for s in stacks),
+    )
+
+
+def _number(value: Any) -> int:
+    return value if type(value) is int else 0
 
 
 def _stacks(names: Iterable[str]) -> tuple[Stack, ...]:
@@ -132,10 +172,7 @@ _SPELLINGS = {
 def _sizes(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
     from optimum.utils import NormalizedConfigManager
 
-    sizes = {
-        key: next((config[s] for s in spellings if config.get(s) is not None), None)
-        for key, spellings in _SPELLINGS.items()
-    }
+    sizes = _spelled(config)
     try:
         known = NormalizedConfigManager.get_normalized_config_class(model_type)(_Attributes(config))
     except KeyError:
@@ -146,6 +183,13 @@ def _sizes(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
         except (AttributeError, NotImplementedError):
             continue  # this type's row in optimum does not name the size: keep the config's own
     return sizes
+
+
+def _spelled(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: next((config[s] for s in spellings if config.get(s) is not None), None)
+        for key, spellings in _SPELLINGS.items()
+    }
 
 
 class _Attributes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from adaptrix_export.arch.tasks import CLASSIFIERS, LABELS, class_name
+from adaptrix_export.arch.tasks import LABELS, TASKS, class_name
 from adaptrix_export.plan import Plan
 
 
@@ -22,7 +22,7 @@ def config_changes(plan: Plan) -> dict[str, Any]:
 def _head_changes(plan: Plan) -> dict[str, Any]:
     """A classifier that the adapter ships: the class of the model, and a label for each row."""
     base = plan.base
-    if base.task not in CLASSIFIERS:
+    if not TASKS[base.task].labels:
         return {}
     changed: dict[str, Any] = {}
     name = class_name(base.config, base.task)

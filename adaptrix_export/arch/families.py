@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, replace
 
 DECODER, ENCODER, ENCODER_DECODER = "decoder", "encoder", "encoder-decoder"
+LIVE = "live"  # no row: read off the class itself
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Family:
     width) and adapted transposed; `conv1d` says that the stack's weights are stored (in, out);
     `tied` is what the config class assumes when config.json does not say. `aliases` are modules
     that always share the embedding's weight. `renames` are (pattern, name in the live model) for
-    what the files call otherwise.
+    what the files call otherwise. `turned` are modules stored (in, out), by name.
     """
 
     prefix: str = "model"
@@ -32,6 +33,7 @@ class Family:
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     aliases: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    turned: tuple[str, ...] = ()
 
     def bare(self) -> Family:
         """The same names in the model without a head, which leaves the prefix out."""

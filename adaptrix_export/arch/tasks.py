@@ -8,46 +8,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from adaptrix_export.arch.families import DECODER, ENCODER, ENCODER_DECODER, family_of
+from adaptrix_export.arch.families import (
+    DECODER,
+    ENCODER,
+    ENCODER_DECODER,
+    FAMILIES,
+    family_of,
+)
+from adaptrix_export.arch.task_table import (
+    AS_SAVED,
+    CLASSIFIERS,
+    FEATURES,
+    GENERATION,
+    LABELS,
+    MASKED,
+    SEQ2SEQ,
+    SEQUENCES,
+    TASKS,
+    TOKENS,
+    TaskKind,
+)
 from adaptrix_export.errors import AdapterError, UnsupportedError
 
-GENERATION, FEATURES = "text-generation", "feature-extraction"
-SEQUENCES, TOKENS = "text-classification", "token-classification"
-SEQ2SEQ = "text2text-generation"
-
-
-@dataclass(frozen=True)
-class TaskKind:
-    """One task. `auto` loads the live model, `suffix` ends its class name, `heads` are the modules
-    that it has beside the body, `peft` is the `task_type` of adapters trained for it."""
-
-    auto: str
-    suffix: str
-    heads: tuple[str, ...]
-    peft: str
-
-
-TASKS: dict[str, TaskKind] = {
-    GENERATION: TaskKind("AutoModelForCausalLM", "ForCausalLM", ("lm_head",), "CAUSAL_LM"),
-    FEATURES: TaskKind("AutoModel", "Model", (), "FEATURE_EXTRACTION"),
-    SEQUENCES: TaskKind(
-        "AutoModelForSequenceClassification", "ForSequenceClassification",
-        ("classifier", "score", "pre_classifier", "head", "pooler", "dense"), "SEQ_CLS",
-    ),
-    TOKENS: TaskKind(
-        "AutoModelForTokenClassification", "ForTokenClassification",
-        ("classifier", "score", "head"), "TOKEN_CLS",
-    ),
-    SEQ2SEQ: TaskKind(
-        "AutoModelForSeq2SeqLM", "ForConditionalGeneration", ("lm_head",), "SEQ_2_SEQ_LM"
-    ),
-}  # fmt: skip
-CLASSIFIERS = (SEQUENCES, TOKENS)
-# What makes the labels: a row for each.
-LABELS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 # What a type classifies through, beside the head that PEFT saves of itself.
 POOLERS = {
     ("bert", SEQUENCES): "bert.pooler.dense",
@@ -67,6 +51,20 @@ TASKS_OF = {
     ENCODER: (FEATURES, SEQUENCES, TOKENS),
     ENCODER_DECODER: (SEQ2SEQ,),
 }
+__all__ = [
+    "CLASSIFIERS",
+    "FEATURES",
+    "GENERATION",
+    "LABELS",
+    "SEQ2SEQ",
+    "SEQUENCES",
+    "TASKS",
+    "TOKENS",
+    "TaskKind",
+    "choose_task",
+    "class_name",
+    "has_row",
+]
 _CLASS = re.compile(r"^(.*?)(For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$")
 
 
@@ -74,10 +72,10 @@ def choose_task(asked: str, base: Mapping[str, Any], adapters: Iterable[Mapping[
     """The task: as the recipe says, else as the adapters were trained, else as the base is saved.
 
     `base` is its config.json, `adapters` are their adapter_config.json. Raises UnsupportedError
-    for a task that nothing here can run, AdapterError for adapters trained for different ones.
+    for a task that the base has no class for, AdapterError for adapters trained for different ones.
     """
     kind = str(base.get("model_type"))
-    wanted = {task for config in adapters if (task := _trained_for(config, kind))}
+    wanted = {task for config in adapters if (task := _trained_for(config, base))}
     if len(wanted) > 1 and asked == "auto":
         raise AdapterError(
             "adapters", f"trained for {' and '.join(sorted(wanted))}", "one task",
@@ -87,49 +85,144 @@ def choose_task(asked: str, base: Mapping[str, Any], adapters: Iterable[Mapping[
         task = asked
     else:
         task = wanted.pop() if wanted else _saved_as(base, kind)
-    shape = family_of(kind).shape
-    if task not in TASKS_OF[shape]:
+    if not (has_row(base, task) or _has_class(base, task)):
+        shape = family_of(kind).shape if _is_usual(base) else "model of transformers"
         raise UnsupportedError(
-            f"task {task}", f"a base of type {kind}, an {shape}".replace("an d", "a d"),
-            " or ".join(TASKS_OF[shape]), "name the task",
+            f"task {task}", f"a base of type {kind}, an {shape}".replace("an d", "a d").replace(
+                "an m", "a m"),
+            " or ".join(_possible(base)), "name the task",
         )  # fmt: skip
     return task
 
 
-def _trained_for(config: Mapping[str, Any], kind: str) -> str | None:
-    """By `task_type`, else by the class that PEFT noted when it was given none."""
+def has_row(config: Mapping[str, Any], task: str) -> bool:
+    """Whether the names of this model and task stand in `families.py`: else they are read off the
+    class itself (`arch/skeleton.py`)."""
+    kind = str(config.get("model_type"))
+    return _is_usual(config) and task in TASKS_OF[family_of(kind).shape]
+
+
+def _is_usual(config: Mapping[str, Any]) -> bool:
+    """Whether a type has a row, or is a decoder with the usual names: one stack of layers, text in
+    and text out."""
+    kind = str(config.get("model_type"))
+    if kind in FAMILIES:
+        return True
+    parts = [v for k, v in config.items() if k.endswith("_config") and isinstance(v, Mapping)]
+    if config.get("is_encoder_decoder") or any("model_type" in part for part in parts):
+        return False
+    name = str((config.get("architectures") or [""])[0])
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return True
+    if not name.endswith(("Model", TASKS[SEQUENCES].suffix, TASKS[TOKENS].suffix)) and name:
+        return False
+    return _is_decoder(kind)
+
+
+def _is_decoder(kind: str) -> bool:
+    """Whether all that transformers does with a type is to generate from text, or what a decoder
+    does beside."""
+    from adaptrix_export.arch.classes import class_names
+
+    other = (MASKED, SEQ2SEQ, "automatic-speech-recognition", "image-text-to-text")
+    return bool(class_names(kind, GENERATION)) and not any(class_names(kind, t) for t in other)
+
+
+def _has_class(config: Mapping[str, Any], task: str) -> bool:
+    """Whether transformers has a class for it; one that it does not know has its own error."""
+    from adaptrix_export.arch.classes import live_class_name, tasks_of
+
+    kind = str(config.get("model_type"))
+    if task == GENERATION and family_of(kind).shape == ENCODER:
+        return False  # a BertLMHeadModel reads what it is to predict
+    return live_class_name(config, task) is not None or not tasks_of(kind)
+
+
+def _possible(config: Mapping[str, Any]) -> tuple[str, ...]:
+    from adaptrix_export.arch.classes import tasks_of
+
+    kind = str(config.get("model_type"))
+    rows = TASKS_OF[family_of(kind).shape] if _is_usual(config) else ()
+    return (*rows, *(task for task in tasks_of(kind) if task not in rows))
+
+
+def _trained_for(config: Mapping[str, Any], base: Mapping[str, Any]) -> str | None:
+    """By `task_type`, else by the class that PEFT noted when it was given none.
+
+    People write CAUSAL_LM and SEQ_2_SEQ_LM for all that generates, a speech or a vision-language
+    model too: where the base has a class that generates otherwise, that is meant.
+    """
     named = config.get("task_type")
     if named:
         task = next((name for name, row in TASKS.items() if row.peft == named), None)
         if task is None:
             raise UnsupportedError(
                 "adapter_config.json: task_type", str(named),
-                ", ".join(row.peft for row in TASKS.values()),
-                "other tasks cannot be built yet; name the task if it is one of these",
+                ", ".join(row.peft for row in TASKS.values() if row.peft),
+                "correct it there, or take it out and name the task",
             )  # fmt: skip
-        return task
+        return task if _is_usual(base) else _meant(task, base)
     wrapped = (config.get("auto_mapping") or {}).get("base_model_class")
-    return _task_of_class(str(wrapped), kind) if wrapped else None
+    return _task_of_class(str(wrapped), base) if wrapped else None
+
+
+def _meant(task: str, base: Mapping[str, Any]) -> str:
+    """The task of this base that PEFT's word for another one stands for."""
+    from adaptrix_export.arch.classes import tasks_of
+
+    kind = str(base.get("model_type"))
+    saved, possible = _saved_as(base, kind), tasks_of(kind)
+    for word in ("generates", "labels"):
+        if getattr(TASKS[task], word):
+            if getattr(TASKS[saved], word):
+                return saved
+            other = next((t for t in possible if getattr(TASKS[t], word)), task)
+            return task if task in possible else other
+    return task
 
 
 def _saved_as(config: Mapping[str, Any], kind: str) -> str:
     names = config.get("architectures") or []
-    found = _task_of_class(str(names[0]), kind) if names else None
-    possible = TASKS_OF[family_of(kind).shape]
-    return found if found in possible else possible[0]
+    found = _task_of_class(str(names[0]), config) if names else None
+    if _is_usual(config):
+        possible = TASKS_OF[family_of(kind).shape]
+        if found == AS_SAVED and family_of(kind).shape == ENCODER_DECODER:
+            return AS_SAVED  # half of one: T5EncoderModel
+        return found if found in possible else possible[0]
+    from adaptrix_export.arch.classes import tasks_of
+
+    return found or next(iter(tasks_of(kind)[-1:]), FEATURES)
 
 
-def _task_of_class(name: str, kind: str) -> str | None:
+def _task_of_class(name: str, base: Mapping[str, Any]) -> str | None:
+    """The task of a class, if it is one of this base's type.
+
+    An adapter of a model around this one, a vision-language model say, says nothing of its task.
+    """
+    kind = str(base.get("model_type"))
+    own = AS_SAVED if [name] == list(base.get("architectures") or ())[:1] else None
+    if not _is_usual(base):
+        from adaptrix_export.arch.classes import task_of
+
+        return task_of(kind, name) or own
+    shape = family_of(kind).shape
     for task in (*CLASSIFIERS, GENERATION, SEQ2SEQ):
-        if name.endswith(TASKS[task].suffix):
+        if name.endswith(TASKS[task].suffix) and task in TASKS_OF[shape]:
             return task
-    if family_of(kind).shape == ENCODER and name.endswith("Model"):
+    if shape == ENCODER and name.endswith("Model"):
         return FEATURES
-    return None
+    from adaptrix_export.arch.classes import task_of
+
+    found = task_of(kind, name) or own
+    return None if found in (GENERATION, FEATURES) else found
 
 
 def class_name(config: Mapping[str, Any], task: str) -> str | None:
     """`architectures` of the same model for another task: LlamaForCausalLM -> LlamaFor...."""
+    if not has_row(config, task):
+        from adaptrix_export.arch.classes import live_class_name
+
+        return live_class_name(config, task)
     names = config.get("architectures") or []
     stem = _CLASS.match(str(names[0])) if names else None
     return f"{stem[1]}{TASKS[task].suffix}" if stem else None

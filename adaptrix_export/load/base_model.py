@@ -18,6 +18,7 @@ from adaptrix_export.arch.tasks import (
     TASKS,
     TOKENS,
     choose_task,
+    has_row,
 )
 from adaptrix_export.errors import SourceError, UnsupportedError
 from adaptrix_export.load.adapters.adapter_config import adapter_config
@@ -44,6 +45,8 @@ def open_checkpoint(source: Source, task: str = "auto", adapters: Iterable[str] 
     trained = [adapter_config(spec) for spec in adapters]
     task = choose_task(task, config, trained)
     _check_known_layout(source, config)
+    if not has_row(config, task):
+        return _open_live(source, config, task)
     family = family_of(config.get("model_type"))
     files = weight_files(source)
     stored = [tensor for path in files for tensor in read_safetensors(path).tensors]
@@ -64,6 +67,37 @@ def open_checkpoint(source: Source, task: str = "auto", adapters: Iterable[str] 
     tensors = stack_experts(tensors, str(config.get("model_type")), source.spec)
     base = make_base(source, files, config, tensors, task)
     return replace(base, unseen=unseen, rebuilt=quantization is not None, quantization=quantization)
+
+
+def _open_live(source: Source, config: Mapping[str, Any], task: str) -> Base:
+    """A base whose names are read off the class of transformers that runs it."""
+    from adaptrix_export.arch.skeleton import skeleton_of
+    from adaptrix_export.load.live_base import named_by_class, tied_by_class
+
+    skeleton = skeleton_of(source.spec, source.folder, config, task)
+    if config.get("quantization_config"):
+        raise UnsupportedError(
+            f"{source.spec}: config.json", f"a quantized {skeleton.class_name}", "plain weights",
+            "name the unquantized model as the base",
+        )  # fmt: skip
+    files = weight_files(source)
+    stored = [tensor for path in files for tensor in read_safetensors(path).tensors]
+    _check_index(source, stored)
+    named = named_by_class(source.spec, stored, skeleton)
+    return Base(
+        spec=source.spec,
+        folder=source.folder,
+        gguf_file=None,
+        files=files,
+        config=config,
+        tensors=named.tensors,
+        architecture=detect(config, named.tensors, source.spec, task, skeleton),
+        tied=tied_by_class(skeleton, named.tensors),
+        task=task,
+        unseen=named.unseen,
+        skeleton=skeleton,
+        lacking=named.lacking,
+    )
 
 
 def make_base(

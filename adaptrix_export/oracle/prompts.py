@@ -49,6 +49,11 @@ class Prompts:
     pooling: str | None = None
 
 
+def drawn_prompts() -> Prompts:
+    """No text: the inputs are drawn by what the model takes (`oracle/drawn.py`)."""
+    return Prompts("inputs drawn from a seed", (), (), 0, (), 0)
+
+
 def prompts(job: Job, vocabulary: int, positions: int | None, pad: int | None = None) -> Prompts:
     """Prompts for a model with `vocabulary` tokens and at most `positions` of them in a sequence.
 

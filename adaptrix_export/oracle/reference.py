@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from adaptrix_export.arch.tasks import CLASSIFIERS, FEATURES, GENERATION, LABELS, TASKS
+from adaptrix_export.arch.classes import live_class
+from adaptrix_export.arch.tasks import FEATURES, GENERATION, LABELS, TASKS, has_row
 from adaptrix_export.compat.cache_names import cache_argument, cache_of
 from adaptrix_export.errors import ParityError
+from adaptrix_export.load.files.tensors import read_json
 from adaptrix_export.oracle.compare import Ids, Logits
 from adaptrix_export.oracle.dequantize import (
     dequantized_state,
@@ -29,6 +31,7 @@ from adaptrix_export.oracle.dequantize import (
     simulate,
     stored_dtype,
 )
+from adaptrix_export.oracle.drawn import asked_forward, asked_images
 from adaptrix_export.oracle.encoded import pooled
 from adaptrix_export.oracle.gated import LiveGates, Statistics
 from adaptrix_export.oracle.job import GateSpec, Job
@@ -65,7 +68,8 @@ class Reference:
     @property
     def vocabulary(self) -> int:
         """Tokens that the model knows: rows of its input embedding."""
-        return int(self._plain.get_input_embeddings().weight.shape[0])
+        ends = _ends(self._plain)
+        return int(ends[0].weight.shape[0]) if ends and hasattr(ends[0], "weight") else 0
 
     @property
     def positions(self) -> int | None:
@@ -98,6 +102,18 @@ class Reference:
     def pool(self, ids: Ids, mask: Ids, types: Ids, kind: str) -> Logits:
         """One vector a row, of the hidden states that `encode` gives: (batch, 1, width)."""
         return pooled(self.encode(ids, mask, types), mask, kind)
+
+    def forward(self) -> Logits:
+        """One pass over drawn inputs; see `oracle/drawn.py`."""
+        return asked_forward(self._model, self._plain)
+
+    def images(self) -> Logits:
+        """The vision tower alone."""
+        return asked_images(self._plain)
+
+    @property
+    def has_images(self) -> bool:
+        return hasattr(self._plain, "get_image_features") and self._plain.can_generate()
 
     def states(self, ids: Ids, mask: Ids) -> Logits:
         """An encoder-decoder's encoder; see `translated.py`."""
@@ -254,13 +270,21 @@ def resize_vocabulary(model: Any, shipped: Mapping[str, tuple[int, ...]]) -> Non
 
     The new rows are then overwritten by the adapter's; `_check_arrival` sees to that.
     """
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = _ends(model)
     homes = {name: m for name, m in model.named_modules() if any(m is end for end in ends if end)}
     for name, module in homes.items():
         shape = shipped.get(f"{name}.weight")
         if shape is not None and shape[0] != module.weight.shape[0]:
             model.resize_token_embeddings(shape[0], mean_resizing=False)
             return
+
+
+def _ends(model: Any) -> tuple[Any, ...]:
+    """Embedding and head; nothing of a model that reads no tokens."""
+    try:
+        return (model.get_input_embeddings(), model.get_output_embeddings())
+    except (NotImplementedError, AttributeError):
+        return ()
 
 
 def load_model(
@@ -279,9 +303,9 @@ def load_model(
     """
     options: dict[str, Any] = {}
     heads = [shipped[n] for n in LABELS if n in shipped]
-    if task in CLASSIFIERS and heads:
+    if TASKS[task].labels and heads:
         options["num_labels"] = heads[0][0]
-    auto: Any = getattr(transformers, TASKS[task].auto)
+    auto: Any = model_class(folder, gguf_file, task)
     place: Path | None = folder
     settings = None if gguf_file else quantization_of(folder)
     if settings:
@@ -315,6 +339,16 @@ def load_model(
     if simulated:
         simulate(model, simulated, stored_dtype(folder))
     return model.eval()
+
+
+def model_class(folder: Path, gguf_file: str | None, task: str) -> Any:
+    """The class that loads a checkpoint for a task: the auto class, or the one that the names were
+    read off (`arch/skeleton.py`)."""
+    if gguf_file is None:
+        config = read_json(folder / "config.json")
+        if not has_row(config, task):
+            return live_class(folder.name, config, task)
+    return getattr(transformers, TASKS[task].auto)
 
 
 def _is_expected(key: str, task: str, shipped: Mapping[str, tuple[int, ...]]) -> bool:

@@ -11,6 +11,7 @@ from adaptrix_export.plan.tensor import Tensor
 
 if TYPE_CHECKING:
     from adaptrix_export.arch.architecture import Architecture
+    from adaptrix_export.arch.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Base:
     # The tensors are no longer one for one those of the files (repeated layers, dequantized).
     rebuilt: bool = False
     config_changes: Mapping[str, Any] = field(default_factory=dict)
+    # Read off the class itself (`arch/skeleton.py`): a type or a task without a row of names.
+    skeleton: Skeleton | None = field(default=None, repr=False, compare=False)
+    lacking: tuple[str, ...] = ()  # parameters of the live model that no file has
     # How the files store the weights, and as what plain files are read: see `base_weights.py`.
     quantization: str | None = None
     simulated: str | None = None

@@ -40,6 +40,8 @@ class Asked(Translating, Protocol):
 
     def translated(self, ids: Ids, steps: int) -> tuple[list[int], Logits]: ...
 
+    def forward(self) -> Logits: ...
+    def images(self) -> Logits: ...
     def prefill(self, ids: list[int]) -> Logits: ...
     def greedy(self, ids: list[int], steps: int) -> tuple[list[int], Logits]: ...
     def encode(self, ids: Ids, mask: Ids, types: Ids) -> Logits: ...
@@ -158,6 +160,9 @@ _TRANSLATED = (
     _encoded("left-padded batch", translate_left_padded, True),
     _encoded("right-padded batch", translate_right_padded, True),
 )
+# Types and tasks without cases of their own: inputs drawn from a seed.
+_DRAWN = (_encoded("forward", lambda model, prompts: cast(Logits, model.forward()), False),)
+_IMAGES = _encoded("image features", lambda model, prompts: cast(Logits, model.images()), False)
 _POOLED = _encoded("sentence embedding", encode_pooled, False)
 TASK_CASES: dict[str, tuple[Case, ...]] = {
     GENERATION: CASES,
@@ -187,6 +192,11 @@ def select(
         for case in (*cases, *((_POOLED,) if pooling else ()))
         if not (case.onnx_only and target != "onnx") and not (case.full_only and level != "full")
     )
+
+
+def drawn_cases(images: bool) -> tuple[Case, ...]:
+    """The cases of a model whose names were read off its class; with those of its vision tower."""
+    return (*_DRAWN, *((_IMAGES,) if images else ()))
 
 
 def ask_all(cases: Iterable[Case], reference: Asked, prompts: Prompts) -> dict[Ask, Answer]:

@@ -61,10 +61,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         told = {"target": job.target, "level": job.level, "task": job.task}
         return {**report, **told, "versions": _versions(job.target)}
     from adaptrix_export.oracle.executed import Executed
-    from adaptrix_export.oracle.prompts import prompts
+    from adaptrix_export.oracle.prompts import drawn_prompts, prompts
     from adaptrix_export.oracle.reference import Reference
     from adaptrix_export.prove.bases import compare_bases
-    from adaptrix_export.prove.cases import ask_all, compare, select
+    from adaptrix_export.prove.cases import ask_all, compare, drawn_cases, select
     from adaptrix_export.prove.dense import open_dense
     from adaptrix_export.prove.gate_cases import ask_gates, compare_gates
     from adaptrix_export.prove.open_subject import open_subject
@@ -73,10 +73,14 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
 
     with progress.stage("reference: loading base and adapters"):
         reference = (Executed if job.composition else Reference).open(job)
-        cases = select(
-            job.target, job.level, job.task, pooling=job.pooling, batches=reference.pad is not None
-        )
-        asked = prompts(job, reference.vocabulary, reference.positions, reference.pad)
+        if job.drawn:
+            cases, asked = drawn_cases(reference.has_images), drawn_prompts()
+        else:
+            cases = select(
+                job.target, job.level, job.task,
+                pooling=job.pooling, batches=reference.pad is not None,
+            )  # fmt: skip
+            asked = prompts(job, reference.vocabulary, reference.positions, reference.pad)
     with progress.stage("reference: logits"):
         answers = ask_all(cases, reference, asked)
     with progress.stage("replaying weights", len(job.weights), "tensors") as advance:
@@ -97,7 +101,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     precision = coarsest(formats) if job.precision == "base" else job.precision
     with progress.stage("artifact: loading"):
         subject = open_subject(job)
-    entries, limits = [], tolerance_of(precision, job.task)
+    entries, limits = [], tolerance_of(precision, job.task, job.drawn)
     with progress.stage("comparing logits", len(cases), "cases") as advance:
         for case in cases:
             entries.append(compare(case, subject, asked, answers[case.ask], limits))

@@ -11,6 +11,8 @@ from adaptrix_export.prove.subject import OnnxSubject, TransformersSubject
 
 def open_subject(job: Job) -> Any:
     """The artifact of `job` in its runtime: a Subject, or of an encoder-decoder a Translating."""
+    if job.drawn:
+        return TransformersSubject(job.artifact, job.threads, job.task)
     if job.task == SEQ2SEQ:
         from adaptrix_export.oracle.translated import LiveTranslator, OnnxTranslator
 

@@ -179,6 +179,17 @@ class TransformersSubject:
 
         return encode(self._model, ids, mask, types)
 
+    def forward(self) -> Logits:
+        """See `Reference.forward`."""
+        from adaptrix_export.oracle.drawn import asked_forward
+
+        return asked_forward(self._model, self._model)
+
+    def images(self) -> Logits:
+        from adaptrix_export.oracle.drawn import asked_images
+
+        return asked_images(self._model)
+
     def pool(self, ids: Ids, mask: Ids, types: Ids, kind: str) -> Logits:
         raise ParityError("artifact", "a checkpoint that pools", "a graph with that output")
 

@@ -26,12 +26,39 @@ class Frontend(_Word):
 
 
 class Task(_Word):
+    """`auto`, and the rows of `arch/task_table.py`."""
+
     AUTO = "auto"
     TEXT_GENERATION = "text-generation"
     FEATURE_EXTRACTION = "feature-extraction"
     TEXT_CLASSIFICATION = "text-classification"
     TOKEN_CLASSIFICATION = "token-classification"  # noqa: S105  # a task, no password
     TEXT2TEXT_GENERATION = "text2text-generation"
+    FILL_MASK = "fill-mask"
+    QUESTION_ANSWERING = "question-answering"
+    MULTIPLE_CHOICE = "multiple-choice"
+    AUTOMATIC_SPEECH_RECOGNITION = "automatic-speech-recognition"
+    AUDIO_CLASSIFICATION = "audio-classification"
+    AUDIO_FRAME_CLASSIFICATION = "audio-frame-classification"
+    AUDIO_XVECTOR = "audio-xvector"
+    TEXT_TO_AUDIO = "text-to-audio"
+    IMAGE_CLASSIFICATION = "image-classification"
+    ZERO_SHOT_IMAGE_CLASSIFICATION = "zero-shot-image-classification"
+    SEMANTIC_SEGMENTATION = "semantic-segmentation"
+    IMAGE_SEGMENTATION = "image-segmentation"
+    OBJECT_DETECTION = "object-detection"
+    ZERO_SHOT_OBJECT_DETECTION = "zero-shot-object-detection"
+    DEPTH_ESTIMATION = "depth-estimation"
+    MASK_GENERATION = "mask-generation"
+    MASKED_IM = "masked-im"
+    IMAGE_TO_IMAGE = "image-to-image"
+    KEYPOINT_DETECTION = "keypoint-detection"
+    VIDEO_CLASSIFICATION = "video-classification"
+    IMAGE_TEXT_TO_TEXT = "image-text-to-text"
+    VISUAL_QUESTION_ANSWERING = "visual-question-answering"
+    DOCUMENT_QUESTION_ANSWERING = "document-question-answering"
+    TIME_SERIES_PREDICTION = "time-series-prediction"
+    AS_SAVED = "as-saved"
 
 
 class Pooling(_Word):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from threadpoolctl import threadpool_limits
 
+from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.load.files.tensors import itemsize
 from adaptrix_export.merge.tuned import layers_freed
 from adaptrix_export.plan import Plan, Tensor
@@ -94,7 +95,19 @@ def _switchable(rows: bool) -> Lower:
     return lower
 
 
+def _admit_graph(plan: Plan) -> None:
+    """Refuses what no front end draws."""
+    base = plan.base
+    if base.skeleton is not None:
+        raise UnsupportedError(
+            f"target onnx: {base.skeleton.class_name}", f"a model of type "
+            f"{base.architecture.model_type} for {base.task}", "a model that a front end draws",
+            "use --target safetensors, and export the merged checkpoint",
+        )  # fmt: skip
+
+
 def _admit_slots(plan: Plan) -> None:
+    _admit_graph(plan)
     from adaptrix_export.graph.rewrite.slots import check_slots
 
     check_slots(plan)
@@ -144,7 +157,7 @@ def _adapter_bytes(plan: Plan) -> int:
 LOWERINGS = {
     "peft": Lowering(_peft, _adapter_bytes),
     "safetensors": Lowering(_safetensors, _bytes),
-    "onnx": Lowering(_onnx, lambda plan: _bytes(plan, width=4)),
+    "onnx": Lowering(_onnx, lambda plan: _bytes(plan, width=4), _admit_graph),
     "onnx-switchable": Lowering(_switchable(rows=False), _switchable_bytes, _admit_slots),
     "onnx-switchable rows": Lowering(_switchable(rows=True), _switchable_bytes, _admit_slots),
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 from adaptrix_export.errors import AdapterError, UnsupportedError
 from adaptrix_export.load.adapters.peft_keys import FileTensor
-from adaptrix_export.load.quantized.experts import FUSIONS
+from adaptrix_export.load.quantized.experts import FUSIONS, fusion_of
 from adaptrix_export.plan import Base, Delta, Experts
 
 Parts = dict[str, FileTensor]
@@ -58,7 +58,7 @@ def take_parameters(
 
 def _targeted(base: Base, module: str, targets: tuple[str, ...]) -> list[str]:
     """The parameters of a module that PEFT would wrap, in its order."""
-    fusion = FUSIONS.get(base.architecture.model_type)
+    fusion = fusion_of(base.architecture.model_type)
     order = (*(fusion.parameters if fusion else ()), "weight", "bias")
     names = [f"{module}.{parameter}" for parameter in order]
     ends = tuple(f".{target}" for target in targets)
@@ -85,7 +85,8 @@ def _delta(
             f"{place}: {name}", f"parts {', '.join(sorted(found))}", "lora_A and lora_B",
             "save the adapter again",
         )  # fmt: skip
-    if len(stored.shape) == 3 and base.architecture.model_type not in FUSIONS:
+    fusion = fusion_of(base.architecture.model_type)
+    if len(stored.shape) == 3 and fusion is None:
         raise UnsupportedError(
             f"{place}: {name}", f"experts of model type {base.architecture.model_type!r}",
             ", ".join(sorted(FUSIONS)), "how this type lays out its experts is not known here",
@@ -100,7 +101,6 @@ def _delta(
             f"{place}: {name}", f"factors of shape {list(a.shape)} and {list(b.shape)}",
             f"rank {rank} for each of {experts}", "the config belongs to other weights",
         )  # fmt: skip
-    fusion = FUSIONS.get(base.architecture.model_type)
     turned = len(stored.shape) == 3 and fusion is not None and fusion.turned
     term = Experts(a, b, scale, experts, turned)
     return Delta(base.architecture.site_of(module), (term,), parameter)

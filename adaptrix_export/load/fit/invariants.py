@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite, prod
 
-from adaptrix_export.arch.tasks import SEQ2SEQ, TASKS
+from adaptrix_export.arch.tasks import CLASSIFIERS, FEATURES, LABELS, SEQ2SEQ, TASKS
 from adaptrix_export.errors import AdapterError, InputError, UnsupportedError
 from adaptrix_export.load.adapters.tuners import own_sizes
 from adaptrix_export.load.files.tensors import FLOATS
@@ -65,7 +65,7 @@ def misfits(plan: Plan) -> Iterator[Misfit]:
             for error in _check_replacement(plan.base, adapter, saved):
                 fits = False
                 yield Misfit(adapter.name, saved.site, error)
-    checks = [_check_conflicts(plan), _check_gates(plan), _check_shared(plan)]
+    checks = [_check_conflicts(plan), _check_gates(plan), _check_shared(plan), _check_heads(plan)]
     if fits:  # only then is it known what becomes of the vocabulary
         checks.append(_check_vocabulary(plan))
     for check in checks:
@@ -222,6 +222,8 @@ def _check_replacement(base: Base, adapter: Adapter, saved: Replacement) -> Iter
 def _is_new_head(base: Base, saved: Replacement) -> bool:
     """A classifier that the base does not have: trained from nothing, and shipped whole."""
     known = saved.name in base.tensors or saved.name in base.tied
+    if base.skeleton is not None:
+        return saved.name in base.lacking
     return (
         not known
         and not saved.shared
@@ -248,6 +250,26 @@ def _check_vocabulary(plan: Plan) -> Iterator[InputError]:
         yield AdapterError(
             plan.adapters[0].name, ", ".join(f"{n}: {s} tokens" for n, s in sizes.items()),
             "one vocabulary", "save the adapter with both (save_embedding_layers=True)",
+        )  # fmt: skip
+
+
+def _check_heads(plan: Plan) -> Iterator[InputError]:
+    """Whatever the live model has must come from the base or from an adapter: transformers would
+    draw it at random."""
+    base = plan.base
+    shipped = {saved.name for adapter in plan.adapters for saved in adapter.replacements}
+    missing = [name for name in base.lacking if name not in shipped]
+    if base.task == FEATURES:
+        missing = [name for name in missing if "pooler" not in name]  # nobody looks at it
+    labelled = any(name in base.tensors or name in shipped for name in LABELS)
+    if base.skeleton is None and base.task in CLASSIFIERS and not labelled:
+        missing.append(" or ".join(LABELS[:2]))
+    if missing:
+        yield AdapterError(
+            plan.adapters[0].name, f"no {missing[0]}, in the base or the adapter",
+            f"the head that it was trained with for {base.task}",
+            "a head trained from nothing must be saved: name it in modules_to_save, train and "
+            "save again; or name another --task",
         )  # fmt: skip
 
 

@@ -41,7 +41,22 @@ FUSIONS: dict[str, Fusion] = {
     "qwen3_moe": _QWEN,
     "olmoe": _QWEN,
 }
-_EXPERT = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(\w+)\.weight$")
+_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(\w+)\.weight$")
+
+
+def fusion_of(model_type: str) -> Fusion | None:
+    """The row of a type, else what transformers' own rules say of it; None where it has none."""
+    if model_type in FUSIONS:
+        return FUSIONS[model_type]
+    from adaptrix_export.arch.fusions import stacked_parameters
+
+    parameters = stacked_parameters(model_type)
+    return Fusion(parameters) if parameters else None
+
+
+def natural(tensor: StoredTensor) -> list[tuple[int, str]]:
+    """Sorts expert 10 behind expert 9."""
+    return [(int(word), "") if word.isdecimal() else (-1, word) for word in tensor.name.split(".")]
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,9 @@ def stack_experts(tensors: Mapping[str, Tensor], model_type: str, place: str) ->
 
     Raises SourceError for experts that are missing or differ in shape or dtype.
     """
-    fusion = FUSIONS.get(model_type)
+    if not any(_EXPERT.match(name) for name in tensors):
+        return dict(tensors)
+    fusion = fusion_of(model_type)
     if fusion is None:
         return dict(tensors)
     wanted = {part: name for name, parts in fusion.parameters.items() for part in parts}

@@ -1,0 +1,125 @@
+"""The tasks: which class of transformers runs one, and what else is known of it; a row each.
+
+The names are those that optimum and transformers' pipelines use. Nothing here imports torch or
+transformers; `classes.py` finds the class of a model for a task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GENERATION, FEATURES = "text-generation", "feature-extraction"
+SEQUENCES, TOKENS = "text-classification", "token-classification"
+SEQ2SEQ = "text2text-generation"
+MASKED, ANSWERS, CHOICES = "fill-mask", "question-answering", "multiple-choice"
+SPEECH, AUDIO = "automatic-speech-recognition", "audio-classification"
+IMAGES, ZERO_SHOT_IMAGES = "image-classification", "zero-shot-image-classification"
+VISION_LANGUAGE = "image-text-to-text"
+AS_SAVED = "as-saved"
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """One task.
+
+    `auto` loads the live model, or one of `more` where `auto` has no class for the model's type;
+    `suffix` ends its class name; `heads` are the modules that it has beside the body; `peft` is
+    the `task_type` of adapters trained for it, where PEFT has a word. `labels` says that the head
+    has a row for each label. `generates` says that tokens are made one after the other.
+    """
+
+    auto: str
+    suffix: str
+    heads: tuple[str, ...] = ()
+    peft: str | None = None
+    more: tuple[str, ...] = ()
+    labels: bool = False
+    generates: bool = False
+
+    @property
+    def autos(self) -> tuple[str, ...]:
+        return (self.auto, *self.more)
+
+
+_CLASSIFIER = ("classifier", "head")
+
+TASKS: dict[str, TaskKind] = {
+    GENERATION: TaskKind(
+        "AutoModelForCausalLM", "ForCausalLM", ("lm_head",), "CAUSAL_LM", generates=True
+    ),
+    FEATURES: TaskKind("AutoModel", "Model", (), "FEATURE_EXTRACTION"),
+    SEQUENCES: TaskKind(
+        "AutoModelForSequenceClassification", "ForSequenceClassification",
+        ("classifier", "score", "pre_classifier", "head", "pooler", "dense"), "SEQ_CLS",
+        labels=True,
+    ),
+    TOKENS: TaskKind(
+        "AutoModelForTokenClassification", "ForTokenClassification",
+        ("classifier", "score", "head"), "TOKEN_CLS", labels=True,
+    ),
+    SEQ2SEQ: TaskKind(
+        "AutoModelForSeq2SeqLM", "ForConditionalGeneration", ("lm_head",), "SEQ_2_SEQ_LM",
+        generates=True,
+    ),
+    MASKED: TaskKind("AutoModelForMaskedLM", "ForMaskedLM", ("lm_head", "cls", "predictions")),
+    ANSWERS: TaskKind(
+        "AutoModelForQuestionAnswering", "ForQuestionAnswering", ("qa_outputs",), "QUESTION_ANS"
+    ),
+    CHOICES: TaskKind("AutoModelForMultipleChoice", "ForMultipleChoice", ("classifier",)),
+    SPEECH: TaskKind(
+        "AutoModelForSpeechSeq2Seq", "ForConditionalGeneration", ("proj_out", "lm_head"),
+        more=("AutoModelForCTC",), generates=True,
+    ),
+    AUDIO: TaskKind(
+        "AutoModelForAudioClassification", "ForSequenceClassification",
+        ("classifier", "projector"), labels=True,
+    ),
+    "audio-frame-classification": TaskKind(
+        "AutoModelForAudioFrameClassification", "ForAudioFrameClassification", ("classifier",),
+        labels=True,
+    ),
+    "audio-xvector": TaskKind("AutoModelForAudioXVector", "ForXVector", ("classifier",)),
+    "text-to-audio": TaskKind(
+        "AutoModelForTextToWaveform", "Model", more=("AutoModelForTextToSpectrogram",)
+    ),
+    IMAGES: TaskKind(
+        "AutoModelForImageClassification", "ForImageClassification", _CLASSIFIER, labels=True
+    ),
+    ZERO_SHOT_IMAGES: TaskKind("AutoModelForZeroShotImageClassification", "Model"),
+    "semantic-segmentation": TaskKind(
+        "AutoModelForSemanticSegmentation", "ForSemanticSegmentation",
+        ("decode_head", "auxiliary_head"),
+    ),
+    "image-segmentation": TaskKind(
+        "AutoModelForUniversalSegmentation", "ForUniversalSegmentation",
+        more=("AutoModelForInstanceSegmentation", "AutoModelForImageSegmentation"),
+    ),
+    "object-detection": TaskKind("AutoModelForObjectDetection", "ForObjectDetection"),
+    "zero-shot-object-detection": TaskKind(
+        "AutoModelForZeroShotObjectDetection", "ForObjectDetection"
+    ),
+    "depth-estimation": TaskKind("AutoModelForDepthEstimation", "ForDepthEstimation"),
+    "mask-generation": TaskKind("AutoModelForMaskGeneration", "Model"),
+    "masked-im": TaskKind("AutoModelForMaskedImageModeling", "ForMaskedImageModeling"),
+    "image-to-image": TaskKind("AutoModelForImageToImage", "ForImageSuperResolution"),
+    "keypoint-detection": TaskKind("AutoModelForKeypointDetection", "ForKeypointDetection"),
+    "video-classification": TaskKind(
+        "AutoModelForVideoClassification", "ForVideoClassification", ("classifier",), labels=True
+    ),
+    VISION_LANGUAGE: TaskKind(
+        "AutoModelForImageTextToText", "ForConditionalGeneration", ("lm_head",),
+        more=("AutoModelForMultimodalLM",), generates=True,
+    ),
+    "visual-question-answering": TaskKind(
+        "AutoModelForVisualQuestionAnswering", "ForQuestionAnswering", ("classifier",)
+    ),
+    "document-question-answering": TaskKind(
+        "AutoModelForDocumentQuestionAnswering", "ForQuestionAnswering", ("qa_outputs",)
+    ),
+    "time-series-prediction": TaskKind("AutoModelForTimeSeriesPrediction", "ForPrediction"),
+    # The class that `architectures` names, of a task without a row.
+    AS_SAVED: TaskKind("AutoModel", ""),
+}  # fmt: skip
+CLASSIFIERS = (SEQUENCES, TOKENS)
+# What makes the labels: a row for each.
+LABELS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
