@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptrix_export import pipeline
 from adaptrix_export.errors import AdapterError, ParityError, UnsupportedError
+from adaptrix_export.graph.expression import tensor
 from adaptrix_export.load import open_base
 from adaptrix_export.oracle.job import Job
 from adaptrix_export.pipeline import build
@@ -60,7 +61,8 @@ def test_a_wrong_weight_fails_whichever_tower_it_is_in(tmp_path):
     base, adapter = save_kind(kind("LlavaForConditionalGeneration"), tmp_path)
     built(base, adapter, tmp_path / "out", parity={"level": "off"})
     job = Job(
-        "safetensors", tmp_path / "out", base, "base", {}, adapters=(("adapter", adapter),),
+        "safetensors", tmp_path / "out", base, "base", {"lm_head.weight": tensor("lm_head.weight")},
+        adapters=(("adapter", adapter),),
         task="image-text-to-text", drawn=True,
     )  # fmt: skip
     assert child.run(job, Silent())["passed"]
