@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from adaptrix_export.arch.task_table import TASKS
 from adaptrix_export.commands.options import examples, shared_options
 from adaptrix_export.show import failures
 
@@ -39,8 +40,7 @@ from adaptrix_export.show import failures
 @click.option("--frontend", metavar="auto|native|traced", help="What draws the base's graph.")
 @click.option(
     "--task",
-    metavar="auto|text-generation|feature-extraction|text-classification|token-classification|"
-    "text2text-generation",
+    metavar="|".join(("auto", *TASKS)),
     help="What the model is for.",
 )
 @click.option("--pooling", metavar="none|mean|cls", help="One vector a text, for encoders.")
