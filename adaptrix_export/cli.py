@@ -18,12 +18,14 @@ import click
 from adaptrix_export import __version__
 from adaptrix_export.commands.add_adapter import add_adapter
 from adaptrix_export.commands.build import build
+from adaptrix_export.commands.compare import compare
 from adaptrix_export.commands.conflicts import conflicts
 from adaptrix_export.commands.convert import convert
 from adaptrix_export.commands.drift import drift
 from adaptrix_export.commands.inspect import inspect
 from adaptrix_export.commands.options import AS_JSON, VERBOSITY, examples
 from adaptrix_export.commands.redistribute import redistribute
+from adaptrix_export.commands.report import report
 from adaptrix_export.commands.run import run
 from adaptrix_export.commands.schema import schema
 from adaptrix_export.commands.validate import validate
@@ -72,7 +74,7 @@ def main() -> None:
 
 COMMANDS = (
     build, add_adapter, inspect, convert, redistribute, validate, conflicts, drift, verify, run,
-    schema,
+    report, compare, schema,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

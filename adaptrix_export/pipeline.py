@@ -47,6 +47,8 @@ from adaptrix_export.prove.preflight.preflight import preflight
 from adaptrix_export.prove.report import save, summary
 from adaptrix_export.recipe import Recipe
 from adaptrix_export.recipe.words import ParityLevel, Pooling, Target
+from adaptrix_export.show.energy import energy
+from adaptrix_export.show.write import stage_page
 from adaptrix_export.targets import LOWERINGS
 from adaptrix_export.targets.artifact import Artifact
 
@@ -103,6 +105,9 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
             parity="proved" if report else "unverified",
             report_sha256=hash_file(stage / REPORT).sha256 if report else None,
         )
+        manifest["energy"] = energy(original, plan)
+        if recipe.report:
+            manifest = stage_page(stage, manifest, report)
         write_manifest(stage, manifest)
         with progress.stage("publish"):
             publish(stage, recipe.out)

@@ -73,7 +73,7 @@ def build(recipe: Path | None, settings: tuple[str, ...], as_json: bool, **optio
     It is written beside --out, compared with PyTorch and PEFT, and put in place only if it agrees.
     """
     from adaptrix_export.recipe import make_recipe, read_document
-    from adaptrix_export.show.terminal import progress
+    from adaptrix_export.show.terminal import progress, show
 
     dotted = {
         "parity": "parity.level",
@@ -93,9 +93,13 @@ def build(recipe: Path | None, settings: tuple[str, ...], as_json: bool, **optio
     wanted = make_recipe(document, str(recipe or "build"), flags, settings)
 
     from adaptrix_export import pipeline  # torch and the rest, once the recipe is known to be good
+    from adaptrix_export.show.timings import Timed, keep_timings, timings_table
 
     with progress() as telling:
-        outcome = pipeline.build(wanted, telling)
+        timed = Timed(telling)
+        outcome = pipeline.build(wanted, timed)
+    timings = timed.as_dict()
+    keep_timings(outcome.out, timings)
     if as_json:
         failures.print_json(
             {
@@ -103,13 +107,13 @@ def build(recipe: Path | None, settings: tuple[str, ...], as_json: bool, **optio
                 "report": outcome.report,
                 "manifest": outcome.manifest,
                 "notes": outcome.notes,
+                "timings": timings,
                 **outcome.measured,
             }
         )
         return
     if "conflicts" in outcome.measured:
         from adaptrix_export.show.conflict_tables import pair_table
-        from adaptrix_export.show.terminal import show
 
         show(pair_table(outcome.measured["conflicts"]))
     if "choice" in outcome.measured:
@@ -119,6 +123,7 @@ def build(recipe: Path | None, settings: tuple[str, ...], as_json: bool, **optio
         click.echo("UNVERIFIED: parity was off; the manifest says so, too")
     else:
         failures.print_table(outcome.report)
+    show(timings_table(timings))
     for note in outcome.notes:
         click.echo(f"note: {note}")
     click.echo(f"published {outcome.out}")

@@ -38,6 +38,10 @@ from adaptrix_export.prove.report import save, summary
 from adaptrix_export.recipe.sections import AdapterSpec
 from adaptrix_export.runtime.adapters import FOLDER
 from adaptrix_export.save.machine_paths import without_machine_paths
+from adaptrix_export.show.energy import energy
+from adaptrix_export.show.facts import read_facts
+from adaptrix_export.show.page import PAGE
+from adaptrix_export.show.write import stage_page
 from adaptrix_export.targets.switchable_onnx import TARGET, add_adapter_file
 
 
@@ -97,7 +101,12 @@ def add_adapter(
             names.append(f"{FOLDER}/{spec.name}.report.json")
             save(report, stage / names[-1])
         outputs = {file: hash_file(stage / file).as_dict() for file in names}
-        write_manifest(stage, _extended(manifest, spec, entry, outputs, inputs))
+        extended = _extended(manifest, spec, entry, outputs, inputs)
+        extended["energy"] = _with_energy(manifest, plan)
+        if PAGE in manifest["outputs"]:
+            extended = stage_page(stage, extended, read_facts(folder).report)
+            names.append(PAGE)
+        write_manifest(stage, extended)
         install(stage, folder, [*names, MANIFEST])
     return Added(spec.name, folder / entry["file"], entry, report)
 
@@ -133,6 +142,13 @@ def _plan(manifest: Mapping[str, Any], spec: AdapterSpec, base: str | None) -> P
     plan = verify(fitted(Plan(opened, (adapter,)), recipe.get("on_mismatch", "error")))
     check_slots(plan)
     return plan
+
+
+def _with_energy(manifest: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """The energies of the artifact's adapters and of the new one."""
+    own = energy(plan, plan)
+    known = manifest.get("energy") or {"before": {}, "after": None}
+    return {**own, **known, "before": {**known["before"], **own["before"]}}
 
 
 def _inputs(manifest: Mapping[str, Any], plan: Plan, progress: Progress) -> list[dict[str, object]]:

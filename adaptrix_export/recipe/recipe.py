@@ -143,6 +143,12 @@ class Recipe(Section):
     parity: Parity = Field(
         default=Parity(), description="How the artifact is proved before it is published."
     )
+    report: bool = Field(
+        default=True,
+        strict=True,
+        description="Write report.html into the artifact: what went in, what was proved, how to "
+        "load it, on one page that needs no network.",
+    )
 
     @model_validator(mode="wrap")
     @classmethod

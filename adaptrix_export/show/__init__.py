@@ -1,1 +1,1 @@
-"""Reports and findings for people."""
+"""What an artifact is and how it was proved, as a page, as a table, and as a card for the hub."""

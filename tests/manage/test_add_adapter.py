@@ -68,7 +68,13 @@ def test_an_adapter_is_added_beside_the_others(built, out, level):
         assert report["passed"] and cases == {"late: prefill", "late: greedy decode"}
         added.append("adapters/late.report.json")
     assert listing(out) == sorted([*before, *added])
-    verdict = json.loads((out / "manifest.json").read_text())["switchable"]["adapters"]["late"]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert "late" in manifest["energy"]["before"]
+    assert (
+        "late, " in (out / "report.html").read_text()
+        or ">late" in (out / "report.html").read_text()
+    )
+    verdict = manifest["switchable"]["adapters"]["late"]
     assert verdict["parity"] == ("proved" if level == "fast" else "unverified")
     assert (out / "model.onnx").stat().st_mtime_ns == graph
     assert not check_hashes(out)

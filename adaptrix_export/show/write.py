@@ -1,0 +1,47 @@
+"""The page's way to the disk: into an artifact that is being staged, or beside one."""
+
+from __future__ import annotations
+
+import webbrowser
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adaptrix_export.errors import OutputError
+from adaptrix_export.save.hashes import hash_file
+from adaptrix_export.show.facts import Facts
+from adaptrix_export.show.page import PAGE, report_page
+
+ARTIFACT = "artifact"  # in the code to copy: the page must not depend on where it will lie
+
+
+def stage_page(
+    folder: Path, manifest: Mapping[str, Any], report: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Write the page of a staged artifact; returns the manifest with the page among its outputs.
+
+    The page lists every file but itself.
+    """
+    others = {k: v for k, v in manifest["outputs"].items() if k != PAGE}
+    facts = Facts(ARTIFACT, {**manifest, "outputs": others}, report)
+    path = folder / PAGE
+    path.write_text(report_page(facts), encoding="utf-8", newline="\n")
+    outputs = {**others, PAGE: hash_file(path).as_dict()}
+    return {**manifest, "outputs": dict(sorted(outputs.items()))}
+
+
+def write_page(text: str, path: Path) -> Path:
+    """A page at a place of one's own. Raises OutputError where that cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise OutputError(
+            str(path), f"cannot be written ({error.strerror})", "a new file", "pick another --out"
+        ) from error
+    return path.resolve()
+
+
+def open_page(path: Path) -> bool:
+    """Show it in the browser; False where there is none."""
+    return webbrowser.open(path.resolve().as_uri())
