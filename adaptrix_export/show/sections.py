@@ -147,8 +147,8 @@ def proof_sheets(facts: Facts) -> list[Sheet]:
             (name, str(told["rank"]), f"{100 * told['error']:.2g}%", f"{100 * told['worst']:.2g}%")
             for name, told in report["approximated"].items()
         )
-        heads = ("adapter", "rank", "of the delta lost", "at worst")
-        sheets.append(Sheet("Approximated adapters", heads, lost))
+        columns = ("adapter", "rank", "of the delta lost", "at worst")
+        sheets.append(Sheet("Approximated adapters", columns, lost))
     if "base_weights" in report:
         told = report["base_weights"]
         other = (str(told["merged_into"]), str(told["compared_with"]), number(told["max_abs"]),
