@@ -64,6 +64,9 @@ from adaptrix_export.show import failures
 )
 @click.option("--parity", metavar="full|fast|off", help="How much to prove before publishing.")
 @click.option("--on-mismatch", metavar="error|drop", help="For sites that do not fit the base.")
+@click.option(
+    "--report/--no-report", default=None, help="Whether report.html is written; by default it is."
+)
 @click.option("--tau", metavar="NUMBER|calibrated", help="Clamp every site: context.tau.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any key of a recipe.")
 @shared_options

@@ -103,7 +103,9 @@ def timings_table(timings: Mapping[str, Any]) -> Table:
 
 
 def keep_timings(artifact: Path, timings: Mapping[str, Any]) -> None:
-    """Put them where `kept_timings` looks."""
+    """Put them where `kept_timings` looks; nothing is kept without a manifest."""
+    if not (artifact / MANIFEST).is_file():
+        return
     folder = _folder()
     folder.mkdir(parents=True, exist_ok=True)
     for old in sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
