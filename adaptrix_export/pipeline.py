@@ -19,6 +19,7 @@ from adaptrix_export.load.files.finite import check_finite
 from adaptrix_export.load.fit.invariants import verify
 from adaptrix_export.load.fit.mismatch import fitted
 from adaptrix_export.load.text import read_text
+from adaptrix_export.measure.energy import energy
 from adaptrix_export.oracle.job import Job, gate_specs
 from adaptrix_export.oracle.peft_folders import oracle_folders
 from adaptrix_export.package import (
@@ -47,7 +48,6 @@ from adaptrix_export.prove.preflight.preflight import preflight
 from adaptrix_export.prove.report import save, summary
 from adaptrix_export.recipe import Recipe
 from adaptrix_export.recipe.words import ParityLevel, Pooling, Target
-from adaptrix_export.show.energy import energy
 from adaptrix_export.show.write import stage_page
 from adaptrix_export.targets import LOWERINGS
 from adaptrix_export.targets.artifact import Artifact

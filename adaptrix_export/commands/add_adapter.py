@@ -36,9 +36,10 @@ def add_adapter(
     """
     from adaptrix_export.manage.add_adapter import add_adapter as add
     from adaptrix_export.show.terminal import progress
+    from adaptrix_export.show.write import renew_page
 
     with progress() as telling:
-        added = add(artifact, adapter, name, base, level, telling)
+        added = add(artifact, adapter, name, base, level, telling, renew_page)
     if as_json:
         document = {"name": added.name, "file": str(added.file), "report": added.report}
         failures.print_json({**document, "entry": added.entry})

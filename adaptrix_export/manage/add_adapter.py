@@ -6,7 +6,7 @@ model through the artifact's graph, then moved into the folder, the manifest las
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from adaptrix_export.load.files.finite import check_finite
 from adaptrix_export.load.fit.invariants import verify
 from adaptrix_export.load.fit.mismatch import fitted
 from adaptrix_export.manage.verify_artifact import gates_of
+from adaptrix_export.measure.energy import energy
 from adaptrix_export.oracle.job import Job
 from adaptrix_export.oracle.peft_folders import oracle_folders
 from adaptrix_export.package import (
@@ -38,11 +39,11 @@ from adaptrix_export.prove.report import save, summary
 from adaptrix_export.recipe.sections import AdapterSpec
 from adaptrix_export.runtime.adapters import FOLDER
 from adaptrix_export.save.machine_paths import without_machine_paths
-from adaptrix_export.show.energy import energy
-from adaptrix_export.show.facts import read_facts
-from adaptrix_export.show.page import PAGE
-from adaptrix_export.show.write import stage_page
 from adaptrix_export.targets.switchable_onnx import TARGET, add_adapter_file
+
+# Writes the page of an artifact: (where to, the artifact, its manifest) -> the manifest with the
+# page among its outputs, and the page's file, if the artifact has one.
+PageWriter = Callable[[Path, Path, dict[str, Any]], tuple[dict[str, Any], list[str]]]
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,12 @@ def add_adapter(
     base: str | None = None,
     level: str = "full",
     progress: Progress | None = None,
+    page: PageWriter | None = None,
 ) -> Added:
     """Write, prove and publish `adapters/NAME.onnx_adapter` in a published switchable artifact.
 
     `base` says where the base is now, by default where the recipe in the manifest says; `level`
-    is full, fast or off. Raises AdapterError for a site without a slot, UnsupportedError for what
+    is full, fast or off; `page` writes the artifact's page anew. Raises AdapterError for a site without a slot, UnsupportedError for what
     no slot can hold, VerificationError for an artifact or a base that is not the one of the
     manifest, ParityError for a failed proof.
     """
@@ -103,9 +105,9 @@ def add_adapter(
         outputs = {file: hash_file(stage / file).as_dict() for file in names}
         extended = _extended(manifest, spec, entry, outputs, inputs)
         extended["energy"] = _with_energy(manifest, plan)
-        if PAGE in manifest["outputs"]:
-            extended = stage_page(stage, extended, read_facts(folder).report)
-            names.append(PAGE)
+        if page is not None:
+            extended, pages = page(stage, folder, extended)
+            names += pages
         write_manifest(stage, extended)
         install(stage, folder, [*names, MANIFEST])
     return Added(spec.name, folder / entry["file"], entry, report)

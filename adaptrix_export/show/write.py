@@ -9,7 +9,7 @@ from typing import Any
 
 from adaptrix_export.errors import OutputError
 from adaptrix_export.save.hashes import hash_file
-from adaptrix_export.show.facts import Facts
+from adaptrix_export.show.facts import Facts, read_facts
 from adaptrix_export.show.page import PAGE, report_page
 
 ARTIFACT = "artifact"  # in the code to copy: the page must not depend on where it will lie
@@ -28,6 +28,18 @@ def stage_page(
     path.write_text(report_page(facts), encoding="utf-8", newline="\n")
     outputs = {**others, PAGE: hash_file(path).as_dict()}
     return {**manifest, "outputs": dict(sorted(outputs.items()))}
+
+
+def renew_page(
+    stage: Path, folder: Path, manifest: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """The page of an artifact whose manifest is about to change, staged; see `add_adapter`.
+
+    An artifact that was built without one stays without.
+    """
+    if PAGE not in manifest["outputs"]:
+        return manifest, []
+    return stage_page(stage, manifest, read_facts(folder).report), [PAGE]
 
 
 def write_page(text: str, path: Path) -> Path:

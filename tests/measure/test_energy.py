@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from adaptrix_export.measure.energy import energy
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
-from adaptrix_export.show.energy import energy
 from adaptrix_export.show.timings import Timed, keep_timings, kept_timings
 from tests.artifacts import plan_of
 from tests.tiny import save_adapter, save_base
