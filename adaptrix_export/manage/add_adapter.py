@@ -69,8 +69,8 @@ def add_adapter(
 
     `base` says where the base is now, by default where the recipe in the manifest says; `level`
     is full, fast or off; `page` writes the artifact's page anew. Raises AdapterError for a site
-    without a slot, UnsupportedError for what no slot can hold, VerificationError for an artifact or a base that is not the one of the
-    manifest, ParityError for a failed proof.
+    without a slot, UnsupportedError for what no slot can hold, VerificationError for an artifact
+    or a base that is not the one of the manifest, ParityError for a failed proof.
     """
     progress = progress or Silent()
     manifest = read_manifest(folder)
