@@ -27,7 +27,7 @@ QUICK = ("ViTForImageClassification", "WhisperForConditionalGeneration")
 @pytest.fixture(autouse=True)
 def _here(monkeypatch):
     """The proof in this process: another one would import everything again for each type."""
-    monkeypatch.setattr(pipeline, "prove", lambda job, progress: child.run(job, progress))
+    monkeypatch.setattr(proof, "prove", lambda job, progress: child.run(job, progress))
 
 
 def kind(name: str) -> Kind:
@@ -61,7 +61,7 @@ def test_a_wrong_weight_fails_whichever_tower_it_is_in(tmp_path, monkeypatch):
     base, adapter = save_kind(kind("LlavaForConditionalGeneration"), tmp_path)
     jobs: list[Job] = []
     monkeypatch.setattr(
-        pipeline, "prove", lambda job, progress: jobs.append(job) or child.run(job, progress)
+        proof, "prove", lambda job, progress: jobs.append(job) or child.run(job, progress)
     )
     built(base, adapter, tmp_path / "out")
     job = replace(jobs[0], artifact=tmp_path / "out")

@@ -19,6 +19,7 @@ from adaptrix_export.errors import AdapterError, ParityError, VerificationError
 from adaptrix_export.pipeline import Outcome
 from adaptrix_export.recipe import recipe
 from adaptrix_export.recipe import words as recipe_words
+from adaptrix_export.recipe.targets import TARGET_FACTS
 from adaptrix_export.show import terminal
 from tests.tiny import save_adapter, save_base
 
@@ -124,7 +125,7 @@ def test_each_flag_of_build_tells_the_words_it_takes() -> None:
     )
     for name, words in kinds:
         assert shown[name] == "|".join(words), name
-    possible = dict.fromkeys(p for row in recipe_words.PRECISIONS.values() for p in row)
+    possible = dict.fromkeys(p for facts in TARGET_FACTS.values() for p in facts.precisions)
     assert shown["precision"] == "|".join(possible)
     assert set(recipe.Recipe.model_fields) - {"context", "redistribute"} | {"tau", "layers"} <= set(
         shown

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adaptrix_export import pipeline
 from adaptrix_export.errors import ParityError, RecipeError, UnsupportedError
 from adaptrix_export.manage.verify_artifact import verify_artifact
 from adaptrix_export.merge import composed
 from adaptrix_export.oracle.job import Job
+from adaptrix_export.oracle.naming import EXECUTED
 from adaptrix_export.pipeline import build
-from adaptrix_export.prove.child import EXECUTED, run
+from adaptrix_export.prove.child import run
 from adaptrix_export.recipe import Recipe
 from tests.artifacts import save_base_with_tokenizer
 from tests.tiny import save_adapter, save_base
@@ -31,8 +31,7 @@ def _in_process(monkeypatch):
     def here(job, progress):
         return run(Job.from_json(job.to_json()), progress)
 
-    monkeypatch.setattr(pipeline, "prove", here)
-    monkeypatch.setattr("adaptrix_export.manage.verify_artifact.prove", here)
+    monkeypatch.setattr("adaptrix_export.prove.proof.prove", here)
 
 
 @pytest.fixture(scope="module")

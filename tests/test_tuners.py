@@ -24,7 +24,7 @@ from adaptrix_export.pipeline import build
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
 from adaptrix_export.recipe import Recipe
-from adaptrix_export.targets import LOWERINGS
+from adaptrix_export.targets import TARGETS
 from tests.tiny import VOCAB, live, save_base
 from tests.tuned import CONV1D, LINEAR, REPLACING, options_of, save_tuned
 
@@ -59,7 +59,7 @@ def plan_of(base, adapter):
 
 def artifact_logits(plan, folder):
     folder.mkdir()
-    artifact = LOWERINGS["safetensors"].lower(plan, folder, Silent())
+    artifact = TARGETS["safetensors"].lower(plan, folder, Silent())
     config = {**plan.base.config, **artifact.config_changes}
     (folder / "config.json").write_text(json.dumps(config))
     return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())

@@ -7,21 +7,18 @@ model through the artifact's graph, then moved into the folder, the manifest las
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adaptrix_export.errors import OutputError, ParityError, UnsupportedError, VerificationError
+from adaptrix_export.errors import OutputError, UnsupportedError, VerificationError
 from adaptrix_export.graph.rewrite.slots import Slot, check_slots
 from adaptrix_export.load import Reading, open_adapter
 from adaptrix_export.load.base_weights import AUTO, open_bases
 from adaptrix_export.load.files.finite import check_finite
 from adaptrix_export.load.fit.invariants import verify
 from adaptrix_export.load.fit.mismatch import fitted
-from adaptrix_export.manage.verify_artifact import gates_of
 from adaptrix_export.measure.energy import energy
-from adaptrix_export.oracle.job import Job
-from adaptrix_export.oracle.peft_folders import oracle_folders
 from adaptrix_export.package import (
     MANIFEST,
     InputHashes,
@@ -34,8 +31,8 @@ from adaptrix_export.package import (
 )
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress, Silent
-from adaptrix_export.prove.parity import prove
-from adaptrix_export.prove.report import save, summary
+from adaptrix_export.prove.proof import ProofRequest, gates_of, proof_of, require_passed
+from adaptrix_export.prove.report import save
 from adaptrix_export.recipe.sections import AdapterSpec
 from adaptrix_export.runtime.adapters import FOLDER
 from adaptrix_export.save.machine_paths import without_machine_paths
@@ -182,28 +179,14 @@ def _prove(
     """The report of the new adapter on the published graph. Raises ParityError if it is wrong."""
     if level == "off":
         return None
-    with oracle_folders(plan) as folders:
-        job = Job(
-            target=TARGET,
-            artifact=folder,
-            base_folder=plan.base.folder,
-            precision=manifest["precision"],
-            weights={},
-            gguf_file=plan.base.gguf_file,
-            task=plan.base.task,
-            adapters=folders.adapters,
-            level=level,
-            decode_steps=manifest["recipe"]["parity"]["decode_steps"],
-            simulated=plan.base.simulated,
-            gates=gates_of(manifest),
-            gate_stats=bool((manifest.get("context") or {}).get("stats")),
-            adapter_folder=stage / FOLDER,
-        )
-        report = folders.told(prove(job, progress))
-    if not report["passed"]:
-        error = ParityError(str(folder), summary(report), "parity", "nothing was added")
-        error.report = report
-        raise error
+    request = replace(
+        ProofRequest.of_manifest(folder, manifest),
+        weights={},  # the graph was proved before, and only the adapter is new
+        level=level,
+        adapter_folder=stage / FOLDER,
+    )
+    report = proof_of(request, plan, progress)
+    require_passed(report, str(folder), "nothing was added")
     return report
 
 

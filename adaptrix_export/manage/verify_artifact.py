@@ -6,20 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptrix_export.errors import ParityError, SourceError, VerificationError
+from adaptrix_export.errors import SourceError, VerificationError
 from adaptrix_export.load import Reading, open_adapter
 from adaptrix_export.load.base_weights import AUTO, open_bases
 from adaptrix_export.load.fit.mismatch import fitted
-from adaptrix_export.oracle.job import GateSpec, Job
-from adaptrix_export.oracle.peft_folders import oracle_folders
+from adaptrix_export.load.text import read_text
 from adaptrix_export.package import InputHashes, check_hashes, read_manifest
-from adaptrix_export.package.redistributed import PEFT, kept_plan, of_peft_folder, with_oracle
-from adaptrix_export.passes.approximate import approximated, told
+from adaptrix_export.package.redistributed import PEFT, kept_plan, of_peft_folder
+from adaptrix_export.passes.approximate import Approximate
+from adaptrix_export.passes.context import pass_context
+from adaptrix_export.passes.reference_plan import reference_plan
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress, Silent
-from adaptrix_export.prove.bases import other_base
-from adaptrix_export.prove.parity import prove
-from adaptrix_export.prove.report import summary
+from adaptrix_export.prove.proof import ProofRequest, proof_of, require_passed
 
 READING = ("allow_pickle", "adaptrix_scaling")  # fields of a recipe
 
@@ -54,21 +53,24 @@ def verify_artifact(
             raise
         return {**result, "note": f"parity was not checked again: {error}"}
     _check_inputs(manifest, plan, progress)
-    asked = kept_plan(plan, folder)
+    kept = kept_plan(plan, folder)
     if manifest["target"] == PEFT:
-        asked = of_peft_folder(plan, manifest, folder)
+        kept = of_peft_folder(plan, manifest, folder)
     slots = manifest["recipe"].get("slots") or {}
-    with (
-        approximated(asked, slots.get("rank"), progress) as (proved, losses),
-        oracle_folders(proved, composed=bool(manifest.get("composition"))) as folders,
-    ):
-        report = folders.told(prove(_job(folder, manifest, proved, folders.adapters), progress))
-    report = told(with_oracle(report, asked), losses)
-    if not report["passed"]:
-        failure = ParityError(str(folder), summary(report), "parity", "build it again")
-        failure.report = report
-        raise failure
+    request = ProofRequest.of_manifest(folder, manifest, _text(manifest))
+    with pass_context(progress) as context:
+        reference = reference_plan(kept, Approximate(slots.get("rank"), context)(kept))
+        report = proof_of(request, reference, progress)
+    require_passed(report, str(folder), "build it again")
     return {**result, "parity": report}
+
+
+def _text(manifest: Mapping[str, Any]) -> str | None:
+    """The recipe's own text for the proof, where its file still is; else the built-in one."""
+    place = manifest["recipe"]["parity"].get("text")
+    if place is None or not Path(place).is_file():
+        return None
+    return read_text(place, "parity.text")
 
 
 def _originals(manifest: dict[str, Any], base: str | None, adapters: Sequence[str]) -> Plan:
@@ -107,33 +109,3 @@ def _check_inputs(manifest: dict[str, Any], plan: Plan, progress: Progress) -> N
             wrong[0], "another file than the artifact was built from", "the original",
             "name the originals with --base and --adapter",
         )  # fmt: skip
-
-
-def _job(
-    folder: Path, manifest: dict[str, Any], plan: Plan, adapters: tuple[tuple[str, Path], ...]
-) -> Job:
-    parity = manifest["recipe"]["parity"]
-    pooling = manifest["recipe"].get("pooling", "none")
-    return Job(
-        target=manifest["target"],
-        artifact=folder,
-        base_folder=plan.base.folder,
-        precision=manifest["precision"],
-        weights=manifest["weights"],
-        gguf_file=plan.base.gguf_file,
-        task=plan.base.task,
-        adapters=adapters,
-        decode_steps=parity["decode_steps"],
-        simulated=plan.base.simulated,
-        other=other_base(plan),
-        pooling=None if pooling == "none" else pooling,
-        composition=manifest.get("composition"),
-        gates=gates_of(manifest),
-        gate_stats=bool((manifest.get("context") or {}).get("stats")),
-    )
-
-
-def gates_of(manifest: Mapping[str, Any]) -> tuple[GateSpec, ...]:
-    """The gates of a published artifact, in the order of its statistics."""
-    gates = (manifest.get("context") or {}).get("gates", ())
-    return tuple(GateSpec(**gate) for gate in gates)

@@ -11,6 +11,7 @@ from typing import Any
 from adaptrix_export.arch.tasks import FEATURES, TASKS
 from adaptrix_export.errors import ParityError
 from adaptrix_export.graph.expression import Expression
+from adaptrix_export.oracle.naming import FROM_FILES, OracleFacts
 from adaptrix_export.plan import Gate
 
 
@@ -76,6 +77,7 @@ class Job:
     drawn: bool = False  # asked with inputs drawn from a seed: no cases of its own
     # Where `NAME.onnx_adapter` files are, if not in the artifact: one that is to be added to it.
     adapter_folder: Path | None = None
+    oracle: OracleFacts = FROM_FILES  # what `adapters` are, for the report
 
     def __post_init__(self) -> None:
         for name, found, known in (
@@ -113,6 +115,7 @@ class Job:
             other = document["other"]
             document["other"] = OtherBase(**{**other, "folder": Path(other["folder"])})
         document["gates"] = tuple(GateSpec(**gate) for gate in document["gates"])
+        document["oracle"] = OracleFacts.from_dict(document["oracle"])
         return cls(**document)
 
     def on_other(self) -> Job:

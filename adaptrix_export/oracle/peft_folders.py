@@ -18,12 +18,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from adaptrix_export.plan import Adapter, Base, Delta, Dora, LowRank, Plan, Scaled, Tensor
-from adaptrix_export.save.peft_folder import PeftFolders, peft_folders
+from adaptrix_export.save.peft_folder import peft_folders
 
 PREFIX = "base_model.model."
-PLAIN_ORACLE = "stock transformers + PEFT on the original files"
-ORACLE = "stock transformers + PEFT on the original base and the adapters as adjusted"
-GATED = ", with the plan's gates as forward hooks on its layers"
 _NO_TARGET = "dummy-target-modules"  # what PEFT calls an adapter without any
 _MOVES = ("renamed", "split", "stacked")
 
@@ -32,25 +29,15 @@ Folders = tuple[tuple[str, Path], ...]
 
 @dataclass(frozen=True)
 class OracleFolders:
-    """(name, folder) of every adapter for stock PEFT, and what the report must say of them."""
+    """(name, folder) of every adapter for stock PEFT, and the names of those that were converted
+    to its form from another."""
 
     adapters: Folders
-    plan: Plan
-    converted: PeftFolders
-    composed: bool = False  # by a plan, which the report's oracle says already
-
-    def told(self, report: dict[str, Any]) -> dict[str, Any]:
-        """The report with what was adjusted in it, and the oracle by its right name."""
-        if self.plan.adjustments:
-            adjusted = [str(a) for a in self.plan.adjustments]
-            oracle = report["oracle"].replace(PLAIN_ORACLE, ORACLE)  # what follows it holds, too
-            oracle += " (the adapters as adjusted)" * self.composed
-            report = {**report, "oracle": oracle, "adjustments": adjusted}
-        return self.converted.told(report)
+    converted: tuple[str, ...] = ()
 
 
 @contextmanager
-def oracle_folders(plan: Plan, composed: bool = False) -> Iterator[OracleFolders]:
+def oracle_folders(plan: Plan) -> Iterator[OracleFolders]:
     """Folders for the oracle: an adapter's own where PEFT can read it; else written anew, in
     PEFT's form or as adjusted.
 
@@ -75,7 +62,7 @@ def oracle_folders(plan: Plan, composed: bool = False) -> Iterator[OracleFolders
                 folder = Path(scratch) / f"{number}-{part}"
                 write_folder(plan.base, adapter, folder, part, patterns)
                 folders.append((adapter.name, folder))
-        yield OracleFolders(tuple(folders), plan, converted, composed)
+        yield OracleFolders(tuple(folders), converted.converted)
 
 
 def _parts(adapter: Adapter) -> int:

@@ -19,8 +19,6 @@ from adaptrix_export.targets.artifact import Artifact
 PEFT = "peft"  # the target that is the adapter itself
 KEPT = "redistributed"  # the folder in the artifact, with one folder for each adapter
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-FROM_FILES = "the original files"
-FROM_COPY = "the original base and the redistributed adapter"
 
 
 def keep_redistributed(plan: Plan, artifact: Artifact) -> None:
@@ -51,10 +49,3 @@ def of_peft_folder(original: Plan, manifest: Mapping[str, Any], folder: Path) ->
         return original
     adapter = open_adapter(str(folder), original.base, original.adapters[0].name)
     return replace(original, adapters=(adapter,), adjustments=(), redistributed=True)
-
-
-def with_oracle(report: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """The parity report with the oracle by its right name."""
-    if not plan.redistributed:
-        return report
-    return {**report, "oracle": str(report["oracle"]).replace(FROM_FILES, FROM_COPY)}

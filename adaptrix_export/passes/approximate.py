@@ -8,13 +8,9 @@ follows, the proof included, treats it as the adapter that it is; what was lost 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 
@@ -23,71 +19,48 @@ from adaptrix_export.graph.rewrite.slots import is_plain
 from adaptrix_export.load import open_adapter
 from adaptrix_export.merge.blocks import base_rows
 from adaptrix_export.merge.merge import merged
-from adaptrix_export.plan import Adapter, Array, Base, Change, Delta, Plan, Replacement
-from adaptrix_export.progress import Progress
-
-ORACLE = ", with {} approximated by SVD"
+from adaptrix_export.passes.context import PassContext
+from adaptrix_export.plan import (
+    Adapter,
+    ApproximationLoss,
+    Array,
+    Base,
+    Change,
+    Delta,
+    Plan,
+    Replacement,
+)
 
 
 @dataclass(frozen=True)
-class Loss:
-    """What an approximation left out: |delta - approximation| / |delta|, Frobenius norms, over all
-    sites together and at the worst one. 0 is exact."""
+class Approximate:
+    """Pass: LoRA in the place of each adapter that no slot can hold, and what that lost.
 
-    adapter: str
-    rank: int
-    error: float
-    worst: float
-    site: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "rank": self.rank, "error": self.error, "worst": self.worst, "worst_site": self.site
-        }  # fmt: skip
-
-    def __str__(self) -> str:
-        return (
-            f"adapter {self.adapter} is approximated at rank {self.rank}: {100 * self.error:.2g}% "
-            f"of its delta is lost, {100 * self.worst:.2g}% at {self.site}"
-        )
-
-
-@contextmanager
-def approximated(
-    plan: Plan, rank: int | None, progress: Progress
-) -> Iterator[tuple[Plan, tuple[Loss, ...]]]:
-    """The plan with LoRA in the place of each adapter that no slot can hold, and what it lost.
-
-    The new adapters' files live as long as the context. Without a `rank` the plan is as it was.
-    Raises UnsupportedError for what is no delta of a linear layer's weight.
+    `rank` None leaves the plan as it is, as does a plan of plain LoRA. The new adapters' files lie
+    in the pass context. Raises UnsupportedError for what is no delta of a linear layer's weight.
     """
-    odd = [a for a in plan.adapters if not is_plain(a)] if rank is not None else []
-    if rank is None or not odd:
-        yield plan, ()
-        return
-    losses: list[Loss] = []
-    with TemporaryDirectory(prefix="adaptrix-approximated-") as scratch:
+
+    rank: int | None
+    context: PassContext = field(repr=False, compare=False)
+
+    def __call__(self, plan: Plan) -> Plan:
+        others = [a for a in plan.adapters if not is_plain(a)]
+        if self.rank is None or not others:
+            return plan
+        losses: list[ApproximationLoss] = []
         made: dict[str, Adapter] = {}
-        for number, adapter in enumerate(odd):
-            folder = Path(scratch) / str(number)
-            with progress.stage(f"approximating {adapter.name}"):
-                losses.append(_write(plan.base, adapter, rank, folder))
+        home = self.context.folder_for("approximated")
+        for number, adapter in enumerate(others):
+            folder = home / str(number)
+            with self.context.progress.stage(f"approximating {adapter.name}"):
+                losses.append(_write(plan.base, adapter, self.rank, folder))
             opened = open_adapter(str(folder), plan.base, adapter.name)
             made[adapter.name] = replace(opened, spec=adapter.spec)
         adapters = tuple(made.get(a.name, a) for a in plan.adapters)
-        kept = tuple(a for a in plan.adjustments if a.adapter not in made or a.kind == "dropped")
-        yield replace(plan, adapters=adapters, adjustments=kept), tuple(losses)
+        return plan.after(self, adapters=adapters, losses=tuple(losses))
 
 
-def told(report: dict[str, Any], losses: tuple[Loss, ...]) -> dict[str, Any]:
-    """The report with what was lost, and the oracle by its right name."""
-    if not losses:
-        return report
-    oracle = report["oracle"] + ORACLE.format(", ".join(loss.adapter for loss in losses))
-    return {**report, "oracle": oracle, "approximated": {x.adapter: x.as_dict() for x in losses}}
-
-
-def _write(base: Base, adapter: Adapter, rank: int, folder: Path) -> Loss:
+def _write(base: Base, adapter: Adapter, rank: int, folder: Path) -> ApproximationLoss:
     """A PEFT folder with the nearest LoRA; ranks are smaller where a matrix is."""
     from safetensors.numpy import save_file
 
@@ -116,7 +89,9 @@ def _write(base: Base, adapter: Adapter, rank: int, folder: Path) -> Loss:
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     error = sqrt(lost / whole) if whole else 0.0
-    return Loss(adapter.name, rank, float(f"{error:.4g}"), float(f"{worst[0]:.4g}"), worst[1])
+    return ApproximationLoss(
+        adapter.name, rank, float(f"{error:.4g}"), float(f"{worst[0]:.4g}"), worst[1]
+    )
 
 
 def _smaller(ranks: dict[str, int], rank: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Where a pass may leave files, and whom it tells how far it is; as long as the build lasts."""
+"""What passes share while a plan is made: a scratch folder, a progress, and held-out text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from adaptrix_export.progress import Progress
 
-HELD = "held.npy"
+HELD_OUT = "held_out.npy"
 
 
 @dataclass(frozen=True)
-class Workshop:
+class PassContext:
     """A scratch folder that plans may refer to, and a Progress."""
 
     folder: Path
@@ -29,18 +29,18 @@ class Workshop:
         made.mkdir()
         return made
 
-    def hold(self, rows: NDArray[np.int64]) -> None:
+    def hold_out(self, rows: NDArray[np.int64]) -> None:
         """Keep token ids (rows, tokens) to measure on, which no pass has seen."""
-        np.save(self.folder / HELD, rows, allow_pickle=False)
+        np.save(self.folder / HELD_OUT, rows, allow_pickle=False)
 
-    def held(self) -> NDArray[np.int64] | None:
+    def held_out(self) -> NDArray[np.int64] | None:
         """The rows that a pass has kept, the last ones; None where none did."""
-        place = self.folder / HELD
+        place = self.folder / HELD_OUT
         return np.load(place, allow_pickle=False) if place.exists() else None
 
 
 @contextmanager
-def workshop(progress: Progress) -> Iterator[Workshop]:
-    """A workshop whose folder is gone when the block ends."""
+def pass_context(progress: Progress) -> Iterator[PassContext]:
+    """A context whose folder is gone when the block ends."""
     with TemporaryDirectory(prefix="adaptrix-passes-") as folder:
-        yield Workshop(Path(folder), progress)
+        yield PassContext(Path(folder), progress)

@@ -3,6 +3,7 @@
 from adaptrix_export.plan.adapter import Adapter, Adjustment, Delta, Replacement
 from adaptrix_export.plan.base import Base
 from adaptrix_export.plan.gate import Gate, clamp_slope
+from adaptrix_export.plan.loss import ApproximationLoss
 from adaptrix_export.plan.plan import Change, Pass, Plan
 from adaptrix_export.plan.site import Site
 from adaptrix_export.plan.tensor import Array, Tensor
@@ -22,6 +23,7 @@ from adaptrix_export.plan.terms import (
 __all__ = [
     "Adapter",
     "Adjustment",
+    "ApproximationLoss",
     "Array",
     "Base",
     "Change",

@@ -15,6 +15,7 @@ from adaptrix_export.plan.adapter import Adapter, Adjustment, Replacement
 from adaptrix_export.plan.base import Base
 from adaptrix_export.plan.composition import Composition
 from adaptrix_export.plan.gate import Gate
+from adaptrix_export.plan.loss import ApproximationLoss
 from adaptrix_export.plan.site import Site
 from adaptrix_export.plan.tensor import Tensor
 from adaptrix_export.plan.terms import Term
@@ -61,6 +62,8 @@ class Plan:
     # The adapters are no longer those of the files, but moved onto a few layers: an artifact keeps
     # a copy of them, and is proved against stock PEFT on that.
     redistributed: bool = False
+    # Of the adapters that were replaced by the nearest LoRA, which is what they are proved against.
+    losses: tuple[ApproximationLoss, ...] = field(default=())
 
     def after(self, step: object, **changed: Any) -> Plan:
         """This plan with fields changed by `step`, whose repr becomes the history line."""

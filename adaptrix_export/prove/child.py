@@ -17,13 +17,8 @@ from typing import Any, TextIO
 
 from adaptrix_export.errors import known
 from adaptrix_export.oracle.job import Job, tolerance_of
-from adaptrix_export.oracle.peft_folders import GATED, PLAIN_ORACLE
+from adaptrix_export.oracle.naming import oracle_name
 from adaptrix_export.progress import Progress
-
-EXECUTED = (
-    "PyTorch executing the plan: each adapter's delta as stock PEFT runs it alone, "
-    "composed in float64"
-)
 
 
 class Lines:
@@ -109,7 +104,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     if job.gates:
         compared["context"] = compare_gates(job, subject, asked, opened)
     return {
-        "oracle": (EXECUTED if job.composition else PLAIN_ORACLE) + GATED * bool(job.gates),
+        "oracle": oracle_name(job.oracle, composed=bool(job.composition), gated=bool(job.gates)),
         "target": job.target,
         "level": job.level,
         "precision": job.precision,

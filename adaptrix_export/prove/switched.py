@@ -17,7 +17,7 @@ import numpy as np
 from adaptrix_export.graph.rewrite.slots import Slot
 from adaptrix_export.oracle.compare import Logits, rounded
 from adaptrix_export.oracle.job import GateSpec, Job, Tolerance, tolerance_of
-from adaptrix_export.oracle.peft_folders import GATED, PLAIN_ORACLE
+from adaptrix_export.oracle.naming import oracle_name
 from adaptrix_export.oracle.prompts import Prompts, prompts
 from adaptrix_export.oracle.reference import Reference
 from adaptrix_export.progress import Progress
@@ -38,7 +38,6 @@ from adaptrix_export.prove.subject import OnnxSubject, SwitchableSubject, adapte
 from adaptrix_export.runtime.graph import SLOTLESS
 from adaptrix_export.runtime.stamps import FACTS
 
-ALONE = ", each adapter by itself"
 BASE = "base alone"
 TWIN = "base alone, without slots"
 # A slot holds A as it is and scale * B rounded once to fp32; sums of fp64 products differ by less.
@@ -102,7 +101,7 @@ def run_switched(job: Job, progress: Progress) -> dict[str, Any]:
         told["context"] = _compared_gates(job, subject, asked, answered)
         passed = passed and told["context"]["passed"]
     return {
-        "oracle": PLAIN_ORACLE + ALONE + GATED * bool(job.gates),
+        "oracle": oracle_name(job.oracle, gated=bool(job.gates), apart=True),
         "precision": job.precision,
         "tolerance": job.precision,
         "tokens": asked.source,

@@ -37,9 +37,8 @@ from adaptrix_export.recipe.sections import (
     Section,
     Slots,
 )
+from adaptrix_export.recipe.targets import TARGET_FACTS
 from adaptrix_export.recipe.words import (
-    CONTEXT_MODES,
-    PRECISIONS,
     AdaptrixScaling,
     BaseWeights,
     Frontend,
@@ -171,7 +170,7 @@ class Recipe(Section):
 
     def _fits_together(self) -> None:
         """What no single field can tell."""
-        possible = PRECISIONS[self.target]
+        possible = TARGET_FACTS[self.target].precisions
         if self.precision not in possible:
             raise refusal(
                 f"{self.precision} with target {self.target}",
@@ -199,9 +198,13 @@ class Recipe(Section):
 
     def _check_context(self) -> None:
         """What depends on the data cannot be held by weights."""
-        if self.context is None or self.context.mode in CONTEXT_MODES.get(self.target, ()):
+        if self.context is None or self.context.mode in TARGET_FACTS[self.target].context_modes:
             return
-        able = [t for t, modes in CONTEXT_MODES.items() if self.context.mode in modes]
+        able = [
+            target
+            for target, facts in TARGET_FACTS.items()
+            if self.context.mode in facts.context_modes
+        ]
         raise refusal(
             f"mode {self.context.mode} with target {self.target}",
             f"target {one_of(able)}",

@@ -134,20 +134,3 @@ class ParityLevel(_Word):
     FULL = "full"
     FAST = "fast"
     OFF = "off"
-
-
-# Which modes of context preservation each target can hold: only `blend` fits into weights.
-CONTEXT_MODES: dict[Target, tuple[ContextMode, ...]] = {
-    Target.ONNX: tuple(ContextMode),
-    Target.ONNX_SWITCHABLE: tuple(ContextMode),
-    Target.SAFETENSORS: (ContextMode.BLEND,),
-    Target.PEFT: (ContextMode.BLEND,),
-}
-
-# What each target can be written in today; the other words are known, and refused.
-PRECISIONS: dict[Target, tuple[Precision, ...]] = {
-    Target.ONNX: (Precision.AUTO, Precision.FP32),
-    Target.ONNX_SWITCHABLE: (Precision.AUTO, Precision.FP32),
-    Target.SAFETENSORS: (Precision.AUTO,),
-    Target.PEFT: (Precision.AUTO,),
-}

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.load.adapters.peft_adapter import CONFIG, OURS, WEIGHTS
@@ -66,16 +65,6 @@ class PeftFolders:
 
     adapters: tuple[tuple[str, Path], ...]
     converted: tuple[str, ...]
-
-    def told(self, report: dict[str, Any]) -> dict[str, Any]:
-        """The report with an oracle that says which adapters it did not read from their own files.
-
-        A fault of our reader is a fault of the copy, too: whoever reads the report must know.
-        """
-        if not self.converted:
-            return report
-        names = ", ".join(self.converted)
-        return {**report, "oracle": f"{report['oracle']} (adapter converted to PEFT form: {names})"}
 
 
 @contextmanager

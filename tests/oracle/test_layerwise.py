@@ -14,8 +14,8 @@ from adaptrix_export.load import open_adapter, open_base
 from adaptrix_export.measure.calibration import Calibration
 from adaptrix_export.oracle.layered import ADAPTED, BASE, STUDENT, Live
 from adaptrix_export.oracle.layerwise import LayerReader, fits
-from adaptrix_export.passes.context import workshop
-from adaptrix_export.passes.redistribute.redistribute import Redistribute, taken_apart
+from adaptrix_export.passes.context import pass_context
+from adaptrix_export.passes.redistribute.redistribute import Redistribute, split_terms
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
 from tests.artifacts import save_base_with_tokenizer
@@ -54,7 +54,7 @@ def room_for(plan, layers):
 
 
 def opened(plan, memory):
-    stack, _, _ = taken_apart(plan, plan.adapters[0])
+    stack, _, _ = split_terms(plan, plan.adapters[0])
     return Live.open(plan.base, (("a", plan.adapters[0].folder),), stack, memory)
 
 
@@ -104,9 +104,9 @@ def test_what_it_redistributes_is_the_same(tmp_path, plan, strategy, monkeypatch
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
     for memory in (None, room_for(plan, 1)):
-        with workshop(Silent()) as shop:
+        with pass_context(Silent()) as context:
             step = Redistribute(
-                layers=(1, 3), strategy=strategy, steps=4, max_memory=memory, workshop=shop,
+                layers=(1, 3), strategy=strategy, steps=4, max_memory=memory, context=context,
                 calibration=Calibration(str(text), 256, 32),
             )  # fmt: skip
             adapter = step(plan).adapters[0]

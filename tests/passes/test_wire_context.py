@@ -18,7 +18,7 @@ from adaptrix_export.pipeline import build
 from adaptrix_export.plan import Gate, Plan, Site
 from adaptrix_export.progress import Silent
 from adaptrix_export.recipe import Recipe
-from adaptrix_export.targets import LOWERINGS
+from adaptrix_export.targets import TARGETS
 from tests.artifacts import plan_of
 from tests.tiny import save_adapter, save_base
 from tests.tools.zoo import house
@@ -119,7 +119,7 @@ def test_weights_alone_cannot_hold_gates(target: str, mode: dict[str, Any], tmp_
     plan = verify(WireContext(**mode)(planned(tmp_path)))
     (tmp_path / "out").mkdir()
     with pytest.raises(UnsupportedError, match="target onnx, or mode blend"):
-        LOWERINGS[target].lower(plan, tmp_path / "out", Silent())
+        TARGETS[target].lower(plan, tmp_path / "out", Silent())
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -128,7 +128,7 @@ def test_a_blend_is_the_scale_of_a_peft_folder(tmp_path: Path) -> None:
     plain = planned(tmp_path, lora_bias=False, rank_pattern={"q_proj": 2})
     plan = verify(WireContext(mode="blend", weight=((1, 0.25), (2, -0.5), (3, 0.0)))(plain))
     (tmp_path / "out").mkdir()
-    LOWERINGS["peft"].lower(plan, tmp_path / "out", Silent())
+    TARGETS["peft"].lower(plan, tmp_path / "out", Silent())
     again = plan_of(tmp_path / "base", tmp_path / "out")
     found, wanted = again.changes(), plan.changes()
     assert found.keys() == wanted.keys()
@@ -142,7 +142,7 @@ def test_a_blend_of_dora_is_no_peft_adapter(tmp_path: Path) -> None:
     plan = verify(WireContext(mode="blend", weight=0.5)(planned(tmp_path, use_dora=True)))
     (tmp_path / "out").mkdir()
     with pytest.raises(UnsupportedError, match="Dora term times 0.5.*onnx or safetensors"):
-        LOWERINGS["peft"].lower(plan, tmp_path / "out", Silent())
+        TARGETS["peft"].lower(plan, tmp_path / "out", Silent())
 
 
 def test_an_encoder_decoder_can_be_blended_only(tmp_path: Path) -> None:

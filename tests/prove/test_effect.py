@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from adaptrix_export.measure.effect import measure
 from adaptrix_export.passes.compose.compose import Compose
-from adaptrix_export.passes.context import workshop
+from adaptrix_export.passes.context import pass_context
 from adaptrix_export.passes.redistribute.redistribute import Redistribute
 from adaptrix_export.passes.wire_context import WireContext
 from adaptrix_export.pipeline import open_plan
@@ -103,10 +103,10 @@ def test_a_redistributed_adapter_stands_between(
     folders: tuple[Path, Path],
 ) -> None:
     plan = plan_of(*folders)
-    with workshop(Silent()) as shop:
-        assert shop.held() is None
-        moved = Redistribute(layers=(1, 2), strategy="select", workshop=shop)(plan)
-        rows = shop.held()
+    with pass_context(Silent()) as context:
+        assert context.held_out() is None
+        moved = Redistribute(layers=(1, 2), strategy="select", context=context)(plan)
+        rows = context.held_out()
         assert rows is not None
         gated = WireContext(tau=0.05)(moved)
         told = measure(plan, gated, rows, None, Silent())

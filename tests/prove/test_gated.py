@@ -23,7 +23,7 @@ from adaptrix_export.passes.wire_context import WireContext
 from adaptrix_export.progress import Silent
 from adaptrix_export.prove.child import run
 from adaptrix_export.show.parity_tables import gates_table, table
-from adaptrix_export.targets import LOWERINGS
+from adaptrix_export.targets import TARGETS
 from tests.artifacts import plan_of
 from tests.tiny import save_adapter, save_base
 
@@ -39,7 +39,7 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> Job:
     adapter = save_adapter(base, folder / "adapter")
     plan = verify(WireContext(tau=TAU, stats=True)(plan_of(base, adapter)))
     (folder / "out").mkdir()
-    artifact = LOWERINGS["onnx"].lower(plan, folder / "out", Silent())
+    artifact = TARGETS["onnx"].lower(plan, folder / "out", Silent())
     return Job(
         "onnx", artifact.folder, base, "fp32", artifact.weights, adapters=(("only", adapter),),
         decode_steps=4, level="fast", threads=1, gates=gate_specs(plan.gates), gate_stats=True,

@@ -21,7 +21,8 @@ from adaptrix_export.recipe import (
     with_overrides,
 )
 from adaptrix_export.recipe.sections import AdapterSpec, Parity, default_name
-from adaptrix_export.recipe.words import PRECISIONS, ParityLevel, Precision, Target
+from adaptrix_export.recipe.targets import TARGET_FACTS
+from adaptrix_export.recipe.words import ParityLevel, Precision, Target
 from adaptrix_export.recipe.yaml_reader import parse
 
 GOOD: dict[str, Any] = {"base": "./base", "adapter": "./lora", "target": "onnx", "out": "merged"}
@@ -169,8 +170,9 @@ def test_no_adapter_is_no_recipe() -> None:
 
 
 def test_every_target_says_what_precision_it_can_have() -> None:
-    assert set(PRECISIONS) == set(Target)
-    for target, possible in PRECISIONS.items():
+    assert set(TARGET_FACTS) == set(Target)
+    for target, facts in TARGET_FACTS.items():
+        possible = facts.precisions
         for precision in Precision:
             document = {**GOOD, "target": str(target), "precision": str(precision)}
             if precision in possible:

@@ -13,18 +13,18 @@ from adaptrix_export.cli import main
 from adaptrix_export.errors import RecipeError
 from adaptrix_export.passes.compose.choose import Auto
 from adaptrix_export.passes.compose.compose import Compose
-from adaptrix_export.passes.context import Workshop
+from adaptrix_export.passes.context import PassContext
 from adaptrix_export.plan.composition import Weight
 from adaptrix_export.plan.methods import METHODS
 from adaptrix_export.progress import Silent
 from adaptrix_export.recipe import ComposeSpec, Recipe, load_recipe, make_recipe, recipe_schema
 
 BASE = {"base": "b", "adapters": ["x/one", "x/two"], "target": "onnx", "out": "o"}
-SHOP = Workshop(Path("unused"), Silent())
+CONTEXT = PassContext(Path("unused"), Silent())
 
 
 def passes(**compose):
-    return pipeline.passes(make_recipe({**BASE, **compose}), SHOP)
+    return pipeline.passes(make_recipe({**BASE, **compose}), CONTEXT)
 
 
 def test_the_default_and_the_short_form():
@@ -54,13 +54,13 @@ def test_a_recipe_file_and_settings_over_it(tmp_path):
         "compose:\n  method: dare_ties\n  weights: {one: {3: 0.5}}\n  density: 0.3\n  seed: 7\n"
     )
     recipe = load_recipe(path, ["compose.weights.two=0.25", "compose.election=frequency"])
-    (compose,) = pipeline.passes(recipe, SHOP)
+    (compose,) = pipeline.passes(recipe, CONTEXT)
     assert repr(compose) == (
         "Compose(method='dare_ties', weights={one: {3: 0.5, else 1.0}, two: 0.25}, density=0.3, "
         "election='frequency', seed=7)"
     )
     short = make_recipe({**BASE, "compose": "svd"}, overrides=["compose.rank=4"])
-    assert pipeline.passes(short, SHOP) == (Compose("svd", rank=4),)
+    assert pipeline.passes(short, CONTEXT) == (Compose("svd", rank=4),)
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
 
 
@@ -105,7 +105,7 @@ def test_flags(monkeypatch):
     flags = ["--base", "b", "--adapter", "x/one", "--adapter", "x/two", "--target", "onnx"]
     flags += ["--out", "o", "--compose", "ties", "--weight", "one=0.7", "--weight", "two=-1"]
     CliRunner().invoke(main, ["build", *flags])
-    (compose,) = pipeline.passes(seen["recipe"], SHOP)
+    (compose,) = pipeline.passes(seen["recipe"], CONTEXT)
     assert compose == Compose("ties", (("one", Weight(0.7)), ("two", Weight(-1.0))))
     for wrong, match in (("one", "NAME=W"), ("one=x", "W a number"), ("no=1", "one of one")):
         result = CliRunner().invoke(main, ["build", *flags, "--weight", wrong])

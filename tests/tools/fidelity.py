@@ -34,7 +34,7 @@ from adaptrix_export.oracle.layered import ADAPTED, STUDENT, Live, factors_of
 from adaptrix_export.oracle.layered import BASE as BARE
 from adaptrix_export.passes.redistribute.layers import choose_layers
 from adaptrix_export.passes.redistribute.moved import Moved, Terms, common_dtype, factors
-from adaptrix_export.passes.redistribute.redistribute import RANK_FACTOR, taken_apart
+from adaptrix_export.passes.redistribute.redistribute import RANK_FACTOR, split_terms
 from adaptrix_export.passes.redistribute.strategies import STRATEGIES
 from adaptrix_export.passes.redistribute.strategies.distill import distill
 from adaptrix_export.passes.redistribute.work import STEP_TOKENS, Work, distill_steps
@@ -125,7 +125,7 @@ class Bench:
         self.base = open_base(self.subject.base(), task="auto")
         adapter = open_adapter(str(self.subject.adapter()), self.base)
         self.plan = Plan(self.base, (adapter,))
-        stack, self.terms, _ = taken_apart(self.plan, adapter)
+        stack, self.terms, _ = split_terms(self.plan, adapter)
         self.live = Live.open(self.base, ((model, adapter.folder),), stack)
         self.held = Held(self.live, self.rows("pydoc", 0, 0).held, scratch, self.base.task)
         self.fitted: dict[tuple[Any, ...], tuple[Moved, float]] = {}

@@ -38,7 +38,7 @@ from adaptrix_export.measure.calibration import Calibration
 from adaptrix_export.oracle.gated import LiveGates
 from adaptrix_export.oracle.job import GateSpec
 from adaptrix_export.oracle.reference import load_model, with_adapters
-from adaptrix_export.passes.context import workshop
+from adaptrix_export.passes.context import pass_context
 from adaptrix_export.passes.redistribute.redistribute import Redistribute
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
@@ -173,9 +173,9 @@ def redistributed(adapter: Path, strategy: str) -> Path:
     if not (folder / "adapter_config.json").exists():
         base = open_base(BASE)
         plan = Plan(base, (open_adapter(str(adapter), base),))
-        with workshop(Silent()) as shop:
+        with pass_context(Silent()) as context:
             step = Redistribute(
-                LAYERS, strategy, calibration=Calibration("pydoc", 8192, 256), workshop=shop
+                LAYERS, strategy, calibration=Calibration("pydoc", 8192, 256), context=context
             )
             moved = step(plan).adapters[0]
             shutil.copytree(moved.folder, folder)

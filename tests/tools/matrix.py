@@ -37,18 +37,20 @@ from adaptrix_export.oracle.job import Job
 from adaptrix_export.oracle.peft_folders import oracle_folders
 from adaptrix_export.oracle.reference import Reference, encode
 from adaptrix_export.package import write_package
-from adaptrix_export.passes.context import workshop
-from adaptrix_export.pipeline import open_plan, parity_job, passes
+from adaptrix_export.passes.context import pass_context
+from adaptrix_export.passes.from_recipe import passes_of
+from adaptrix_export.pipeline import open_plan, run_passes
 from adaptrix_export.progress import Silent
 from adaptrix_export.prove.open_subject import open_subject
+from adaptrix_export.prove.proof import ProofRequest
 from adaptrix_export.prove.replay import replay
 from adaptrix_export.prove.stored import open_stored
 from adaptrix_export.recipe import Recipe
-from adaptrix_export.targets import LOWERINGS
+from adaptrix_export.targets import TARGETS
 from tests.tiny import VOCAB, save_base
 from tests.tools.matrix_rows import KINDS, NAMES, ROWS, Row, named
 
-TARGETS = ("safetensors", "onnx")
+BUILT = ("safetensors", "onnx")
 EXACT = 1e-5  # on logits in float32
 EFFECT = 1e-4  # an adapter that does less proves nothing
 LABELS = 5
@@ -85,16 +87,14 @@ class Impossible(Exception):
 def cells_of(row: Row, kind: str) -> list[Cell]:
     """Both targets of one row on one base."""
     if kind not in row.kinds:
-        return [
-            Cell(row.name, kind, target, "none", "-", "not for this base") for target in TARGETS
-        ]
+        return [Cell(row.name, kind, target, "none", "-", "not for this base") for target in BUILT]
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             trained = train(row, kind, Path(scratch))
         except Impossible as reason:
-            return [Cell(row.name, kind, t, "none", "-", str(reason)) for t in TARGETS]
-        return [_cell(row, kind, target, trained, Path(scratch)) for target in TARGETS]
+            return [Cell(row.name, kind, t, "none", "-", str(reason)) for t in BUILT]
+        return [_cell(row, kind, target, trained, Path(scratch)) for target in BUILT]
 
 
 def _cell(row: Row, kind: str, target: str, trained: Trained, scratch: Path) -> Cell:
@@ -205,15 +205,14 @@ def compare(trained: Trained, target: str, out: Path) -> tuple[float, str]:
         base=str(trained.base), adapters=[str(a) for a in trained.adapters], target=target, out=out
     )
     original = open_plan(recipe)
-    plan = verify(original)
-    with workshop(Silent()) as shop:
-        for step in passes(recipe, shop):
-            plan = verify(step(plan))
+    with pass_context(Silent()) as context:
+        plan = run_passes(passes_of(recipe, original, context), verify(original))
     out.mkdir()
-    artifact = LOWERINGS[target].lower(plan, out, Silent())
+    artifact = TARGETS[target].lower(plan, out, Silent())
     write_package(artifact, plan)
     with oracle_folders(original) as folders:
-        job = replace(parity_job(recipe, original, artifact, folders.adapters), threads=1)
+        request = ProofRequest.of_build(recipe, plan, artifact)
+        job = replace(request.job(original, folders), threads=1)
         reference = Reference.open(job)
     found = _play(job)
     report, _ = replay(
@@ -255,7 +254,7 @@ def show(rows: Sequence[Row], kinds: Sequence[str], cells: Iterable[Cell]) -> No
     """The table, the reason for each cell that is not exact, and the count."""
     cells = list(cells)
     at = {(c.row, c.kind, c.target): c for c in cells}
-    columns = [(kind, target) for kind in kinds for target in TARGETS]
+    columns = [(kind, target) for kind in kinds for target in BUILT]
     short = {"safetensors": "st", "onnx": "onnx"}
     print(f"{'adapter':34}" + "".join(f"{f'{k} {short[t]}':16}" for k, t in columns))
     for row in rows:

@@ -22,7 +22,7 @@ from adaptrix_export.errors import FidelityError, RecipeError, UnsupportedError
 from adaptrix_export.load.files.tensors import itemsize
 from adaptrix_export.measure.calibration import AUTO, PYDOC, Calibration, calibration_rows
 from adaptrix_export.oracle.peft_folders import oracle_folders
-from adaptrix_export.passes.context import Workshop
+from adaptrix_export.passes.context import PassContext
 from adaptrix_export.passes.redistribute.layers import choose_layers
 from adaptrix_export.passes.redistribute.moved import Place, Terms, common_dtype
 from adaptrix_export.passes.redistribute.written import (
@@ -70,7 +70,7 @@ class Redistribute:
     max_sites: int | None = None
     max_bytes: int | None = None
     max_memory: int | None = field(default=None, repr=False)  # how it runs, not what it does
-    workshop: Workshop | None = field(default=None, repr=False, compare=False)
+    context: PassContext | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_layers(self.layers)
@@ -105,10 +105,10 @@ class Redistribute:
         """One adapter redistributed, opened from its new folder, and what was measured."""
         from adaptrix_export.oracle.layered import Live  # PyTorch
 
-        assert self.workshop is not None  # the pipeline's, or a test's
-        stack, terms, kept = taken_apart(plan, adapter)
+        assert self.context is not None  # the pipeline's, or a test's
+        stack, terms, kept = split_terms(plan, adapter)
         rank = self._rank(plan, terms)
-        with _as_folders(plan) as folders, self.workshop.progress.stage("calibration: loading"):
+        with _as_folders(plan) as folders, self.context.progress.stage("calibration: loading"):
             live = Live.open(plan.base, folders, stack, self.max_memory)
         try:
             return self._on(plan, adapter, stack, terms, kept, rank, live)
@@ -121,14 +121,14 @@ class Redistribute:
     ) -> tuple[Adapter, dict[str, Any]]:  # fmt: skip
         from adaptrix_export.measure.fidelity import measure
 
-        shop = self.workshop
-        assert shop is not None
+        context = self.context
+        assert context is not None
         work = self._work(plan, adapter, stack, terms, rank, live)
         moved = self._moved(work, adapter)
         _attach(live, work, moved.terms)
-        shop.hold(work.rows.held)
-        found = measure(live, work.rows.held, plan.base.task, shop.progress)
-        folder = shop.folder_for(adapter.name)
+        context.hold_out(work.rows.held)
+        found = measure(live, work.rows.held, plan.base.task, context.progress)
+        folder = context.folder_for(adapter.name)
         write_redistributed(
             plan.base, adapter, stack, moved.terms, kept, folder, repr(self), found["retained"]
         )
@@ -152,18 +152,18 @@ class Redistribute:
         from adaptrix_export.passes.redistribute.search import search
         from adaptrix_export.passes.redistribute.work import STEP_TOKENS, Work, distill_steps
 
-        shop = self.workshop
-        assert shop is not None
+        context = self.context
+        assert context is not None
         targets: tuple[int, ...] = ()
         if self.layers != SEARCH:  # before any work is done
             targets = choose_layers(self.layers, len(live.layers))
         steps = self.steps or distill_steps(len(targets) or _SEARCHED)
         calibration = self.calibration
         if live.reader is not None:
-            shop.progress.note("memory does not hold the model: its layers are read one by one")
+            context.progress.note("memory does not hold the model: its layers are read one by one")
             if calibration.text == AUTO:  # a token of its own would take a reading of all layers
                 calibration = replace(calibration, text=PYDOC)
-        with shop.progress.stage("calibration: text"):
+        with context.progress.stage("calibration: text"):
             rows = calibration_rows(
                 calibration, plan.base, live.vocabulary, live.positions, live.generate,
                 more_tokens=steps * STEP_TOKENS if self.strategy == "distill" else 0,
@@ -171,8 +171,8 @@ class Redistribute:
         work = Work(
             base=plan.base, stack=stack, terms=terms, targets=targets, rank=rank,
             dtype=common_dtype(terms), steps=steps, seed=self.calibration.seed, live=live,
-            rows=rows, scratch=shop.folder_for(f"states of {adapter.name}"),
-            progress=shop.progress,
+            rows=rows, scratch=context.folder_for(f"states of {adapter.name}"),
+            progress=context.progress,
         )  # fmt: skip
         if self.layers == SEARCH:
             return replace(work, targets=search(work, self.max_sites, self.max_bytes))
@@ -228,7 +228,7 @@ class Redistribute:
         return self.rank
 
 
-def taken_apart(plan: Plan, adapter: Adapter) -> tuple[str, Terms, tuple[Delta, ...]]:
+def split_terms(plan: Plan, adapter: Adapter) -> tuple[str, Terms, tuple[Delta, ...]]:
     """(the stack, its low-rank terms by place, the deltas outside of it, which are kept).
 
     Raises UnsupportedError for anything in a layer that is not plain LoRA on a weight.

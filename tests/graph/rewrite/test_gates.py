@@ -20,8 +20,9 @@ from adaptrix_export.passes.wire_context import WireContext
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
 from adaptrix_export.prove.subject import OnnxSubject
-from adaptrix_export.targets import LOWERINGS
+from adaptrix_export.targets import TARGETS
 from adaptrix_export.targets.artifact import Artifact
+from adaptrix_export.targets.options import LowerOptions
 from tests.artifacts import plan_of
 from tests.tiny import save_adapter, save_base
 
@@ -52,7 +53,7 @@ def lowered(files: tuple[Path, Path], out: Path, frontend: str = "auto", **optio
     if options:
         plan = verify(WireContext(**options)(plan))
     out.mkdir()
-    return plan, LOWERINGS["onnx"].lower(plan, out, Silent(), frontend), base, adapter
+    return plan, TARGETS["onnx"].lower(plan, out, Silent(), LowerOptions(frontend)), base, adapter
 
 
 def oracle(made: Lowered) -> Reference:
@@ -285,7 +286,7 @@ def test_two_adapters_are_one_contribution(
     second = save_adapter(base, tmp_path / "second", seed=9, r=3, target_modules=["q_proj"])
     plan = verify(WireContext(tau=TAU)(Compose()(plan_of(base, first, second))))
     (tmp_path / "out").mkdir()
-    LOWERINGS["onnx"].lower(plan, tmp_path / "out", Silent())
+    TARGETS["onnx"].lower(plan, tmp_path / "out", Silent())
     job = Job(
         "onnx", tmp_path / "out", base, precision="fp32", weights={}, threads=1,
         adapters=(("a", first), ("b", second)), gates=gate_specs(plan.gates),

@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from adaptrix_export.measure.calibration import Calibration
 from adaptrix_export.oracle.layered import Live
 from adaptrix_export.oracle.writes import find_writes
-from adaptrix_export.passes.context import workshop
+from adaptrix_export.passes.context import pass_context
 from adaptrix_export.passes.redistribute.moved import factors
-from adaptrix_export.passes.redistribute.redistribute import Redistribute, taken_apart
+from adaptrix_export.passes.redistribute.redistribute import Redistribute, split_terms
 from adaptrix_export.passes.redistribute.strategies import fit as fitting
 from adaptrix_export.passes.redistribute.strategies.fit import LAMBDAS, Sums, solve
 from adaptrix_export.progress import Silent
@@ -119,9 +119,9 @@ def plan(tmp_path_factory):
 
 
 def fitted(plan, **options):
-    with workshop(Silent()) as shop:
+    with pass_context(Silent()) as context:
         text = Calibration("self", 256, 32)
-        out = Redistribute(layers=(1, 2), calibration=text, workshop=shop, **options)(plan)
+        out = Redistribute(layers=(1, 2), calibration=text, context=context, **options)(plan)
         name = out.adapters[0].name
         terms = {(d.site.layer, d.site.module): factors(d.terms) for d in out.adapters[0].deltas}
         return out.measured["fidelity"][name], terms
@@ -158,7 +158,7 @@ def test_a_fit_that_makes_the_error_larger_is_shrunk_or_dropped_and_told(
     assert any(re.fullmatch(match, n) for n in told["notes"]), told["notes"]
     assert all(t["error_after"] <= t["error_before"] for t in told["targets"])
     if times < 0:  # what is left is the adapter's own
-        _, own, _ = taken_apart(plan, plan.adapters[0])
+        _, own, _ = split_terms(plan, plan.adapters[0])
         assert set(terms) == {place for place in own if place[0] in (1, 2)}
         for place, (a, b) in terms.items():
             x, y = factors(own[place])

@@ -18,7 +18,7 @@ from adaptrix_export.load import open_adapter, open_base
 from adaptrix_export.manage.verify_artifact import verify_artifact
 from adaptrix_export.measure.calibration import Calibration
 from adaptrix_export.passes.compose.compose import Compose
-from adaptrix_export.passes.context import workshop
+from adaptrix_export.passes.context import pass_context
 from adaptrix_export.passes.redistribute.moved import beside, factors, truncated
 from adaptrix_export.passes.redistribute.redistribute import Redistribute
 from adaptrix_export.pipeline import build
@@ -50,8 +50,8 @@ def plan_of(base, adapter):
 def moved(tmp_path, pair, **options):
     """(the plan, its fidelity, the folder of the adapter)"""
     settings = {"layers": (1, 3), "calibration": TEXT, **options}
-    with workshop(Silent()) as shop:
-        out = Redistribute(**settings, workshop=shop)(plan_of(*pair))
+    with pass_context(Silent()) as context:
+        out = Redistribute(**settings, context=context)(plan_of(*pair))
         adapter = out.adapters[0]
         folder = tmp_path / "moved"
         folder.mkdir(parents=True)
@@ -163,8 +163,8 @@ def test_composed_adapters_are_moved_as_what_they_are_together(tmp_path, pair):
     other = save_adapter(base, tmp_path / "other", seed=5, r=3, lora_alpha=2)
     plan = artifact_plan(base, adapter, other)
     count = plan.base.architecture.stacks[0].count
-    with workshop(Silent()) as shop:
-        step = Redistribute(layers=count, strategy="fold", calibration=TEXT, workshop=shop)
+    with pass_context(Silent()) as context:
+        step = Redistribute(layers=count, strategy="fold", calibration=TEXT, context=context)
         composed = Compose(weights=(("other", Weight(0.5)),))(plan)
         out = step(composed)
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()

@@ -1,0 +1,46 @@
+"""What is known of each target before anything is built: one row a target.
+
+How a target is written is its row in `targets.TARGETS`; how it is read back and run, by its form,
+in `prove`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from adaptrix_export.recipe.words import ContextMode, Precision, Target
+
+
+class Form(Enum):
+    """What an artifact is: who loads it, and what lies beside it."""
+
+    GRAPH = "a graph for ONNX Runtime"
+    CHECKPOINT = "a checkpoint for transformers"
+    ADAPTER = "an adapter for PEFT"
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """`composes`: several adapters become one; otherwise each stays by itself, in slots.
+
+    `context_modes`: the gates that it can hold; only `blend` fits into weights. `precisions`: what
+    it can be written in; the other words are known, and refused.
+    """
+
+    form: Form
+    composes: bool
+    context_modes: tuple[ContextMode, ...]
+    precisions: tuple[Precision, ...]
+
+
+TARGET_FACTS: dict[Target, TargetFacts] = {
+    Target.ONNX: TargetFacts(
+        Form.GRAPH, True, tuple(ContextMode), (Precision.AUTO, Precision.FP32)
+    ),
+    Target.ONNX_SWITCHABLE: TargetFacts(
+        Form.GRAPH, False, tuple(ContextMode), (Precision.AUTO, Precision.FP32)
+    ),
+    Target.SAFETENSORS: TargetFacts(Form.CHECKPOINT, True, (ContextMode.BLEND,), (Precision.AUTO,)),
+    Target.PEFT: TargetFacts(Form.ADAPTER, True, (ContextMode.BLEND,), (Precision.AUTO,)),
+}
