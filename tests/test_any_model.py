@@ -17,7 +17,7 @@ from adaptrix_export.load import open_base
 from adaptrix_export.oracle.job import Job
 from adaptrix_export.pipeline import build
 from adaptrix_export.progress import Silent
-from adaptrix_export.prove import child
+from adaptrix_export.prove import child, proof
 from adaptrix_export.recipe import Recipe
 from tests.any_model import KINDS, Kind, save_kind
 
