@@ -14,6 +14,7 @@ from adaptrix_export.errors import RecipeError
 from adaptrix_export.passes.compose.choose import Auto
 from adaptrix_export.passes.compose.compose import Compose
 from adaptrix_export.passes.context import PassContext
+from adaptrix_export.passes.from_recipe import MeasureConflicts, passes_of
 from adaptrix_export.plan.composition import Weight
 from adaptrix_export.plan.methods import METHODS
 from adaptrix_export.progress import Silent
@@ -24,7 +25,14 @@ CONTEXT = PassContext(Path("unused"), Silent())
 
 
 def passes(**compose):
-    return pipeline.passes(make_recipe({**BASE, **compose}), CONTEXT)
+    return composing(make_recipe({**BASE, **compose}))
+
+
+def composing(recipe):
+    """The passes of a recipe after the one that measures conflicts; no plan is looked at."""
+    measure, *steps = passes_of(recipe, None, CONTEXT)
+    assert measure == MeasureConflicts(CONTEXT)
+    return tuple(steps)
 
 
 def test_the_default_and_the_short_form():
@@ -54,13 +62,13 @@ def test_a_recipe_file_and_settings_over_it(tmp_path):
         "compose:\n  method: dare_ties\n  weights: {one: {3: 0.5}}\n  density: 0.3\n  seed: 7\n"
     )
     recipe = load_recipe(path, ["compose.weights.two=0.25", "compose.election=frequency"])
-    (compose,) = pipeline.passes(recipe, CONTEXT)
+    (compose,) = composing(recipe)
     assert repr(compose) == (
         "Compose(method='dare_ties', weights={one: {3: 0.5, else 1.0}, two: 0.25}, density=0.3, "
         "election='frequency', seed=7)"
     )
     short = make_recipe({**BASE, "compose": "svd"}, overrides=["compose.rank=4"])
-    assert pipeline.passes(short, CONTEXT) == (Compose("svd", rank=4),)
+    assert composing(short) == (Compose("svd", rank=4),)
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
 
 
@@ -105,7 +113,7 @@ def test_flags(monkeypatch):
     flags = ["--base", "b", "--adapter", "x/one", "--adapter", "x/two", "--target", "onnx"]
     flags += ["--out", "o", "--compose", "ties", "--weight", "one=0.7", "--weight", "two=-1"]
     CliRunner().invoke(main, ["build", *flags])
-    (compose,) = pipeline.passes(seen["recipe"], CONTEXT)
+    (compose,) = composing(seen["recipe"])
     assert compose == Compose("ties", (("one", Weight(0.7)), ("two", Weight(-1.0))))
     for wrong, match in (("one", "NAME=W"), ("one=x", "W a number"), ("no=1", "one of one")):
         result = CliRunner().invoke(main, ["build", *flags, "--weight", wrong])
