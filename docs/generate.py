@@ -20,6 +20,11 @@ PACKAGE = Path(__file__).parents[1] / "adaptrix_export"
 PUBLIC = ("adaptrix_export", "adaptrix_export.runtime", "adaptrix_export.errors")
 
 
+def on_config(config: Any) -> None:
+    """Let pages include files of the repository, from wherever the docs are built."""
+    config.mdx_configs["pymdownx.snippets"]["base_path"] = [str(PACKAGE.parent)]
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages (an event of mkdocs)."""
     from mkdocs.structure.files import File
@@ -178,7 +183,9 @@ def map_page() -> str:
         parts.append(f"## {home}")
         rows = ["| module | what it does |", "|---|---|"]
         for file in files:
-            line = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n")
+            line = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split(
+                "\n"
+            )
             if _home(file) == home and line[0]:
                 name = file.relative_to(PACKAGE).with_suffix("").as_posix()
                 rows.append(f"| `{name.removesuffix('/__init__')}` | {_cell(_escaped(line[0]))} |")
@@ -205,9 +212,7 @@ def _escaped(text: str) -> str:
     """Plain text as Markdown: what would be HTML or emphasis stays as it is."""
     pieces = re.split(r"(`[^`]*`)", text)
     plain = (re.sub(r"([<>*_\[\]])", r"\\\1", piece) for piece in pieces[::2])
-    return "".join(
-        a + b for a, b in zip(plain, [*pieces[1::2], ""], strict=True)
-    )
+    return "".join(a + b for a, b in zip(plain, [*pieces[1::2], ""], strict=True))
 
 
 def _cell(text: str) -> str:

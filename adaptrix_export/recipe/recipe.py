@@ -305,7 +305,10 @@ def recipe_schema() -> dict[str, Any]:
     properties = schema["properties"]
     properties["adapters"]["items"] = either
     properties["adapter"] = {**either, "description": "Short for `adapters` with one in it."}
-    properties["compose"] = {"anyOf": [{"type": "string"}, properties["compose"]]}
+    properties["compose"] = {
+        "anyOf": [{"type": "string"}, properties["compose"]],
+        "description": "What becomes of several adapters: a method by name, or a section.",
+    }
     schema["required"].remove("adapters")
     schema["oneOf"] = [{"required": ["adapters"]}, {"required": ["adapter"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
