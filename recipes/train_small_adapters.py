@@ -10,7 +10,7 @@
 | search | all-MiniLM-L6-v2 | to match two halves of a paragraph of the Python documentation |
 | code-or-prose | all-MiniLM-L6-v2, new head | to tell Python source code from documentation |
 
-Every tenth text is held out and only used for the figure that is printed before and after. Seeds
+Every tenth text is held out, and only used for the figure that is printed before and after. Seeds
 are fixed, but float sums differ between machines, so a new run gives close, not equal, weights.
 """
 
