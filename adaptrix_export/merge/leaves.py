@@ -18,9 +18,15 @@ def leaf_rows(change: Change, term: Leaf) -> Rows:
 
 def _low_rank(change: Change, term: LowRank) -> Rows:
     """scale * b @ a, transposed where the base is, in the shape of a convolution's kernel."""
+    left, right = scaled_factors(change, term)
+    return lambda start, stop, base, so_far: (left[start:stop] @ right).reshape(base.shape)
+
+
+def scaled_factors(change: Change, term: LowRank) -> tuple[Array, Array]:
+    """(left, right) in float64 with left @ right = scale * b @ a as the base stores it."""
     left, right = _factors(change, term)
     right *= term.scale
-    return lambda start, stop, base, so_far: (left[start:stop] @ right).reshape(base.shape)
+    return left, right
 
 
 def _dora(change: Change, term: Dora) -> Rows:

@@ -2,46 +2,35 @@
 
 The sum is taken in float64 and rounded once, to the dtype that is written. An fp32 sum rounded to
 bf16 would differ from the exact result near ties; and a block at a time keeps memory bounded by
-the block, whatever the size of the embedding.
+the block, whatever the size of the embedding. Sums of LoRA terms, which are most of all there is,
+are computed by threads while earlier blocks are hashed and written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
 from adaptrix_export.load.files.tensors import DTYPES
+from adaptrix_export.merge.ahead import ahead
 from adaptrix_export.merge.blocks import Rows, base_rows, rows_per_block
 from adaptrix_export.merge.composed import composed_rows
-from adaptrix_export.merge.leaves import leaf_rows
-from adaptrix_export.plan import Array, Change, Composed, Tensor, Term
-
-
-def to_dtype(exact: Array, dtype: str) -> Array:
-    """Round float64 values to a safetensors dtype, to nearest even, in one rounding."""
-    if dtype == "BF16":
-        # bfloat16 has no direct conversion from float64, and two roundings are not one. Rounding
-        # to odd first keeps what the second needs to know: https://hal.science/inria-00080427.
-        return _to_odd_float32(exact).astype(DTYPES["BF16"])
-    return exact.astype(DTYPES[dtype])
-
-
-def _to_odd_float32(exact: Array) -> Array:
-    """float32 values, the inexact ones rounded so that their last bit is one."""
-    near: Array = exact.astype(np.float32)
-    bits = near.view(np.int32)
-    back = near.astype(np.float64)
-    even = (back != exact) & np.isfinite(back) & ((bits & 1) == 0)
-    # An even neighbour is left towards the exact value: away from zero if it is too small.
-    bits[even] += np.where(np.abs(back[even]) > np.abs(exact[even]), -1, 1).astype(np.int32)
-    return near
+from adaptrix_export.merge.leaves import leaf_rows, scaled_factors
+from adaptrix_export.merge.rounding import to_dtype
+from adaptrix_export.merge.thin import Thin
+from adaptrix_export.plan import Array, Change, Composed, LowRank, Tensor, Term
 
 
 def merged_blocks(
     change: Change, dtype: str, first: int = 0, last: int | None = None
 ) -> Iterator[Array]:
     """Blocks of rows `first` to `last`-1 of the merged tensor in `dtype`, in order."""
+    low_rank = _low_rank_terms(change)
+    if low_rank:
+        yield from ahead(_thin_blocks(change, low_rank, dtype, first, last))
+        return
     source = change.source
     added = [added_rows(change, term) for term in change.terms]
     rows = source.shape[0] if source.shape else 1
@@ -57,6 +46,26 @@ def merged_blocks(
         if change.blend != 1:
             exact = base + change.blend * (exact - base)
         yield to_dtype(exact, dtype)
+
+
+def _low_rank_terms(change: Change) -> list[LowRank]:
+    """The terms, where LoRA is all that is added to what is stored; else none."""
+    terms = [term for term in change.terms if isinstance(term, LowRank)]
+    lone = not change.rows and change.blend == 1 and len(change.source.shape) > 1
+    return terms if lone and len(terms) == len(change.terms) else []
+
+
+def _thin_blocks(
+    change: Change, terms: list[LowRank], dtype: str, first: int, last: int | None
+) -> Iterator[Callable[[], Array]]:
+    """What makes each block. Its rows are read here: not every source is one for many threads."""
+    source = change.source
+    thin = Thin([scaled_factors(change, term) for term in terms])
+    last = source.shape[0] if last is None else last
+    step = rows_per_block(source.shape)
+    for start in range(first, last, step):
+        base = source.rows(start, min(last, start + step))
+        yield partial(thin.added_to, base, start, dtype)
 
 
 def added_rows(change: Change, term: Term) -> Rows:

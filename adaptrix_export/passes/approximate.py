@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from adaptrix_export.errors import UnsupportedError
-from adaptrix_export.graph.rewrite.slots import is_plain
 from adaptrix_export.load import open_adapter
 from adaptrix_export.merge.blocks import base_rows
 from adaptrix_export.merge.merge import merged
@@ -44,8 +43,13 @@ class Approximate:
     context: PassContext = field(repr=False, compare=False)
 
     def __call__(self, plan: Plan) -> Plan:
+        if self.rank is None:
+            return plan
+        # imports onnx_ir, and that sympy, which takes longer than all else
+        from adaptrix_export.graph.rewrite.slots import is_plain
+
         others = [a for a in plan.adapters if not is_plain(a)]
-        if self.rank is None or not others:
+        if not others:
             return plan
         losses: list[ApproximationLoss] = []
         made: dict[str, Adapter] = {}

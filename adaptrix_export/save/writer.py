@@ -1,26 +1,47 @@
-"""A file written once, front to back, hashed as it is written."""
+"""A file written once, front to back, hashed as it is written.
+
+Hashing and writing happen in a thread of their own, so that whoever makes the bytes goes on making
+them. What has been written starts on its way to the disk at once: the flush before publishing then
+waits for the last of it only.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
+from collections import deque
 from pathlib import Path
 from types import TracebackType
 
 from adaptrix_export.plan import Array
 
 COPY = 4 << 20  # bytes in a copied piece
+AHEAD = 32 << 20  # bytes that may wait to be written; a larger array waits alone
+FLUSHED = 32 << 20  # bytes after which the system is asked to start writing them out
 
 
 class HashingWriter:
-    """Context manager; `hexdigest` is the sha256 of everything written so far."""
+    """Context manager; `hexdigest` is the sha256 of everything written so far.
+
+    Bytes that were handed over must not be changed any more. An error of writing is raised by the
+    next call, at the latest when the context ends.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.position = 0
         self._hash = hashlib.sha256()
+        self._waiting: deque[memoryview] = deque()
+        self._bytes = 0  # of what is waiting or being written
+        self._changed = threading.Condition()
+        self._closing = False
+        self._error: BaseException | None = None
 
     def __enter__(self) -> HashingWriter:
         self._file = self.path.open("xb", buffering=0)
+        self._thread = threading.Thread(target=self._run, name=f"write {self.path.name}")
+        self._thread.start()
         return self
 
     def __exit__(
@@ -29,20 +50,37 @@ class HashingWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        with self._changed:
+            self._closing = True
+            if error is not None:  # nobody will want the rest
+                self._waiting.clear()
+            self._changed.notify_all()
+        self._thread.join()
         self._file.close()
+        if error is None:
+            self._raise()
 
     @property
     def hexdigest(self) -> str:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._bytes or self._error is not None)
+        self._raise()
         return self._hash.hexdigest()
 
     def write(self, data: bytes | memoryview) -> int:
         """Write all of `data`; returns its size."""
         view = memoryview(data).cast("B")
-        self._hash.update(view)
-        self.position += len(view)
         size = len(view)
-        while view:  # an unbuffered write may stop short
-            view = view[self._file.write(view) :]
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._bytes == 0 or self._bytes + size <= AHEAD or self._error is not None
+            )
+            if size and self._error is None:
+                self._waiting.append(view)
+                self._bytes += size
+                self._changed.notify_all()
+        self._raise()
+        self.position += size
         return size
 
     def write_array(self, values: Array) -> int:
@@ -67,3 +105,39 @@ class HashingWriter:
                     raise EOFError(f"{source.name} ended {left} bytes early")
                 left -= self.write(piece)
         return size
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        flushed = written = 0
+        try:
+            while (view := self._next()) is not None:
+                self._hash.update(view)
+                size = len(view)
+                while view:  # an unbuffered write may stop short
+                    view = view[self._file.write(view) :]
+                written += size
+                if written - flushed >= FLUSHED:
+                    _start_writeback(self._file.fileno(), flushed, written - flushed)
+                    flushed = written
+                with self._changed:
+                    self._bytes -= size
+                    self._changed.notify_all()
+        except (OSError, ValueError, MemoryError) as error:
+            with self._changed:
+                self._error = error  # raised by whoever calls next
+                self._changed.notify_all()
+
+    def _next(self) -> memoryview | None:
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._waiting) or self._closing)
+            return self._waiting.popleft() if self._waiting else None
+
+
+def _start_writeback(handle: int, offset: int, size: int) -> None:
+    """Linux starts to write pages out when told that they are not needed soon, and keeps those
+    that are not on the disk yet."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, offset, size, os.POSIX_FADV_DONTNEED)

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from adaptrix_export.load import open_adapter, open_base
 from adaptrix_export.load.fit.invariants import verify
 from adaptrix_export.merge import blocks
-from adaptrix_export.merge.merge import merged, to_dtype
+from adaptrix_export.merge.merge import merged
+from adaptrix_export.merge.rounding import to_dtype
 from adaptrix_export.passes.compose.compose import Compose
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent

@@ -30,7 +30,7 @@ from adaptrix_export.graph.rewrite.taps import (
     replaced,
     taps,
 )
-from adaptrix_export.merge.merge import to_dtype
+from adaptrix_export.merge.rounding import to_dtype
 from adaptrix_export.plan import Array, LowRank, Plan, Site, Tensor
 
 STATISTICS = ("context.gate_mean", "context.gate_min", "context.clamped")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptrix_export.load.files.tensors import DTYPES
-from adaptrix_export.merge.merge import to_dtype
+from adaptrix_export.merge.rounding import to_dtype
 from adaptrix_export.plan import Array, LowRank
 
 Matrix = NDArray[np.float64]
