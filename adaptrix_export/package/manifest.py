@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from adaptrix_export import __version__
 from adaptrix_export.errors import MachineError, SourceError
 from adaptrix_export.load.base_weights import how_read
+from adaptrix_export.package.documents import MANIFEST_FORMAT, ManifestDocument, check_document
 from adaptrix_export.save.hashes import (
     FileHash,
     InputFile,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from adaptrix_export.targets.artifact import Artifact
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = MANIFEST_FORMAT
 TOOL = "adaptrix-export"
 
 # Whose versions decide the bytes. The two builds of ONNX Runtime exclude each other.
@@ -125,7 +126,17 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a published artifact. Raises SourceError if there is none that we know."""
+    """The manifest of a published artifact, its fields of the types that they should have.
+
+    Raises SourceError if there is none that we know.
+    """
+    manifest = _read_known(folder)
+    check_document(ManifestDocument, manifest, str(folder / MANIFEST))
+    return manifest
+
+
+def _read_known(folder: Path) -> dict[str, Any]:
+    """A manifest of a version that we know; its fields may be anything."""
     path = folder / MANIFEST
     if not path.is_file():
         raise SourceError(
@@ -155,7 +166,7 @@ def check_hashes(folder: Path) -> list[Problem]:
     Raises SourceError for a folder without a readable manifest, or with one whose names lead out
     of the folder.
     """
-    listed = dict(_listed(folder, read_manifest(folder)))
+    listed = dict(_listed(folder, _read_known(folder)))
     present = {name: path for name, path in files_under(folder) if name != MANIFEST}
     problems = []
     for name in sorted(listed.keys() | present.keys()):

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adaptrix_export.package.documents import REPORT_FORMAT
+
 
 def summary(report: Mapping[str, Any]) -> str:
     """One line: the verdict, and either the largest errors or what failed."""
@@ -40,8 +42,10 @@ def summary(report: Mapping[str, Any]) -> str:
 
 
 def save(report: Mapping[str, Any], path: Path) -> None:
-    """Writes the report as JSON: same report, same bytes."""
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    """Writes the report as JSON, with its version: same report, same bytes."""
+    text = json.dumps(
+        {"format": REPORT_FORMAT, **report}, indent=2, ensure_ascii=False, allow_nan=False
+    )
     path.write_text(text + "\n", encoding="utf-8")
 
 
