@@ -14,10 +14,15 @@ DOCUMENTS = ("recipe", "manifest", "report")
 @click.argument("document", type=click.Choice(DOCUMENTS), default="recipe")
 def schema(document: str) -> None:
     """Print the JSON Schema of a recipe, for editors, or of manifest.json or report.json."""
-    from adaptrix_export.package.documents import ManifestDocument, ReportDocument, document_schema
+    from adaptrix_export.package.documents import (
+        Document,
+        ManifestDocument,
+        ReportDocument,
+        document_schema,
+    )
     from adaptrix_export.recipe import recipe_schema
 
-    kinds = {"manifest": ManifestDocument, "report": ReportDocument}
+    kinds: dict[str, type[Document]] = {"manifest": ManifestDocument, "report": ReportDocument}
     if document in kinds:
         failures.print_json(document_schema(kinds[document], f"{document}.json"))
     else:

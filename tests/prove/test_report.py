@@ -120,7 +120,7 @@ def test_saved_reports_are_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a.json", "b.json"):
         save(a_report(), tmp_path / name)
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    assert json.loads((tmp_path / "a.json").read_text()) == a_report()
+    assert json.loads((tmp_path / "a.json").read_text()) == {"format": 1, **a_report()}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
