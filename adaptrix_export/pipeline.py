@@ -7,7 +7,7 @@ open base and adapters -> passes, each followed by the invariants
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,11 @@ from adaptrix_export.package import build_manifest, write_manifest, write_packag
 from adaptrix_export.package.redistributed import keep_redistributed
 from adaptrix_export.passes.context import pass_context
 from adaptrix_export.passes.from_recipe import passes_of
+from adaptrix_export.passes.quantize.from_recipe import quantization_of
+from adaptrix_export.passes.quantize.texts import loss_text
 from adaptrix_export.passes.reference_plan import reference_plan
 from adaptrix_export.plan import Pass, Plan
+from adaptrix_export.precision.settings import Quantization
 from adaptrix_export.progress import Progress, Silent
 from adaptrix_export.prove.preflight.preflight import preflight
 from adaptrix_export.prove.proof import ProofRequest, proof_of, require_passed
@@ -70,10 +73,11 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
         plan = run_passes(passes_of(recipe, opened, context), opened)
         target.admit(plan)
         inputs = InputHashes(opened)
-        artifact = target.lower(plan, stage, progress, lower_options(recipe))
+        options = lower_options(recipe, plan)
+        artifact = target.lower(plan, stage, progress, options)
         write_package(artifact, plan)
         keep_redistributed(plan, artifact)
-        report = prove_build(recipe, opened, plan, artifact, progress)
+        report = prove_build(recipe, opened, plan, artifact, progress, options.quantization)
         manifest = build_manifest(
             artifact,
             plan,
@@ -120,17 +124,23 @@ def run_passes(steps: Iterable[Pass], plan: Plan) -> Plan:
     return plan
 
 
-def lower_options(recipe: Recipe) -> LowerOptions:
+def lower_options(recipe: Recipe, plan: Plan) -> LowerOptions:
     return LowerOptions(
         frontend=recipe.frontend.value,
         provider=recipe.provider.value,
         trial=preflight,
         rows=recipe.rows,
+        quantization=quantization_of(recipe, plan),
     )
 
 
 def prove_build(
-    recipe: Recipe, opened: Plan, plan: Plan, artifact: Artifact, progress: Progress
+    recipe: Recipe,
+    opened: Plan,
+    plan: Plan,
+    artifact: Artifact,
+    progress: Progress,
+    blocks: Quantization | None = None,
 ) -> dict[str, Any] | None:
     """Prove the staged artifact and put report.json into it; None with parity off.
 
@@ -140,6 +150,9 @@ def prove_build(
     if recipe.parity.level is ParityLevel.OFF:
         return None
     request = ProofRequest.of_build(recipe, plan, artifact)
+    if blocks is not None and blocks.calibration is not None:
+        text = loss_text(plan.base, blocks.calibration)
+        request = replace(request, loss_rows=text.rows, loss_text=text.source, max_kl=blocks.max_kl)
     report = {**proof_of(request, reference_plan(opened, plan), progress), **plan.measured}
     if not report["passed"]:
         rejected = recipe.out.with_name(recipe.out.name + ".rejected.json")
@@ -156,11 +169,14 @@ def notes(opened: Plan, plan: Plan, artifact: Artifact) -> tuple[str, ...]:
         f"{name} shared its weights with {plan.base.tied[name]} and has its own now"
         for name in artifact.untied
     )
-    read = {name for expression in artifact.weights.values() for name in names(expression)}
+    expressions: list[Any] = [*artifact.weights.values()]
+    expressions += [entry["expression"] for entry in artifact.quantized.values()]
+    read = {name for expression in expressions for name in names(expression)}
     beyond = (
         f"{name} is adapted, and is not part of the graph, which ends before it"
         for name in sorted(set(plan.changes()) - read)
     )
+    floats = (f"{name} stays float: {why}" for name, why in artifact.kept.items())
     adjustments = (str(adjustment) for adjustment in plan.adjustments)
     losses = map(str, plan.losses)
-    return (*read_so, *losses, *note_of(plan.base), *untied, *beyond, *adjustments)
+    return (*read_so, *losses, *note_of(plan.base), *untied, *beyond, *floats, *adjustments)

@@ -127,9 +127,8 @@ def test_each_flag_of_build_tells_the_words_it_takes() -> None:
         assert shown[name] == "|".join(words), name
     possible = dict.fromkeys(p for facts in TARGET_FACTS.values() for p in facts.precisions)
     assert shown["precision"] == "|".join(possible)
-    assert set(recipe.Recipe.model_fields) - {"context", "redistribute"} | {"tau", "layers"} <= set(
-        shown
-    )
+    sections = {"context", "quantize", "redistribute"}
+    assert set(recipe.Recipe.model_fields) - sections | {"tau", "layers"} <= set(shown)
 
 
 def test_flags_and_settings_reach_the_recipe(

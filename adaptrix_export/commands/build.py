@@ -45,7 +45,7 @@ from adaptrix_export.show import failures
 )
 @click.option("--pooling", metavar="none|mean|cls", help="One vector a text, for encoders.")
 @click.option("--provider", metavar="cpu", help="Execution provider that the graph is made for.")
-@click.option("--precision", metavar="auto|fp32", help="Number format of the weights.")
+@click.option("--precision", metavar="auto|fp32|int8|int4", help="Number format of the weights.")
 @click.option(
     "--base-weights", metavar="auto|dequantized|original", help="Of a quantized base, which."
 )

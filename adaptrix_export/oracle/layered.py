@@ -49,7 +49,7 @@ class Live:
     ) -> None:
         self._peft = model
         self.reader = reader
-        self.plain = model.get_base_model()
+        self.plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._task = task
         self._prefix = prefix
         self.layers: Sequence[nn.Module] = list(self.plain.get_submodule(prefix))

@@ -55,6 +55,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         report = run_switched(job, progress)
         told = {"target": job.target, "level": job.level, "task": job.task}
         return {**report, **told, "versions": _versions(job.target)}
+    if job.quantized:
+        from adaptrix_export.prove.quantized import run_quantized
+
+        return {**run_quantized(job, progress), "versions": _versions(job.target)}
     from adaptrix_export.oracle.executed import Executed
     from adaptrix_export.oracle.prompts import drawn_prompts, prompts
     from adaptrix_export.oracle.reference import Reference

@@ -7,7 +7,7 @@ Build, `verify` and `add-adapter` ask for it in the same way: what they know of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ class ProofRequest:
     decode_steps: int = 32
     text: str | None = None
     adapter_folder: Path | None = None
+    quantized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    loss_rows: tuple[tuple[int, ...], ...] = ()
+    loss_text: str = "the proof's own prompt"
+    max_kl: float | None = None
 
     @classmethod
     def of_build(cls, recipe: Recipe, plan: Plan, artifact: Artifact) -> ProofRequest:
@@ -62,6 +66,7 @@ class ProofRequest:
             level=recipe.parity.level.value,
             decode_steps=recipe.parity.decode_steps,
             text=read_text(text, "parity.text") if text else None,
+            quantized=artifact.quantized,
         )
 
     @classmethod
@@ -87,6 +92,7 @@ class ProofRequest:
             level="full" if level == "off" else level,
             decode_steps=parity["decode_steps"],
             text=text,
+            quantized=manifest.get("quantized", {}),
         )
 
     def job(self, plan: Plan, folders: OracleFolders) -> Job:
@@ -103,6 +109,10 @@ class ProofRequest:
             level=self.level,
             decode_steps=self.decode_steps,
             text=self.text,
+            quantized=self.quantized,
+            loss_rows=self.loss_rows,
+            loss_text=self.loss_text,
+            max_kl=self.max_kl,
             simulated=plan.base.simulated,
             other=other_base(plan),
             pooling=self.pooling,

@@ -17,6 +17,8 @@ from adaptrix_export.runtime.graph import ADAPTER_IDS, GRAPH
 
 CONTEXT = "context."  # how the outputs begin that tell of gates
 _PAST = "past_key_values."
+# Where ONNX Runtime looks for the weights of a graph that it is given as bytes.
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class Subject(Protocol):
@@ -45,16 +47,23 @@ class OnnxSubject:
     own_inputs: tuple[str, ...] = ()  # of a kind of graph, beyond that interface
 
     def __init__(
-        self, folder: Path, threads: int | None, task: str = GENERATION, file: str = GRAPH
+        self,
+        folder: Path,
+        threads: int | None,
+        task: str = GENERATION,
+        file: str = GRAPH,
+        accuracy_level: int | None = None,
     ) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
-        self._session = ort.InferenceSession(
-            str(folder / file), options, providers=["CPUExecutionProvider"]
-        )
+        graph: str | bytes = str(folder / file)
+        if accuracy_level is not None:
+            graph = with_accuracy_level(folder / file, accuracy_level)
+            options.add_session_config_entry(EXTERNAL_FOLDER, str(folder))
+        self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self.statistics: dict[str, list[float]] = {}  # of the gates, in the last step
         self._outputs = [o.name for o in self._session.get_outputs()]
@@ -113,6 +122,20 @@ class OnnxSubject:
         return past
 
 
+def with_accuracy_level(path: Path, level: int) -> bytes:
+    """The graph in a file with another accuracy level of its quantized products: 0 leaves
+    activations as they are."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = level
+    found: bytes = model.SerializeToString()
+    return found
+
+
 class SwitchableSubject(OnnxSubject):
     """A graph with slots, fed the factors in an adapter file, or with an adapter for each row.
 
@@ -122,8 +145,8 @@ class SwitchableSubject(OnnxSubject):
 
     own_inputs = (ADAPTER_IDS,)
 
-    def __init__(self, job: Job) -> None:
-        super().__init__(job.artifact, job.threads)
+    def __init__(self, job: Job, accuracy_level: int | None = None) -> None:
+        super().__init__(job.artifact, job.threads, accuracy_level=accuracy_level)
         self._job = job
         self._factors: dict[str, Any] = {}
         self._ids: list[int] = [-1]

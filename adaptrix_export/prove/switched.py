@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ from adaptrix_export.prove.cases import (
     select,
 )
 from adaptrix_export.prove.gate_cases import OracleGates, ask_gates, compare_gates, function_nodes
+from adaptrix_export.prove.quantized import DEQUANTIZED, FLOAT, OnBlocks, ask_row, on_blocks
 from adaptrix_export.prove.replay import replay
 from adaptrix_export.prove.stored import open_stored
 from adaptrix_export.prove.subject import OnnxSubject, SwitchableSubject, adapter_values
@@ -56,7 +59,13 @@ class Answers:
 
 
 def run_switched(job: Job, progress: Progress) -> dict[str, Any]:
-    """The report of a switchable artifact; `adapters` in it has the factors of each adapter.
+    """The report of a switchable artifact; see `_report`."""
+    with TemporaryDirectory(prefix="adaptrix-loss-") as folder:
+        return _report(job, progress, Path(folder))
+
+
+def _report(job: Job, progress: Progress, scratch: Path) -> dict[str, Any]:
+    """`adapters` in the report has the factors of each adapter.
 
     One oracle is in memory at a time, and none when the artifact is loaded. Without `weights` in
     the job the base is left out: it was proved before, and only an adapter is new.
@@ -67,17 +76,23 @@ def run_switched(job: Job, progress: Progress) -> dict[str, Any]:
     entries_of = facts.get("slots") or facts.get("row_slots") or ()
     slots = [Slot.from_dict(entry) for entry in entries_of]
     answered: list[Answers] = []
+    blocks: dict[str | None, OnBlocks] = {}
     replayed, factors = _nothing(), dict[str, Any]()
     asked: Prompts | None = None
     for name in ([None] if job.weights else []) + names:
         own = tuple(pair for pair in job.adapters if pair[0] == name)
         with progress.stage(f"reference: {name or BASE}"):
             reference = Reference.open(replace(job, adapters=own, gates=()))
+        if job.quantized:
+            reference, blocks[name] = on_blocks(job, reference, own, scratch, progress)
+        with progress.stage(f"reference: {name or BASE}, logits"):
             gates = reference.put_gates(job.gates)
             asked = asked or prompts(job, reference.vocabulary, reference.positions)
             opened = ask_gates(replace(job, gates=gates), reference, asked) if gates else None
             answered.append(Answers(name, ask_all(cases, reference, asked), gates, opened))
-        if name is None:
+        if name is None and job.quantized:
+            replayed = blocks[name].replayed
+        elif name is None:
             with progress.stage("replaying weights", len(job.weights), "tensors") as advance:
                 stored = open_stored("onnx", job.artifact)
                 replayed, _ = replay(
@@ -95,13 +110,18 @@ def run_switched(job: Job, progress: Progress) -> dict[str, Any]:
     with progress.stage("artifact: loading"):
         subject = SwitchableSubject(job)
     entries += _compared(job, cases, subject, asked, answered, progress)
-    passed = replayed["passed"] and all(entry["passed"] for entry in (*entries, *factors.values()))
     told: dict[str, Any] = {}
+    if job.quantized:
+        entries += _float_activations(job, cases, asked, answered, progress)
+        told["loss"] = _losses(job, subject, blocks)
+    passed = replayed["passed"] and all(entry["passed"] for entry in (*entries, *factors.values()))
+    passed = passed and told.get("loss", {}).get("passed", True)
     if job.gates:
         told["context"] = _compared_gates(job, subject, asked, answered)
         passed = passed and told["context"]["passed"]
     return {
-        "oracle": oracle_name(job.oracle, gated=bool(job.gates), apart=True),
+        "oracle": DEQUANTIZED * bool(job.quantized)
+        + oracle_name(job.oracle, gated=bool(job.gates), apart=True),
         "precision": job.precision,
         "tolerance": job.precision,
         "tokens": asked.source,
@@ -111,6 +131,40 @@ def run_switched(job: Job, progress: Progress) -> dict[str, Any]:
         **told,
         "passed": bool(passed),
     }
+
+
+def _float_activations(
+    job: Job,
+    cases: Sequence[Case],
+    asked: Prompts,
+    answered: Sequence[Answers],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """A line for each adapter: one prompt, activations left as they are, at the bounds of fp32."""
+    limits = tolerance_of("fp32", job.task)
+    entries = []
+    with progress.stage("artifact: float activations", len(answered)) as advance:
+        subject = SwitchableSubject(job, accuracy_level=0)
+        for answers in answered:
+            subject.choose(answers.name)
+            entry = compare(cases[0], subject, asked, answers.of[cases[0].ask], limits)
+            entries.append({**entry, "name": f"{FLOAT}{answers.name or BASE}: {cases[0].name}"})
+            advance(1)
+    return entries
+
+
+def _losses(
+    job: Job, subject: SwitchableSubject, blocks: Mapping[str | None, OnBlocks]
+) -> dict[str, Any]:
+    """The loss of the base and of each adapter; of the whole the largest."""
+    found: dict[str, Any] = {}
+    for name, own in blocks.items():
+        subject.choose(name)
+        measured = own.answers.measure(lambda row: ask_row(subject, job, row), job.task, job.max_kl)
+        found[name or BASE] = measured
+    worst = max(found.values(), key=lambda loss: loss["mean_kl"])
+    passed = all(loss["passed"] for loss in found.values())
+    return {"text": job.loss_text, **worst, "each": found, "passed": passed}
 
 
 def facts_of(job: Job) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 from adaptrix_export.errors import RecipeError
 from adaptrix_export.recipe.compose import check_compose
 from adaptrix_export.recipe.messages import misuse, one_of, refusal, shown
+from adaptrix_export.recipe.quantize import Quantize
 from adaptrix_export.recipe.redistribute import Redistribution
 from adaptrix_export.recipe.sections import (
     SOURCES,
@@ -39,6 +40,7 @@ from adaptrix_export.recipe.sections import (
 )
 from adaptrix_export.recipe.targets import TARGET_FACTS
 from adaptrix_export.recipe.words import (
+    QUANTIZED,
     AdaptrixScaling,
     BaseWeights,
     Frontend,
@@ -113,7 +115,10 @@ class Recipe(Section):
     precision: Precision = Field(
         default=Precision.AUTO,
         description="Number format of the weights; auto is fp32 for onnx and the base's own for "
-        "safetensors.",
+        "safetensors; int8 and int4 are made as `quantize` says.",
+    )
+    quantize: Quantize | None = Field(
+        default=None, description="For int8 and int4: how weights are rounded."
     )
     allow_pickle: bool = Field(
         default=False,
@@ -179,6 +184,11 @@ class Recipe(Section):
                 key="precision",
             )
         self._check_context()
+        if self.quantize is not None and self.precision not in QUANTIZED:
+            raise refusal(
+                f"quantize with precision {self.precision}", f"precision {one_of(QUANTIZED)}",
+                "leave quantize out, or name the precision", key="quantize",
+            )  # fmt: skip
         if self.pooling is not Pooling.NONE and self.target is not Target.ONNX:
             raise refusal(
                 f"pooling {self.pooling} with target {self.target}", "target onnx",

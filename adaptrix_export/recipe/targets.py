@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from adaptrix_export.recipe.words import ContextMode, Precision, Target
+from adaptrix_export.recipe.words import QUANTIZED, ContextMode, Precision, Target
 
 
 class Form(Enum):
@@ -34,13 +34,11 @@ class TargetFacts:
     precisions: tuple[Precision, ...]
 
 
+_GRAPHS = (Precision.AUTO, Precision.FP32, *QUANTIZED)
+
 TARGET_FACTS: dict[Target, TargetFacts] = {
-    Target.ONNX: TargetFacts(
-        Form.GRAPH, True, tuple(ContextMode), (Precision.AUTO, Precision.FP32)
-    ),
-    Target.ONNX_SWITCHABLE: TargetFacts(
-        Form.GRAPH, False, tuple(ContextMode), (Precision.AUTO, Precision.FP32)
-    ),
+    Target.ONNX: TargetFacts(Form.GRAPH, True, tuple(ContextMode), _GRAPHS),
+    Target.ONNX_SWITCHABLE: TargetFacts(Form.GRAPH, False, tuple(ContextMode), _GRAPHS),
     Target.SAFETENSORS: TargetFacts(Form.CHECKPOINT, True, (ContextMode.BLEND,), (Precision.AUTO,)),
     Target.PEFT: TargetFacts(Form.ADAPTER, True, (ContextMode.BLEND,), (Precision.AUTO,)),
 }

@@ -92,6 +92,17 @@ class Precision(_Word):
     INT4 = "int4"
 
 
+class Method(_Word):
+    AUTO = "auto"
+    GPTQ = "gptq"
+    RTN = "rtn"
+
+
+class Scales(_Word):
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
 class Approximation(_Word):
     SVD = "svd"
 
@@ -134,3 +145,7 @@ class ParityLevel(_Word):
     FULL = "full"
     FAST = "fast"
     OFF = "off"
+
+
+# What the section `quantize` goes with.
+QUANTIZED = (Precision.INT8, Precision.INT4)

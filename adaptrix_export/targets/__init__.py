@@ -60,8 +60,9 @@ def _onnx(
 
     with _lowering():
         return lower_merged_onnx(
-            plan, stage, progress, options.frontend, options.provider, options.trial
-        )
+            plan, stage, progress, options.frontend, options.provider, options.trial,
+            options.quantization,
+        )  # fmt: skip
 
 
 def _switchable(
@@ -71,8 +72,9 @@ def _switchable(
 
     with _lowering():
         return lower_switchable_onnx(
-            plan, stage, progress, options.frontend, options.rows, options.provider, options.trial
-        )
+            plan, stage, progress, options.frontend, options.rows, options.provider, options.trial,
+            options.quantization,
+        )  # fmt: skip
 
 
 def _admit_graph(plan: Plan) -> None:

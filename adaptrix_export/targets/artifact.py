@@ -16,6 +16,8 @@ class Artifact:
 
     `hashes`: file name -> sha256 of the files that lowering wrote, taken while writing.
     `weights`: tensor or initializer name -> expression over base tensor names (see `weights.py`).
+    `quantized`: initializer of the float graph -> what is stored in its place, and how it was made
+    (see `precision/quantize.py`); `kept`: matrices that stayed float, and why.
     `untied`: tensors that the base shares and this artifact does not.
     `config_changes`: keys of config.json that the merge changes (`tie_word_embeddings`).
     `frontend`: what drew the graph, if there is one; `frontend_reason`: why `auto` took it.
@@ -34,3 +36,5 @@ class Artifact:
     gate_stats: bool = False  # the graph tells how far its gates were open
     # Of a switchable graph: its slots, its stamp and its adapters, as the manifest has them.
     switchable: Mapping[str, object] = field(default_factory=dict)
+    quantized: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)

@@ -21,7 +21,10 @@ from adaptrix_export.graph.rewrite.gates import Factor, wire_gates
 from adaptrix_export.graph.rewrite.pooling import wire_pooling
 from adaptrix_export.load.files.tensors import DTYPES
 from adaptrix_export.merge.merge import merged, plain_blocks
+from adaptrix_export.passes.quantize.quantizing import quantizing
 from adaptrix_export.plan import Array, Base, Plan, Tensor
+from adaptrix_export.precision.nbits import place_views
+from adaptrix_export.precision.settings import Quantization
 from adaptrix_export.progress import Progress
 from adaptrix_export.save.writer import HashingWriter
 from adaptrix_export.targets.artifact import Artifact
@@ -39,8 +42,9 @@ def lower_merged_onnx(
     frontend: str = AUTO,
     provider: str = "cpu",
     trial: Trial | None = None,
+    quantization: Quantization | None = None,
 ) -> Artifact:
-    """Write the merged graph or graphs and their weights, float32, into `stage`."""
+    """Write the merged graph or graphs and their weights into `stage`: float32, or quantized."""
     merged_plan = plan.merged()  # gated sites keep the base's weights
     graphs = _graphs(merged_plan, provider, frontend, progress, trial)
     factors: Mapping[str, Factor] = {}
@@ -56,18 +60,22 @@ def lower_merged_onnx(
             "leave context out, or use mode blend",
         )  # fmt: skip
     values = Values(merged_plan, factors)
-    hashes = {DATA: write_data(values, graphs, stage / DATA, progress)}
-    for file, graph in graphs.items():
-        state_facts(graph.model)
-        hashes[file] = write_model(graph.model, plan.base, stage / file)
+    with quantizing(quantization, graphs, merged_plan, values, progress) as quantized:
+        graphs = dict(quantized.graphs)
+        hashes = {DATA: write_data(values, graphs, stage / DATA, progress)}
+        for file, graph in graphs.items():
+            state_facts(graph.model)
+            hashes[file] = write_model(graph.model, plan.base, stage / file)
     note_unused(tuple(graphs.values()), progress)
     first = next(iter(graphs.values()))
     return Artifact(
         folder=stage,
         target="onnx",
-        precision="fp32",
+        precision=quantization.precision if quantization else "fp32",
         hashes=hashes,
         weights=dict(sorted(w for graph in graphs.values() for w in graph.weights.items())),
+        quantized=quantized.entries,
+        kept=quantized.kept,
         untied=plan.untied(),
         config_changes=config_changes(plan),
         frontend=first.frontend,
@@ -150,6 +158,7 @@ def write_data(
                         constants[id(constant)] = (constant, write(constant.numpy()))
                     _, placed_at = constants[id(constant)]
                     value.const_value = _external(name, constant.dtype, placed_at, path)
+            place_views(graph.model)
         return out.hexdigest
 
 

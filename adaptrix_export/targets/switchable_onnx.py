@@ -30,7 +30,9 @@ from adaptrix_export.graph.rewrite.slots import (
     stacked,
 )
 from adaptrix_export.graph.rewrite.taps import taps
+from adaptrix_export.passes.quantize.quantizing import quantizing
 from adaptrix_export.plan import Adapter, Array, Plan
+from adaptrix_export.precision.settings import Quantization
 from adaptrix_export.progress import Progress
 from adaptrix_export.runtime.adapters import FOLDER, SUFFIX
 from adaptrix_export.runtime.graph import SLOTLESS
@@ -57,8 +59,11 @@ def lower_switchable_onnx(
     rows: bool = False,
     provider: str = "cpu",
     trial: Trial | None = None,
+    quantization: Quantization | None = None,
 ) -> Artifact:
     """Write the base graph with slots for the union of all adapters' sites, and the adapters.
+
+    The base may be quantized; what slots add to it stays float.
 
     Raises UnsupportedError for an adapter, or a site, that no slot can hold.
     """
@@ -80,20 +85,23 @@ def lower_switchable_onnx(
         else:
             branches = slot_branches(graph.model, places)
         join_gated(plan, graph.model, found, branches)
-    hashes = {DATA: write_data(Values(alone), graphs, stage / DATA, progress)}
-    entries = [slot.as_dict() for slot in slots]
-    gates = [(gate.site.path, gate.mode, gate.tau, gate.weight) for gate in plan.gates]
-    parts = (plan.base.architecture.model_type, hashes[DATA], entries)
-    version = model_version(*parts, *([gates] if gates else []))
-    facts: dict[str, Any] = {"slots": entries}
-    if rows:
-        ranks = [{**slot.as_dict(), "owners": owners[slot.name].tolist()} for slot in slots]
-        facts = {"rows": names, "row_slots": ranks}
-    state_facts(graph.model, model_version=version, **facts)
-    if SLOTLESS in graphs:
-        state_facts(graphs[SLOTLESS].model)
-    for file, one in graphs.items():
-        hashes[file] = write_model(one.model, plan.base, stage / file)
+    read = Values(alone)
+    with quantizing(quantization, graphs, alone, read, progress) as quantized:
+        graphs = dict(quantized.graphs)
+        hashes = {DATA: write_data(read, graphs, stage / DATA, progress)}
+        entries = [slot.as_dict() for slot in slots]
+        gates = [(gate.site.path, gate.mode, gate.tau, gate.weight) for gate in plan.gates]
+        parts = (plan.base.architecture.model_type, hashes[DATA], entries)
+        version = model_version(*parts, *([gates] if gates else []))
+        facts: dict[str, Any] = {"slots": entries}
+        if rows:
+            ranks = [{**slot.as_dict(), "owners": owners[slot.name].tolist()} for slot in slots]
+            facts = {"rows": names, "row_slots": ranks}
+        state_facts(graph.model, model_version=version, **facts)
+        if SLOTLESS in graphs:
+            state_facts(graphs[SLOTLESS].model)
+        for file, one in graphs.items():
+            hashes[file] = write_model(one.model, plan.base, stage / file)
     note_unused((graph,), progress)
     switchable: dict[str, Any] = {"model_version": version, "slots": entries, "rows": rows}
     switchable["adapters"] = {}
@@ -109,9 +117,11 @@ def lower_switchable_onnx(
     return Artifact(
         folder=stage,
         target=TARGET,
-        precision="fp32",
+        precision=quantization.precision if quantization else "fp32",
         hashes=hashes,
-        weights=dict(sorted(graph.weights.items())),
+        weights=dict(sorted(graphs[MODEL].weights.items())),
+        quantized=quantized.entries,
+        kept=quantized.kept,
         untied=(),
         config_changes=config_changes(alone),
         frontend=graph.frontend,

@@ -1,0 +1,1 @@
+"""Weights quantized: by what settings, on what text, layer by layer."""

@@ -1,0 +1,56 @@
+"""What a recipe's `precision` and `quantize` ask for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.measure.calibration import AUTO, PYDOC, SELF, Calibration
+from adaptrix_export.passes.quantize.texts import has_tokenizer
+from adaptrix_export.plan import Plan
+from adaptrix_export.precision.formats import PRECISIONS
+from adaptrix_export.precision.settings import GPTQ, RTN, Quantization
+from adaptrix_export.recipe import Recipe
+from adaptrix_export.recipe.quantize import Quantize
+from adaptrix_export.recipe.words import QUANTIZED, Method, Precision, Scales, Target
+
+
+def quantization_of(recipe: Recipe, plan: Plan) -> Quantization | None:
+    """How the weights of a plan are to be quantized, or None for floats.
+
+    Raises UnsupportedError for what cannot be quantized yet.
+    """
+    if recipe.precision not in QUANTIZED:
+        return None
+    if plan.gated() and recipe.target is Target.ONNX:
+        raise UnsupportedError(
+            f"precision {recipe.precision}", "gates that depend on the data in a merged graph",
+            "target onnx-switchable, mode blend, or none", "leave context out, or use fp32",
+        )  # fmt: skip
+    return quantization(recipe.precision, recipe.quantize or Quantize(), has_tokenizer(plan.base))
+
+
+def quantization(precision: Precision, wanted: Quantize, has_tokenizer: bool) -> Quantization:
+    """The settings of int8 and int4; without a section, those of an empty one."""
+    bits = PRECISIONS[precision.value].bits
+    assert bits is not None
+    method = wanted.method.value
+    if wanted.method is Method.AUTO:
+        method = GPTQ if bits == 4 else RTN
+    text = wanted.calibration
+    source = (PYDOC if has_tokenizer else SELF) if text.text == AUTO else text.text
+    embedding: Any = wanted.embedding
+    return Quantization(
+        precision=precision.value,
+        bits=bits,
+        method=method,
+        block=wanted.block,
+        symmetric=wanted.symmetric,
+        embedding=None if embedding == "float" else embedding,
+        keep=wanted.keep,
+        overrides=tuple(wanted.bits.items()),
+        fp16_scales=wanted.scales is Scales.FP16,
+        budget=wanted.budget,
+        calibration=Calibration(source, text.tokens, text.length, text.seed),
+        max_kl=wanted.max_kl,
+    )

@@ -1,0 +1,38 @@
+"""The step of a lowering that quantizes its graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from adaptrix_export.graph.graph import Graph
+from adaptrix_export.plan import Plan
+from adaptrix_export.precision.quantize import Quantized, Read, quantize
+from adaptrix_export.precision.settings import GPTQ, Quantization
+from adaptrix_export.progress import Progress
+
+
+@contextmanager
+def quantizing(
+    settings: Quantization | None,
+    graphs: Mapping[str, Graph],
+    plan: Plan,
+    read: Read,
+    progress: Progress,
+) -> Iterator[Quantized]:
+    """The graphs quantized as `settings` say, or as they are without any; their initializers can
+    be read inside the block."""
+    if settings is None:
+        yield Quantized(graphs, {}, {})
+        return
+    with TemporaryDirectory(prefix="adaptrix-blocks-") as folder:
+        solve = None
+        if settings.method == GPTQ:
+            from adaptrix_export.passes.quantize.calibrate import Calibrated  # needs PyTorch
+
+            assert settings.calibration is not None
+
+            solve = Calibrated(plan, settings.calibration, Path(folder), progress).solve
+        yield quantize(graphs, plan, read, settings, Path(folder), progress, solve)

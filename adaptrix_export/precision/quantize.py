@@ -1,0 +1,245 @@
+"""Quantizes the weights of graphs: which ones, each piece by its method, and what is put in place.
+
+Pieces are quantized one after another and kept in a scratch folder, so that memory holds one of
+them; the graphs' initializers read them from there when the data file is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.graph.expression import Expression, names
+from adaptrix_export.graph.graph import Graph
+from adaptrix_export.plan import Array, Plan
+from adaptrix_export.precision.blocks import Blocks, Spec, nearest, stacked
+from adaptrix_export.precision.nbits import Stored, Weight, put_blocks, weights_of
+from adaptrix_export.precision.packing import packed_codes, packed_zeros
+from adaptrix_export.precision.pieces import module_of, pieces
+from adaptrix_export.precision.settings import Quantization
+from adaptrix_export.progress import Progress
+
+Read = Callable[[Expression], Array]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is quantized at once: (n, k), usually the weight of one module."""
+
+    expression: Expression
+    spec: Spec
+    shape: tuple[int, int]
+    is_table: bool  # looked up by rows, too
+
+    @property
+    def tensor(self) -> str:
+        return next(names(self.expression))
+
+    @property
+    def key(self) -> str:
+        return repr(self.expression)
+
+
+class PieceStore:
+    """Quantized pieces in a folder, by the expression that they are made from."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, Path] = {}
+        self._specs: dict[str, Spec] = {}
+        self.methods: dict[str, str] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._files
+
+    def put(self, key: str, blocks: Blocks, method: str) -> None:
+        path = self._folder / f"piece-{len(self._files)}.npz"
+        parts: dict[str, Any] = {"codes": blocks.codes, "scales": blocks.scales}
+        if blocks.zeros is not None:
+            parts["zeros"] = blocks.zeros
+        np.savez(path, **parts)
+        self._files[key], self._specs[key], self.methods[key] = path, blocks.spec, method
+
+    def get(self, key: str) -> Blocks:
+        with np.load(self._files[key], allow_pickle=False) as parts:
+            zeros = parts.get("zeros")
+            return Blocks(self._specs[key], parts["codes"], parts["scales"], zeros)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """`graphs` with blocks in place; `entries`: name of the float initializer that is gone -> what
+    is stored instead, for the manifest and the proof; `kept`: matrices that stay float, and why."""
+
+    graphs: Mapping[str, Graph]
+    entries: Mapping[str, Mapping[str, Any]]
+    kept: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A weight that is to be quantized."""
+
+    weight: Weight
+    spec: Spec
+    pieces: tuple[Piece, ...]
+
+
+Solve = Callable[[Sequence[Piece], PieceStore], None]  # quantizes what text is needed for
+
+
+def quantize(
+    graphs: Mapping[str, Graph],
+    plan: Plan,
+    read: Read,
+    settings: Quantization,
+    folder: Path,
+    progress: Progress,
+    solve: Solve | None = None,
+) -> Quantized:
+    """Quantize the weights that the graphs read through products and lookups.
+
+    `read` gives the values of an expression, float32; `solve` quantizes as many pieces as it can
+    by a better method; all others are rounded to nearest. Raises UnsupportedError where there is
+    nothing to quantize.
+    """
+    store = PieceStore(folder)
+    chosen, kept = _choose(graphs, plan, settings)
+    if not chosen:
+        raise UnsupportedError(
+            plan.base.spec, f"no weight that can have {settings.bits} bits",
+            "products with a weight", "use precision fp32",
+        )  # fmt: skip
+    each = {p.key: p for c in chosen.values() for p in c.pieces}
+    if solve is not None:
+        solve(list(each.values()), store)
+    left = [piece for piece in each.values() if piece.key not in store]
+    if left:
+        with progress.stage("rounding weights", len(left), "tensors") as advance:
+            for piece in left:
+                store.put(piece.key, nearest(read(piece.expression), piece.spec), "rtn")
+                advance(1)
+    entries: dict[str, dict[str, Any]] = {}
+    made: dict[str, Stored] = {}
+    for name, one in chosen.items():
+        made[name], entries[name] = _stored(store, one, settings)
+    done = {}
+    for file, graph in graphs.items():
+        found = {weight.name: weight for weight in weights_of(graph, _known(plan))[0]}
+        for name, one in chosen.items():
+            if name in found:
+                put_blocks(graph.model, found[name], one.spec, made[name])
+        graph.model.graph.sort()
+        done[file] = replace(
+            graph, weights={n: e for n, e in graph.weights.items() if n not in chosen}
+        )
+    return Quantized(done, entries, kept)
+
+
+def _known(plan: Plan) -> Callable[[str], bool]:
+    tensors = {*plan.base.tensors, *plan.base.tied, *plan.changes()}
+    return tensors.__contains__
+
+
+def _choose(
+    graphs: Mapping[str, Graph], plan: Plan, settings: Quantization
+) -> tuple[dict[str, Chosen], dict[str, str]]:
+    chosen: dict[str, Chosen] = {}
+    kept: dict[str, str] = {}
+    for graph in graphs.values():
+        found, others = weights_of(graph, _known(plan))
+        kept |= others
+        for weight in found:
+            if weight.name in chosen or weight.name in kept:
+                continue
+            spec = _spec(plan, weight, settings)
+            if isinstance(spec, str):
+                kept[weight.name] = spec
+            else:
+                chosen[weight.name] = Chosen(weight, spec, _pieces(plan, weight, spec))
+    for name in [n for n in chosen if n in kept]:  # in another graph it is read otherwise
+        del chosen[name]
+    return chosen, kept
+
+
+def _spec(plan: Plan, weight: Weight, settings: Quantization) -> Spec | str:
+    modules = {module_of(piece) for piece in pieces(weight.expression)}
+    if any(map(settings.kept, modules)):
+        return "as asked for"
+    embedding = plan.base.architecture.family.embedding
+    if modules & {embedding, "lm_head"}:
+        if settings.embedding is None:
+            return "as asked for"
+        bits = settings.embedding
+    elif weight.is_table:
+        return "a small table"
+    else:
+        bits = max(map(settings.bits_of, modules))
+    spec = settings.spec(bits, weight.shape[1], whole=weight.is_table)
+    return spec or f"{weight.shape[1]} columns, which no block fits"
+
+
+def _pieces(plan: Plan, weight: Weight, spec: Spec) -> tuple[Piece, ...]:
+    found = []
+    for expression in pieces(weight.expression):
+        rows = _rows(plan, expression, weight)
+        found.append(Piece(expression, spec, (rows, weight.shape[1]), weight.is_table))
+    return tuple(found)
+
+
+def _rows(plan: Plan, expression: Expression, weight: Weight) -> int:
+    """Rows of a piece: known from its tensor, or of the weight if it has but one."""
+    if len(pieces(weight.expression)) == 1:
+        return weight.shape[0]
+    kind, *rest = expression
+    if kind == "slice" and rest[0] == 0:
+        return int(rest[2] - rest[1])
+    tensor = next(names(expression))
+    change = plan.changes().get(tensor)
+    home = plan.base.tied.get(tensor, tensor)
+    shape = change.shape if change is not None else plan.base.tensors[home].shape
+    return int(shape[1] if kind == "transpose" else shape[0])
+
+
+def _stored(
+    store: PieceStore, one: Chosen, settings: Quantization
+) -> tuple[Stored, dict[str, Any]]:
+    """The initializers of a weight, read when they are written, and its entry."""
+    keys = [piece.key for piece in one.pieces]
+
+    def whole() -> Blocks:
+        return stacked([store.get(key) for key in keys])
+
+    blocks, spec = whole(), one.spec
+    scale_type = ir.DataType.FLOAT16 if settings.fp16_scales else ir.DataType.FLOAT
+    zeros = packed_zeros(blocks)
+    made = Stored(
+        _lazy(lambda: packed_codes(whole()), ir.DataType.UINT8, packed_codes(blocks).shape),
+        _lazy(
+            lambda: whole().scales.astype(np.float16 if settings.fp16_scales else np.float32),
+            scale_type,
+            blocks.scales.shape,
+        ),
+        None if zeros is None else ir.tensor(zeros),
+    )
+    entry = {
+        "expression": one.weight.expression,
+        "shape": list(one.weight.shape),
+        "bits": spec.bits,
+        "block": spec.block,
+        "symmetric": spec.symmetric,
+        "methods": [store.methods[key] for key in keys],
+        "sha256": blocks.digest(),
+        "bytes": spec.nbytes(*one.weight.shape),
+    }
+    return made, entry
+
+
+def _lazy(make: Callable[[], Array], dtype: ir.DataType, shape: tuple[int, ...]) -> ir.LazyTensor:
+    return ir.LazyTensor(lambda: ir.tensor(make()), dtype=dtype, shape=ir.Shape(shape))

@@ -1,0 +1,60 @@
+"""How an artifact's weights are to be quantized: what a recipe's `quantize` means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from adaptrix_export.precision.blocks import Spec
+
+if TYPE_CHECKING:
+    from adaptrix_export.measure.calibration import Calibration
+
+GPTQ, RTN = "gptq", "rtn"
+LEAST_BLOCK = 16
+MAX_KL = 0.15  # nats a token to the float model, above which nothing is published
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The options of a quantized artifact.
+
+    `method`: gptq, with calibration text, or rtn, without. `overrides`: pattern of a module's path
+    -> bits; the first that matches counts. `embedding`: bits of the embedding and the head, None
+    for float. `keep`: patterns of modules that stay float. `budget`: bytes that the quantized
+    weights may take; modules are given 8 bits, the most sensitive first, as long as they fit.
+    """
+
+    precision: str
+    bits: int
+    method: str = RTN
+    block: int = 32
+    symmetric: bool = True
+    embedding: int | None = 8
+    keep: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, int], ...] = ()
+    fp16_scales: bool = True
+    budget: int | None = None
+    calibration: Calibration | None = None
+    max_kl: float | None = MAX_KL
+
+    def kept(self, module: str) -> bool:
+        return any(fnmatchcase(module, pattern) for pattern in self.keep)
+
+    def bits_of(self, module: str) -> int:
+        """Bits of the weight of a linear layer."""
+        found = (bits for pattern, bits in self.overrides if fnmatchcase(module, pattern))
+        return next(found, self.bits)
+
+    def spec(self, bits: int, columns: int, *, whole: bool = False) -> Spec | None:
+        """How a matrix with so many columns is stored; None if no block fits.
+
+        `whole`: blocks must divide the columns. Symmetric codes of 8 bits lose nothing.
+        """
+        block = self.block
+        while block > LEAST_BLOCK and (columns < block or (whole and columns % block)):
+            block //= 2
+        if columns < block or (whole and columns % block):
+            return None
+        return Spec(bits, block, self.symmetric or bits == 8 or whole)

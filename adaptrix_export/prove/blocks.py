@@ -1,0 +1,178 @@
+"""Quantized weights read back from an artifact, by none of the code that wrote them.
+
+Three questions for each: are the bytes those that the quantizer chose (by hash); where every weight
+was rounded by itself, is each code the nearest one to the live weight, in float64; and does every
+row still point where the live row does, which a row with its nibbles swapped does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptrix_export.graph.expression import evaluate, names
+from adaptrix_export.oracle.compare import rounded
+from adaptrix_export.prove.stored import StoredTensors
+
+NEAREST = 0.5 + 1e-4  # of a step: the quotient was taken in float32
+LEAST_COSINE = 0.8  # of a row with the live one; 4 bits leave .98 and more
+LISTED = 10
+Live = Callable[[str], tuple[NDArray[np.float64], bool]]
+
+
+@dataclass(frozen=True)
+class Read:
+    """A quantized weight as it lies in the artifact: codes (n, k), scales and zeros (n, blocks)."""
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[Any]
+    zeros: NDArray[np.uint8] | None
+    bits: int
+    block: int
+
+    def values(self) -> NDArray[np.float32]:
+        columns = self.codes.shape[1]
+        found: NDArray[np.float32] = self.codes.astype(np.float32)
+        found -= self.shifts(columns)
+        found *= np.repeat(self.scales.astype(np.float32), self.block, axis=1)[:, :columns]
+        return found
+
+    def shifts(self, columns: int) -> Any:
+        if self.zeros is None:
+            return np.float32(2 ** (self.bits - 1))
+        return np.repeat(self.zeros.astype(np.float32), self.block, axis=1)[:, :columns]
+
+    def sha256(self) -> str:
+        found = hashlib.sha256(f"{self.bits} {self.block} {self.codes.shape}".encode())
+        scales = self.scales.astype(np.float16)
+        for part in (self.codes, scales, self.zeros):
+            found.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
+        return found.hexdigest()
+
+
+def read_blocks(stored: StoredTensors, name: str, entry: Mapping[str, Any]) -> Read | str:
+    """The weight that stands for initializer `name`, or what is wrong with its parts."""
+    rows, columns = entry["shape"]
+    bits, block = entry["bits"], entry["block"]
+    count = -(-columns // block)
+    codes, table = f"{name}.codes", f"{name}.codes.rows"
+    found = [n for n in (codes, table) if n in stored]
+    if not found or f"{name}.scales" not in stored:
+        return "missing from the artifact"
+    packed = stored.read(found[0])
+    if len(found) == 2 and not np.array_equal(packed.reshape(-1), stored.read(table).reshape(-1)):
+        return "the codes that are looked up are not those that are multiplied with"
+    size = count * block * bits // 8 if found[0] == codes else columns * bits // 8
+    scales = np.array(stored.read(f"{name}.scales"))
+    if packed.dtype != np.uint8 or packed.size != rows * size or scales.shape != (rows, count):
+        return f"codes {packed.shape} {packed.dtype}, scales {scales.shape}"
+    zeros = None
+    if not entry["symmetric"]:
+        if f"{name}.zeros" not in stored:
+            return "no zero points"
+        zeros = _codes(stored.read(f"{name}.zeros").reshape(rows, -1), bits)[:, :count]
+    return Read(_codes(packed.reshape(rows, size), bits)[:, :columns], scales, zeros, bits, block)
+
+
+def _codes(packed: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """One code a column; of two in a byte the low one is the first."""
+    plain = np.array(packed, np.uint8)
+    if bits == 8:
+        return plain
+    found = np.empty((plain.shape[0], 2 * plain.shape[1]), np.uint8)
+    found[:, 0::2] = plain % 16
+    found[:, 1::2] = plain // 16
+    return found
+
+
+def replay_blocks(
+    stored: StoredTensors,
+    entries: Mapping[str, Mapping[str, Any]],
+    live: Live,
+    advance: Callable[[int], None] = lambda amount: None,
+) -> dict[str, Any]:
+    """Each quantized weight against its live one; see the module. One at a time in memory."""
+    failures: list[dict[str, Any]] = []
+    least, error, elements = (1.0, ""), (0.0, ""), 0
+    for name, entry in sorted(entries.items()):
+        read = read_blocks(stored, name, entry)
+        advance(1)
+        if isinstance(read, str):
+            failures.append(_failure(name, entry, read))
+            continue
+        wanted = evaluate(entry["expression"], lambda tensor: live(tensor)[0])
+        elements += wanted.size
+        cosine, off = _rows(read.values(), wanted)
+        least, error = min(least, (cosine, name)), max(error, (off, name))
+        why = _wrong(read, wanted, entry, cosine)
+        if why:
+            failures.append(_failure(name, entry, why))
+    return {
+        "tensors": len(entries),
+        "elements": elements,
+        "least_cosine": {"tensor": least[1], "cosine": rounded(least[0], 5)},
+        "largest_error": {"tensor": error[1], "of_the_weight": rounded(error[0])},
+        "failed": len(failures),
+        "failures": failures[:LISTED],
+        "passed": not failures,
+    }
+
+
+def _wrong(read: Read, wanted: NDArray[np.float64], entry: Mapping[str, Any], cosine: float) -> str:
+    if read.codes.shape != wanted.shape:
+        return f"shape {read.codes.shape}, expected {wanted.shape}"
+    if read.sha256() != entry["sha256"]:
+        return "not the codes and scales that were chosen"
+    if not cosine >= LEAST_COSINE:
+        return f"a row that has a cosine of {cosine:.2f} with the live one"
+    if set(entry["methods"]) == {"rtn"}:
+        off = _off_nearest(read, wanted)
+        if off:
+            return f"{off} codes that are not the nearest"
+    return ""
+
+
+def _off_nearest(read: Read, wanted: NDArray[np.float64]) -> int:
+    """Codes with a nearer one beside them, those at the ends of the range apart."""
+    columns, count = wanted.shape[1], 0
+    top = 2**read.bits - 1
+    for start in range(0, len(wanted), 1024):
+        rows = slice(start, start + 1024)
+        part = Read(
+            read.codes[rows], read.scales[rows],
+            None if read.zeros is None else read.zeros[rows], read.bits, read.block,
+        )  # fmt: skip
+        steps = np.repeat(part.scales.astype(np.float64), read.block, axis=1)[:, :columns]
+        exact = np.clip(wanted[rows] / steps + part.shifts(columns), 0, top)
+        count += int((np.abs(exact - part.codes) > NEAREST).sum())
+    return count
+
+
+def _rows(found: NDArray[np.float32], wanted: NDArray[np.float64]) -> tuple[float, float]:
+    """The least cosine of a row with its live one, and the error of all as a share of all."""
+    inner = np.einsum("ij,ij->i", found, wanted, dtype=np.float64)
+    sizes = np.linalg.norm(found, axis=1), np.linalg.norm(wanted, axis=1)
+    rows = sizes[1] > 0  # a row of zeros points nowhere
+    cosines = inner[rows] / np.maximum(sizes[0][rows] * sizes[1][rows], 1e-300)
+    whole = max(float(np.linalg.norm(wanted)), 1e-300)
+    return float(cosines.min(initial=1.0)), float(np.linalg.norm(found - wanted)) / whole
+
+
+def _failure(name: str, entry: Mapping[str, Any], why: str) -> dict[str, Any]:
+    sites = sorted({tensor.rpartition(".")[0] for tensor in names(entry["expression"])})
+    return {"tensor": name, "sites": sites, "why": why, "ulps": None}
+
+
+def values_of(
+    stored: StoredTensors, entries: Mapping[str, Mapping[str, Any]]
+) -> Iterable[tuple[list[Any], NDArray[np.float32]]]:
+    """(expression, values) of each quantized weight; those that cannot be read are left out."""
+    for name, entry in sorted(entries.items()):
+        read = read_blocks(stored, name, entry)
+        if not isinstance(read, str):
+            yield entry["expression"], read.values()
