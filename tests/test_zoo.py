@@ -44,7 +44,9 @@ def test_a_verdict_needs_an_adapter_that_does_something(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bloom", "roberta", "gpt_oss", "t5", "apertus"])
+@pytest.mark.parametrize(
+    "kind", ["bloom", "roberta", "gpt_oss", "t5", "apertus", "bart", "m2m_100", "whisper"]
+)
 def test_a_few_types_build_right_through_auto(kind):
     found = zoo.visit(animal(kind), "onnx")
     assert found.status == "exact" and found.frontend == "traced", found

@@ -162,10 +162,17 @@ _SPELLINGS = {
         "num_heads",
         "n_heads",
         "attention_heads",
+        "decoder_attention_heads",
     ),
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
     "vocab_size": ("vocab_size",),
-    "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
+    "max_position_embeddings": (
+        "max_position_embeddings",
+        "n_positions",
+        "n_ctx",
+        "max_seq_len",
+        "max_target_positions",
+    ),
 }
 
 

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, replace
 
 DECODER, ENCODER, ENCODER_DECODER = "decoder", "encoder", "encoder-decoder"
+LISTENER = "speech encoder-decoder"
 LIVE = "live"  # no row: read off the class itself
 
 
@@ -95,6 +96,31 @@ _T5 = Family(
     ),
     aliases=("encoder.embed_tokens", "decoder.embed_tokens"),
 )  # fmt: skip
+
+
+def _translator(*more: str, shared: str = "model.shared", head: str = "lm_head") -> Family:
+    """Like BART: one embedding that encoder, decoder and head share, `more` of others."""
+    prefix = shared.rpartition(".")[0]
+    aliases = (f"{prefix}.encoder.embed_tokens", f"{prefix}.decoder.embed_tokens")
+    modules = (shared, *aliases, *(f"{prefix}.{name}" for name in more))
+    return Family(
+        prefix, shared, head, ENCODER_DECODER, tied=True, embeddings=modules, aliases=aliases
+    )
+
+
+_BOTH_POSITIONS = ("encoder.embed_positions", "decoder.embed_positions")
+_BART = _translator(*_BOTH_POSITIONS)
+_SINUSOIDAL = _translator()  # positions are computed, and no module of embeddings
+_WHISPER = Family(
+    "model",
+    "model.decoder.embed_tokens",
+    "proj_out",
+    LISTENER,
+    tied=True,
+    embeddings=(
+        "model.decoder.embed_tokens", *(f"model.{name}" for name in _BOTH_POSITIONS)
+    ),
+)  # fmt: skip
 _ROBERTA = _encoder("roberta", _POSITIONS, _TYPES)
 _TIED = Family(tied=True)
 # `transformers.conversion_mapping`, in the direction of loading.
@@ -146,6 +172,15 @@ FAMILIES: dict[str, Family] = {
     "eurobert": _encoder("model", tokens="embed_tokens", tied=False),
     "t5": _T5,
     "mt5": _T5,
+    **dict.fromkeys(
+        (
+            *("bart", "mbart", "marian", "pegasus", "blenderbot", "blenderbot-small", "plbart"),
+            *("mvp", "bigbird_pegasus"),
+        ),
+        _BART,
+    ),
+    **dict.fromkeys(("m2m_100", "nllb-moe"), _SINUSOIDAL),
+    "whisper": _WHISPER,
 }
 USUAL = Family()
 # Types whose files hold q, k and v in one tensor that transformers cuts up on loading.

@@ -17,6 +17,10 @@ IMAGES, ZERO_SHOT_IMAGES = "image-classification", "zero-shot-image-classificati
 VISION_LANGUAGE = "image-text-to-text"
 AS_SAVED = "as-saved"
 
+TEXT = ("input_ids", "attention_mask", "token_type_ids")
+GRAPH = "model.onnx"
+PARTS = ("encoder_model.onnx", "decoder_model_merged.onnx")
+
 
 @dataclass(frozen=True)
 class TaskKind:
@@ -26,6 +30,9 @@ class TaskKind:
     `suffix` ends its class name; `heads` are the modules that it has beside the body; `peft` is
     the `task_type` of adapters trained for it, where PEFT has a word. `labels` says that the head
     has a row for each label. `generates` says that tokens are made one after the other.
+
+    `files` are its graphs; the first one takes those of `inputs` (rows of `arch/inputs.py`) that
+    the model knows, and answers `outputs`. `logits` says that the answer is a distribution.
     """
 
     auto: str
@@ -35,6 +42,10 @@ class TaskKind:
     more: tuple[str, ...] = ()
     labels: bool = False
     generates: bool = False
+    inputs: tuple[str, ...] = TEXT
+    outputs: tuple[str, ...] = ("logits",)
+    files: tuple[str, ...] = (GRAPH,)
+    logits: bool = True
 
     @property
     def autos(self) -> tuple[str, ...]:
@@ -47,7 +58,9 @@ TASKS: dict[str, TaskKind] = {
     GENERATION: TaskKind(
         "AutoModelForCausalLM", "ForCausalLM", ("lm_head",), "CAUSAL_LM", generates=True
     ),
-    FEATURES: TaskKind("AutoModel", "Model", (), "FEATURE_EXTRACTION"),
+    FEATURES: TaskKind(
+        "AutoModel", "Model", (), "FEATURE_EXTRACTION", outputs=("last_hidden_state",), logits=False
+    ),
     SEQUENCES: TaskKind(
         "AutoModelForSequenceClassification", "ForSequenceClassification",
         ("classifier", "score", "pre_classifier", "head", "pooler", "dense"), "SEQ_CLS",
@@ -59,7 +72,7 @@ TASKS: dict[str, TaskKind] = {
     ),
     SEQ2SEQ: TaskKind(
         "AutoModelForSeq2SeqLM", "ForConditionalGeneration", ("lm_head",), "SEQ_2_SEQ_LM",
-        generates=True,
+        generates=True, outputs=("last_hidden_state",), files=PARTS,
     ),
     MASKED: TaskKind("AutoModelForMaskedLM", "ForMaskedLM", ("lm_head", "cls", "predictions")),
     ANSWERS: TaskKind(
@@ -69,6 +82,7 @@ TASKS: dict[str, TaskKind] = {
     SPEECH: TaskKind(
         "AutoModelForSpeechSeq2Seq", "ForConditionalGeneration", ("proj_out", "lm_head"),
         more=("AutoModelForCTC",), generates=True,
+        inputs=("input_features",), outputs=("last_hidden_state",), files=PARTS,
     ),
     AUDIO: TaskKind(
         "AutoModelForAudioClassification", "ForSequenceClassification",
@@ -121,5 +135,7 @@ TASKS: dict[str, TaskKind] = {
     AS_SAVED: TaskKind("AutoModel", ""),
 }  # fmt: skip
 CLASSIFIERS = (SEQUENCES, TOKENS)
+# An encoder, and a decoder that attends to what the encoder answers.
+TWO_PARTS = (SEQ2SEQ, SPEECH)
 # What makes the labels: a row for each.
 LABELS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")

@@ -15,6 +15,7 @@ from adaptrix_export.arch.families import (
     ENCODER,
     ENCODER_DECODER,
     FAMILIES,
+    LISTENER,
     family_of,
 )
 from adaptrix_export.arch.task_table import (
@@ -26,8 +27,11 @@ from adaptrix_export.arch.task_table import (
     MASKED,
     SEQ2SEQ,
     SEQUENCES,
+    SPEECH,
     TASKS,
+    TEXT,
     TOKENS,
+    TWO_PARTS,
     TaskKind,
 )
 from adaptrix_export.errors import AdapterError, UnsupportedError
@@ -50,6 +54,7 @@ TASKS_OF = {
     DECODER: (GENERATION, FEATURES, SEQUENCES, TOKENS),
     ENCODER: (FEATURES, SEQUENCES, TOKENS),
     ENCODER_DECODER: (SEQ2SEQ,),
+    LISTENER: (SPEECH,),
 }
 __all__ = [
     "CLASSIFIERS",
@@ -58,8 +63,11 @@ __all__ = [
     "LABELS",
     "SEQ2SEQ",
     "SEQUENCES",
+    "SPEECH",
     "TASKS",
+    "TEXT",
     "TOKENS",
+    "TWO_PARTS",
     "TaskKind",
     "choose_task",
     "class_name",
@@ -161,7 +169,8 @@ def _trained_for(config: Mapping[str, Any], base: Mapping[str, Any]) -> str | No
                 ", ".join(row.peft for row in TASKS.values() if row.peft),
                 "correct it there, or take it out and name the task",
             )  # fmt: skip
-        return task if _is_usual(base) else _meant(task, base)
+        listens = family_of(str(base.get("model_type"))).shape == LISTENER
+        return task if _is_usual(base) and not listens else _meant(task, base)
     wrapped = (config.get("auto_mapping") or {}).get("base_model_class")
     return _task_of_class(str(wrapped), base) if wrapped else None
 
@@ -206,7 +215,7 @@ def _task_of_class(name: str, base: Mapping[str, Any]) -> str | None:
 
         return task_of(kind, name) or own
     shape = family_of(kind).shape
-    for task in (*CLASSIFIERS, GENERATION, SEQ2SEQ):
+    for task in (*CLASSIFIERS, GENERATION, *TWO_PARTS):
         if name.endswith(TASKS[task].suffix) and task in TASKS_OF[shape]:
             return task
     if shape == ENCODER and name.endswith("Model"):

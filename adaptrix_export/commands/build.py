@@ -43,7 +43,9 @@ from adaptrix_export.show import failures
     metavar="|".join(("auto", *TASKS)),
     help="What the model is for.",
 )
-@click.option("--pooling", metavar="none|mean|cls", help="One vector a text, for encoders.")
+@click.option(
+    "--pooling", metavar="none|auto|mean|cls|lasttoken|...", help="One vector a text, for encoders."
+)
 @click.option("--provider", metavar="cpu", help="Execution provider that the graph is made for.")
 @click.option("--precision", metavar="auto|fp32|int8|int4", help="Number format of the weights.")
 @click.option(

@@ -14,9 +14,9 @@ from adaptrix_export.arch.tasks import (
     GENERATION,
     KNOWN_HEADS,
     POOLERS,
-    SEQ2SEQ,
     TASKS,
     TOKENS,
+    TWO_PARTS,
     choose_task,
     has_row,
 )
@@ -52,9 +52,7 @@ def open_checkpoint(source: Source, task: str = "auto", adapters: Iterable[str] 
     stored = [tensor for path in files for tensor in read_safetensors(path).tensors]
     _check_index(source, stored)
     unseen: tuple[Tensor, ...] = ()
-    if task == SEQ2SEQ:
-        named = {family.live_name(tensor.name): tensor for tensor in stored}
-    elif task == GENERATION:
+    if task == GENERATION or task in TWO_PARTS:
         named = named_as_in_model(stored, family, config)
     else:
         named, unseen = named_for_task(stored, family, task)
@@ -117,7 +115,9 @@ def make_base(
         config=config,
         tensors=tensors,
         architecture=architecture,
-        tied=_tied(config, architecture.family, tensors) if task in (GENERATION, SEQ2SEQ) else {},
+        tied=_tied(config, architecture.family, tensors)
+        if task in (GENERATION, *TWO_PARTS)
+        else {},
         task=task,
     )
 
@@ -178,8 +178,9 @@ def named_as_in_model(
     """
     prefix = family.prefix + "."
     bare = not any(tensor.name.startswith(prefix) for tensor in stored)
-    add = prefix if bare and config.get("model_type") in FAMILIES else ""
-    heads = (f"{family.head}.",)
+    prefixed = family.embedding.startswith(prefix)  # T5 has no prefix even so
+    add = prefix if bare and prefixed and config.get("model_type") in FAMILIES else ""
+    heads = (f"{family.head}.", "final_logits_bias")
     names = ((family.live_name(tensor.name), tensor) for tensor in stored)
     return {name if name.startswith(heads) else add + name: tensor for name, tensor in names}
 

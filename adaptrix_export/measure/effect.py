@@ -26,7 +26,7 @@ from adaptrix_export.oracle.job import gate_specs
 from adaptrix_export.oracle.layered import ADAPTED, BASE
 from adaptrix_export.oracle.peft_folders import Folders, oracle_folders
 from adaptrix_export.oracle.reference import bare_model, encode
-from adaptrix_export.oracle.translated import LiveTranslator
+from adaptrix_export.oracle.translated import LiveTranslator, one_row
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress
 
@@ -156,7 +156,7 @@ def _asking(model: Any, task: str) -> Ask:
     def ask(ids: Ids) -> torch.Tensor:
         mask = np.ones_like(ids)
         if task == SEQ2SEQ:
-            found = LiveTranslator(model).translate(ids, mask, [ids[0].tolist()])
+            found = LiveTranslator(model).translate(one_row(ids[0].tolist()), [ids[0].tolist()])
         else:
             found = encode(model, ids, mask, np.zeros_like(ids))
         return torch.from_numpy(found)

@@ -8,13 +8,16 @@ by row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adaptrix_export.oracle.compare import Ids, Logits
 from adaptrix_export.oracle.prompts import Prompts
+
+Float64 = NDArray[np.float64]
 
 
 class Encoding(Protocol):
@@ -76,16 +79,53 @@ def encode_right_padded(model: Encoding, prompts: Prompts) -> Logits:
 
 
 def encode_pooled(model: Encoding, prompts: Prompts) -> Logits:
-    """One vector a row of the batch padded on the right: (rows, width)."""
+    """One vector a row of the batch, padded on either side: (twice the rows, width)."""
     assert prompts.pooling is not None
-    ids, mask = padded_rows(prompts, left=False)
-    return model.pool(ids, mask, _segments(ids), prompts.pooling)[:, 0]
+    found = []
+    for left in (False, True):
+        ids, mask = padded_rows(prompts, left=left)
+        found.append(model.pool(ids, mask, _segments(ids), prompts.pooling)[:, 0])
+    return np.concatenate(found)
 
 
 def pooled(hidden: Logits, mask: Ids, kind: str) -> Logits:
-    """The vector that `kind` makes of hidden states (batch, tokens, width): (batch, 1, width)."""
-    if kind == "cls":
-        return hidden[:, :1]
-    weight = mask[:, :, None].astype(np.float64)
-    total = (hidden.astype(np.float64) * weight).sum(1, keepdims=True)
-    return cast(Logits, (total / np.maximum(weight.sum(1, keepdims=True), 1)).astype(np.float32))
+    """The vector that `kind` makes of hidden states (batch, tokens, width): (batch, 1, width).
+
+    As sentence-transformers does; several kinds, joined by `+`, stand one after the other.
+    """
+    states, kept = hidden.astype(np.float64), mask[:, :, None].astype(np.float64)
+    parts = [_POOLED[part](states, kept) for part in kind.split("+")]
+    return cast(Logits, np.concatenate(parts, axis=2).astype(np.float32))
+
+
+def _mean(states: Float64, kept: Float64, power: float = 1.0) -> Float64:
+    count = np.maximum(kept.sum(1, keepdims=True), 1)
+    return cast(Float64, (states * kept).sum(1, keepdims=True) / count**power)
+
+
+def _weighted_mean(states: Float64, kept: Float64) -> Float64:
+    weights = kept * np.arange(1, states.shape[1] + 1)[None, :, None]
+    total = np.maximum(weights.sum(1, keepdims=True), 1)
+    return cast(Float64, (states * weights).sum(1, keepdims=True) / total)
+
+
+def _largest(states: Float64, kept: Float64) -> Float64:
+    return cast(Float64, np.where(kept == 0, -1e9, states).max(1, keepdims=True))
+
+
+def _last(states: Float64, kept: Float64) -> Float64:
+    found = np.zeros_like(states[:, :1])
+    for row, places in enumerate(kept[:, :, 0]):
+        if places.any():
+            found[row, 0] = states[row, np.flatnonzero(places)[-1]]
+    return found
+
+
+_POOLED: dict[str, Callable[[Float64, Float64], Float64]] = {
+    "cls": lambda states, kept: states[:, :1],
+    "max": _largest,
+    "mean": _mean,
+    "mean_sqrt_len": lambda states, kept: _mean(states, kept, 0.5),
+    "weightedmean": _weighted_mean,
+    "lasttoken": _last,
+}

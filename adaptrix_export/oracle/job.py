@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adaptrix_export.arch.tasks import FEATURES, TASKS
+from adaptrix_export.arch.tasks import TASKS
 from adaptrix_export.errors import ParityError
 from adaptrix_export.graph.expression import Expression
 from adaptrix_export.oracle.naming import FROM_FILES, OracleFacts
@@ -70,7 +70,7 @@ class Job:
     threads: int | None = None
     simulated: str | None = None
     other: OtherBase | None = None
-    pooling: str | None = None  # "mean" or "cls": the artifact gives one vector a row, too
+    pooling: str | None = None  # the artifact gives one vector a row, too: "mean", "cls+max"
     composition: Mapping[str, Any] | None = None  # `Composition.as_dict`; None: all simply active
     gates: tuple[GateSpec, ...] = ()  # in the order of the plan's sites
     gate_stats: bool = False  # the graph is to tell how far they were open
@@ -178,4 +178,5 @@ TOLERANCES: Mapping[str, Tolerance] = {
 def tolerance_of(precision: str, task: str, drawn: bool = False) -> Tolerance:
     """The row for a format; of features only the size of the largest difference counts."""
     row = TOLERANCES[precision]
-    return replace(row, mean_kl=None, top1=None) if drawn or task == FEATURES else row
+    features = drawn or not TASKS[task].logits
+    return replace(row, mean_kl=None, top1=None) if features else row

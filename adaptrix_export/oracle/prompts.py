@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adaptrix_export.errors import ParityError
 from adaptrix_export.oracle.job import Job
@@ -47,6 +50,8 @@ class Prompts:
     cached: int
     pad: int | None = None  # the model's own
     pooling: str | None = None
+    # What is no text, drawn from a seed: "alone" and "batch", each by the names of the inputs.
+    drawn: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
 
 
 def drawn_prompts() -> Prompts:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from adaptrix_export.arch.classes import live_class
+from adaptrix_export.arch.pieces import Piece
 from adaptrix_export.arch.tasks import FEATURES, GENERATION, LABELS, TASKS, has_row
 from adaptrix_export.compat.cache_names import cache_argument, cache_of
 from adaptrix_export.errors import ParityError
@@ -36,7 +37,9 @@ from adaptrix_export.oracle.encoded import pooled
 from adaptrix_export.oracle.gated import LiveGates, Statistics
 from adaptrix_export.oracle.job import GateSpec, Job
 from adaptrix_export.oracle.live import live_parameter
-from adaptrix_export.oracle.translated import Chunks, LiveTranslator
+from adaptrix_export.oracle.seeing import LiveSeeing, seen_sources
+from adaptrix_export.oracle.translated import Chunks, LiveTranslator, Source
+from adaptrix_export.oracle.whole import LiveWhole, pieces_of_model
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -66,6 +69,10 @@ class Reference:
         return cls(model, job.gates)
 
     @property
+    def config(self) -> Any:
+        return self._plain.config
+
+    @property
     def vocabulary(self) -> int:
         """Tokens that the model knows: rows of its input embedding."""
         ends = _ends(self._plain)
@@ -77,8 +84,9 @@ class Reference:
 
         Rotary embeddings that are scaled dynamically go on beyond the number in the config.
         """
-        config = self._plain.config.get_text_config()
-        found = getattr(config, "max_position_embeddings", None)
+        config = self._plain.config.get_text_config(decoder=True)
+        names = ("max_position_embeddings", "max_target_positions")
+        found = next((n for name in names if (n := getattr(config, name, None))), None)
         rope = getattr(config, "rope_parameters", None) or {}
         factor = rope.get("factor", 1) if rope.get("rope_type") == "dynamic" else 1
         return int(found * factor) if found else None
@@ -115,15 +123,33 @@ class Reference:
     def has_images(self) -> bool:
         return hasattr(self._plain, "get_image_features") and self._plain.can_generate()
 
-    def states(self, ids: Ids, mask: Ids) -> Logits:
+    def states(self, source: Source) -> Logits:
         """An encoder-decoder's encoder; see `translated.py`."""
-        return LiveTranslator(self._model).states(ids, mask)
+        return LiveTranslator(self._model).states(source)
 
-    def translate(self, ids: Ids, mask: Ids, chunks: Chunks) -> Logits:
-        return LiveTranslator(self._model).translate(ids, mask, chunks)
+    def translate(self, source: Source, chunks: Chunks) -> Logits:
+        return LiveTranslator(self._model).translate(source, chunks)
 
-    def translated(self, ids: Ids, steps: int) -> tuple[list[int], Logits]:
-        return LiveTranslator(self._model).greedy(ids, steps)
+    def translated(self, source: Source, steps: int) -> tuple[list[int], Logits]:
+        return LiveTranslator(self._model).greedy(source, steps)
+
+    def answer(self, piece: Piece, fed: Source, output: str) -> Logits:
+        """One output of one call; see `whole.py`."""
+        return LiveWhole(self._model).answer(piece, fed, output)
+
+    def seen(self) -> dict[str, dict[str, NDArray[Any]]]:
+        """What a vision-language model is asked; see `seeing.py`."""
+        return seen_sources(self._plain)
+
+    def look(self, source: Source) -> Logits:
+        return LiveSeeing(self._model, self._plain).look(source)
+
+    def converse(self, source: Source, cut: int) -> Logits:
+        return LiveSeeing(self._model, self._plain).converse(source, cut)
+
+    def pieces(self, task: str) -> tuple[Piece, ...]:
+        """The graphs that an artifact of this model has."""
+        return pieces_of_model(self._plain, task)
 
     def greedy(self, ids: list[int], steps: int) -> tuple[list[int], Logits]:
         """`steps` tokens after `ids`, each the argmax, through the cache; no end token stops it.

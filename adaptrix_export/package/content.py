@@ -10,7 +10,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from adaptrix_export.arch.tasks import FEATURES
-from adaptrix_export.load.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_FILES
+from adaptrix_export.load.tokenizer_files import (
+    PROCESSOR_FILES,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+)
 from adaptrix_export.package.genai import GRAPH, genai_config, token_ids
 from adaptrix_export.package.model_config import portable_config
 from adaptrix_export.package.sentence import copy_sentence_files
@@ -23,7 +28,7 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 GENAI = "genai_config.json"
 
-COPIED = (*TOKENIZER_FILES, GENERATION)
+COPIED = (*TOKENIZER_FILES, *PROCESSOR_FILES, GENERATION)
 
 # Precision as recipes name it -> dtype as config.json does. An integer artifact computes in fp32.
 DTYPES = {

@@ -54,7 +54,7 @@ class Plan:
     measured: Mapping[str, Any] = field(default_factory=dict)
     # The base weights that were not chosen, when they are at hand: the report tells how far off.
     alternative: Base | None = None
-    pooling: str | None = None  # "mean" or "cls": a graph of features gives one vector a row, too
+    pooling: str | None = None  # a graph of features gives one vector a row, too: "mean", "cls+max"
     # How several adapters became one, unless they simply add up: the oracle then needs to know.
     composition: Composition | None = None
     gates: tuple[Gate, ...] = field(default=())

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from adaptrix_export.arch.tasks import FEATURES, GENERATION, SEQ2SEQ, SEQUENCES, TOKENS
+from adaptrix_export.arch.tasks import FEATURES, GENERATION, SEQ2SEQ, SEQUENCES, SPEECH, TOKENS
 from adaptrix_export.oracle.compare import Ids, Logits, distance, rounded
 from adaptrix_export.oracle.encoded import (
     encode_left_padded,
@@ -24,8 +24,10 @@ from adaptrix_export.oracle.encoded import (
 from adaptrix_export.oracle.job import Tolerance
 from adaptrix_export.oracle.prompts import Prompts
 from adaptrix_export.oracle.translated import (
+    Source,
     Translating,
-    one_row,
+    source_of,
+    translate_batch,
     translate_chunked,
     translate_left_padded,
     translate_prefill,
@@ -38,7 +40,7 @@ from adaptrix_export.prove.subject import Subject
 class Asked(Translating, Protocol):
     """What a case needs of the reference; `reference.Reference` is one."""
 
-    def translated(self, ids: Ids, steps: int) -> tuple[list[int], Logits]: ...
+    def translated(self, source: Source, steps: int) -> tuple[list[int], Logits]: ...
 
     def forward(self) -> Logits: ...
     def images(self) -> Logits: ...
@@ -137,16 +139,17 @@ _BY_ROW = (_encoded("prefill", encode_prefill, False), _encoded("rows", encode_r
 
 def _ask_translated(reference: Asked, prompts: Prompts) -> Answer:
     """Tokens are those fed, the start token first."""
-    tokens, logits = reference.translated(one_row(prompts.decode)[0], prompts.steps)
+    tokens, logits = reference.translated(source_of(prompts, prompts.decode), prompts.steps)
     return Answer(logits, tuple(tokens))
 
 
 def _play_translated(subject: Any, prompts: Prompts, answer: Answer) -> Logits:
-    found: Logits = subject.translate(*one_row(prompts.decode), [[t] for t in answer.tokens])[0]
+    source = source_of(prompts, prompts.decode)
+    found: Logits = subject.translate(source, [[t] for t in answer.tokens])[0]
     return found
 
 
-_TRANSLATED = (
+_DICTATED = (
     _encoded("encoder", translate_states, False),
     _encoded("prefill", translate_prefill, False),
     Case(
@@ -157,6 +160,9 @@ _TRANSLATED = (
         full_only=True,
     ),
     Case("greedy decode", _ask_translated, _play_translated),
+)
+_TRANSLATED = (
+    *_DICTATED,
     _encoded("left-padded batch", translate_left_padded, True),
     _encoded("right-padded batch", translate_right_padded, True),
 )
@@ -170,6 +176,7 @@ TASK_CASES: dict[str, tuple[Case, ...]] = {
     TOKENS: _ENCODED,
     SEQUENCES: _ENCODED,
     SEQ2SEQ: _TRANSLATED,
+    SPEECH: (*_DICTATED, _encoded("batch", translate_batch, True)),
 }
 
 

@@ -11,10 +11,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
+from adaptrix_export.arch.task_table import VISION_LANGUAGE
+from adaptrix_export.arch.tasks import TASKS, TEXT
 from adaptrix_export.errors import known
 from adaptrix_export.oracle.job import Job, tolerance_of
 from adaptrix_export.oracle.naming import oracle_name
@@ -62,17 +65,27 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     from adaptrix_export.oracle.executed import Executed
     from adaptrix_export.oracle.prompts import drawn_prompts, prompts
     from adaptrix_export.oracle.reference import Reference
+    from adaptrix_export.oracle.whole import drawn_sources
     from adaptrix_export.prove.bases import compare_bases
     from adaptrix_export.prove.cases import ask_all, compare, drawn_cases, select
     from adaptrix_export.prove.dense import open_dense
     from adaptrix_export.prove.gate_cases import ask_gates, compare_gates
     from adaptrix_export.prove.open_subject import open_subject
+    from adaptrix_export.prove.pieces import cases_of
     from adaptrix_export.prove.replay import coarsest, replay
+    from adaptrix_export.prove.seeing import SEEING
     from adaptrix_export.prove.stored import open_stored
 
     with progress.stage("reference: loading base and adapters"):
         reference = (Executed if job.composition else Reference).open(job)
-        if job.drawn:
+        if job.drawn and job.target == "onnx":
+            pieces = reference.pieces(job.task)
+            names = dict.fromkeys(name for piece in pieces for name in piece.inputs)
+            sources = drawn_sources(names, reference.config)
+            cases, asked = cases_of(pieces), replace(drawn_prompts(), drawn=sources)
+            if job.task == VISION_LANGUAGE:
+                cases, asked = SEEING, replace(asked, drawn=reference.seen())
+        elif job.drawn:
             cases, asked = drawn_cases(reference.has_images), drawn_prompts()
         else:
             cases = select(
@@ -80,6 +93,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
                 pooling=job.pooling, batches=reference.pad is not None,
             )  # fmt: skip
             asked = prompts(job, reference.vocabulary, reference.positions, reference.pad)
+            if TASKS[job.task].inputs != TEXT:
+                asked = replace(
+                    asked, drawn=drawn_sources(TASKS[job.task].inputs, reference.config)
+                )
     with progress.stage("reference: logits"):
         answers = ask_all(cases, reference, asked)
     with progress.stage("replaying weights", len(job.weights), "tensors") as advance:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from adaptrix_export.arch.tasks import SEQ2SEQ
+from adaptrix_export.arch.task_table import VISION_LANGUAGE
+from adaptrix_export.arch.tasks import TWO_PARTS
 from adaptrix_export.oracle.job import Job
 from adaptrix_export.prove.subject import OnnxSubject, TransformersSubject
 
 
 def open_subject(job: Job) -> Any:
     """The artifact of `job` in its runtime: a Subject, or of an encoder-decoder a Translating."""
+    if job.drawn and job.target == "onnx":
+        from adaptrix_export.oracle.seeing import OnnxSeeing
+        from adaptrix_export.oracle.whole import OnnxWhole
+
+        if job.task == VISION_LANGUAGE:
+            return OnnxSeeing(job.artifact, job.threads)
+        return OnnxWhole(job.artifact, job.threads)
     if job.drawn:
         return TransformersSubject(job.artifact, job.threads, job.task)
-    if job.task == SEQ2SEQ:
+    if job.task in TWO_PARTS:
         from adaptrix_export.oracle.translated import LiveTranslator, OnnxTranslator
 
         if job.target == "onnx":

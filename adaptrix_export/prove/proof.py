@@ -13,6 +13,7 @@ from typing import Any
 
 from adaptrix_export.errors import ParityError
 from adaptrix_export.graph.expression import Expression
+from adaptrix_export.load.sentence import AUTO, saved_pooling
 from adaptrix_export.load.text import read_text
 from adaptrix_export.oracle.job import GateSpec, Job, gate_specs
 from adaptrix_export.oracle.naming import OracleFacts
@@ -115,7 +116,7 @@ class ProofRequest:
             max_kl=self.max_kl,
             simulated=plan.base.simulated,
             other=other_base(plan),
-            pooling=self.pooling,
+            pooling=saved_pooling(plan.base.folder) if self.pooling == AUTO else self.pooling,
             composition=self.composition,
             gates=self.gates,
             gate_stats=self.gate_stats,

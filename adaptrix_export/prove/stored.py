@@ -86,9 +86,8 @@ def _open_onnx(folder: Path) -> StoredTensors:
 
 
 def _graphs(folder: Path) -> list[str]:
-    """One graph, or those of an encoder-decoder."""
-    parts = ["encoder_model.onnx", "decoder_model_merged.onnx"]
-    return parts if (folder / parts[0]).is_file() else ["model.onnx"]
+    """Every graph of an artifact: one, or one for each part of the model."""
+    return sorted(path.name for path in folder.glob("*.onnx")) or ["model.onnx"]
 
 
 def _check_extent(path: Path, tensor: Any, name: str) -> None:

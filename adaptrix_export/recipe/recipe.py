@@ -107,7 +107,7 @@ class Recipe(Section):
     pooling: Pooling = Field(
         default=Pooling.NONE,
         description="For feature-extraction with onnx: one vector a row as a further output, "
-        "sentence_embedding; the mean of its tokens, or cls, the first of them.",
+        "sentence_embedding; by a name of sentence-transformers, or auto: as the base does it.",
     )
     provider: Provider = Field(
         default=Provider.CPU, description="The execution provider that the graph is made for."

@@ -63,8 +63,13 @@ class Task(_Word):
 
 class Pooling(_Word):
     NONE = "none"
+    AUTO = "auto"
     MEAN = "mean"
     CLS = "cls"
+    MAX = "max"
+    MEAN_SQRT_LEN = "mean_sqrt_len"
+    WEIGHTEDMEAN = "weightedmean"
+    LASTTOKEN = "lasttoken"
 
 
 class Provider(_Word):

@@ -80,7 +80,11 @@ def _switchable(
 def _admit_graph(plan: Plan) -> None:
     """Refuses what no front end draws."""
     base = plan.base
-    if base.skeleton is not None:
+    if base.skeleton is None:
+        return
+    from adaptrix_export.graph.frontends.traced_whole import pieces_of_base
+
+    if not pieces_of_base(base):
         raise UnsupportedError(
             f"target onnx: {base.skeleton.class_name}", f"a model of type "
             f"{base.architecture.model_type} for {base.task}", "a model that a front end draws",

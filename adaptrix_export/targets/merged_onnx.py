@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from adaptrix_export.arch.config_changes import config_changes
-from adaptrix_export.arch.tasks import SEQ2SEQ
+from adaptrix_export.arch.tasks import TWO_PARTS
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.graph.expression import Expression, evaluate
 from adaptrix_export.graph.frontends.draw import AUTO, Trial, draw, draw_parts
@@ -48,7 +48,7 @@ def lower_merged_onnx(
     merged_plan = plan.merged()  # gated sites keep the base's weights
     graphs = _graphs(merged_plan, provider, frontend, progress, trial)
     factors: Mapping[str, Factor] = {}
-    if MODEL in graphs:
+    if MODEL in graphs and plan.base.skeleton is None:
         wired = wire_gates(plan, graphs[MODEL])
         graphs[MODEL] = replace(graphs[MODEL], weights=wired.weights)
         factors = wired.factors
@@ -97,9 +97,10 @@ def _graphs(
     plan: Plan, provider: str, frontend: str, progress: Progress, trial: Trial | None
 ) -> dict[str, Graph]:
     """File name -> graph. An initializer of a name means the same in all of them."""
-    if plan.base.task != SEQ2SEQ:
+    if plan.base.task not in TWO_PARTS and plan.base.skeleton is None:
         return {MODEL: draw(plan, provider, frontend, progress, trial)}
     graphs = draw_parts(plan, provider, frontend, progress)
+    _part_constants(graphs)
     known: dict[str, Expression] = {}
     for file, graph in graphs.items():
         weights = {}
@@ -113,6 +114,17 @@ def _graphs(
             weights[own] = expression
         graphs[file] = replace(graph, weights=weights)
     return graphs
+
+
+def _part_constants(graphs: Mapping[str, Graph]) -> None:
+    """Give a constant of one graph a name that no other graph has for something else."""
+    for file, graph in graphs.items():
+        others = [g.model.graph.initializers for f, g in graphs.items() if f != file]
+        own = graph.model.graph.initializers
+        for name in [n for n in own if n not in graph.weights and any(n in o for o in others)]:
+            value = own.pop(name)
+            value.name = f"{file.removesuffix('.onnx')}.{name}"
+            own[value.name] = value
 
 
 def note_unused(graphs: tuple[Graph, ...], progress: Progress) -> None:

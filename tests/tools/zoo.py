@@ -33,7 +33,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from adaptrix_export.arch.tasks import CLASSIFIERS, SEQ2SEQ, TASKS
+from adaptrix_export.arch.tasks import CLASSIFIERS, SPEECH, TASKS, TEXT, TWO_PARTS
 from adaptrix_export.errors import InputError, ProofError
 from adaptrix_export.pipeline import build
 from adaptrix_export.recipe import Recipe
@@ -76,18 +76,20 @@ class Housed:
 def house(animal: Animal, folder: Path) -> Housed:
     """Save a random replica and a LoRA on all that is linear, nothing left at zero or one."""
     torch.manual_seed(0)
-    auto = getattr(transformers, TASKS[animal.task].auto)
     config = transformers.AutoConfig.for_model(animal.kind, **animal.config)
     if animal.task in CLASSIFIERS:
         config.num_labels = LABELS
-    model = auto.from_config(config)
+    loader = class_of(animal)
+    make = loader._from_config if animal.model else loader.from_config
+    model = make(config)
     for parameter in model.parameters():
         if parameter.dim() < 2:  # norms and biases: ones and zeros would hide what is forgotten
             parameter.data += 0.1 * torch.randn_like(parameter)
         else:
             parameter.data *= animal.loud
     model.save_pretrained(folder / "base")
-    kind = TASKS[animal.task].peft
+    # PEFT's class for translators knows no input but tokens
+    kind = TASKS[animal.task].peft if animal.task != SPEECH else None
     # saved whole, and not adapted as well, which PEFT refuses
     head = r"(.*\.)?(pre_)?(classifier|score)(\..*)?" if animal.task in CLASSIFIERS else None
     lora = LoraConfig(
@@ -103,8 +105,14 @@ def house(animal: Animal, folder: Path) -> Housed:
             torch.nn.init.normal_(parameter, std=0.1)
         elif "modules_to_save" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    adapted.save_pretrained(folder / "adapter")
+    # PEFT looks for a table of tokens, which a model of sounds has not
+    tables = "auto" if TASKS[animal.task].inputs == TEXT else False
+    adapted.save_pretrained(folder / "adapter", save_embedding_layers=tables)
     return Housed(animal, folder / "base", folder / "adapter")
+
+
+def class_of(animal: Animal) -> Any:
+    return getattr(transformers, animal.model or TASKS[animal.task].auto)
 
 
 def _targets(animal: Animal) -> Any:
@@ -113,7 +121,7 @@ def _targets(animal: Animal) -> Any:
 
 def live(housed: Housed) -> tuple[Any, Any]:
     """(base, PEFT model), both from the saved files, in float32."""
-    auto = getattr(transformers, TASKS[housed.animal.task].auto)
+    auto = class_of(housed.animal)
     labels = {"num_labels": LABELS} if housed.animal.task in CLASSIFIERS else {}
     options = {"dtype": torch.float32, "attn_implementation": "eager", **labels}
     base = auto.from_pretrained(housed.base, **options).eval()
@@ -185,7 +193,7 @@ def compare(
 def rows_of(animal: Animal) -> list[list[int]]:
     """Token ids above the special ones, of several lengths."""
     generator = np.random.default_rng(3)
-    longest = LENGTHS if animal.task != SEQ2SEQ else LENGTHS[1:]
+    longest = LENGTHS if animal.task not in TWO_PARTS else LENGTHS[1:]
     return [[int(i) for i in generator.integers(3, VOCAB, size=n)] for n in longest]
 
 

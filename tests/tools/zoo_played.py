@@ -6,6 +6,7 @@ on the merged checkpoint.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import numpy as np
 import torch
 import transformers
 
-from adaptrix_export.arch.tasks import GENERATION, SEQ2SEQ, TASKS
+from adaptrix_export.arch.inputs import drawn
+from adaptrix_export.arch.pieces import pieces_of
+from adaptrix_export.arch.task_table import VISION_LANGUAGE
+from adaptrix_export.arch.tasks import GENERATION, TASKS, TEXT, TWO_PARTS, has_row
 
 Rows = Sequence[Sequence[int]]
 Case = tuple[str, Callable[[Any], np.ndarray], Callable[[], np.ndarray]]
@@ -22,12 +26,17 @@ Case = tuple[str, Callable[[Any], np.ndarray], Callable[[], np.ndarray]]
 
 def played(task: str, target: str, out: Path, rows: Rows, steps: int) -> Iterator[Case]:
     """(name, what to ask a live model, how the artifact answers) of each case."""
-    if target == "safetensors":
+    saved = transformers.AutoConfig.from_pretrained(out)
+    if task == VISION_LANGUAGE:
+        yield from _seeing(out, saved, target)
+    elif not has_row(json.loads((out / "config.json").read_text()), task):
+        yield from _whole(task, out, saved, target)
+    elif target == "safetensors":
         yield from _checkpoint(task, out, rows)
     elif task == GENERATION:
         yield from _generation(Session(out), rows, steps)
-    elif task == SEQ2SEQ:
-        yield from _translation(out, rows, steps)
+    elif task in TWO_PARTS:
+        yield from _translation(task, out, rows, steps)
     else:
         yield from _encoded(Session(out), task, rows)
 
@@ -163,11 +172,11 @@ def _checkpoint(task: str, out: Path, rows: Rows) -> Iterator[Case]:
     ids, mask = padded(rows[:1], False, 2)
     if task == GENERATION:
         yield "prefill", lambda m: _causal(m, rows[:1]), lambda: _causal(merged, rows[:1])
-    elif task == SEQ2SEQ:
+    elif task in TWO_PARTS:
         yield (
             "forced",
-            lambda m: _forced(m, rows, rows[-1]),
-            lambda: _forced(merged, rows, rows[-1]),
+            lambda m: _forced(m, _sources(task, m, rows), rows[-1]),
+            lambda: _forced(merged, _sources(task, merged, rows), rows[-1]),
         )
     else:
         yield (
@@ -176,24 +185,33 @@ def _checkpoint(task: str, out: Path, rows: Rows) -> Iterator[Case]:
         )  # fmt: skip
 
 
-def _forced(model: Any, rows: Rows, told: Sequence[int]) -> np.ndarray:
-    """Decoder logits for the tokens `told`, given each row: (tokens, vocabulary)."""
+def _sources(task: str, model: Any, rows: Rows) -> list[dict[str, Any]]:
+    """What the encoder reads of each row: its text, or features drawn in its place."""
+    if TASKS[task].inputs == TEXT:
+        return [{"input_ids": torch.tensor([list(row)])} for row in rows]
+    fed = drawn(TASKS[task].inputs, model.config, len(rows), seed=5)
+    return [{n: torch.from_numpy(v[r : r + 1]) for n, v in fed.items()} for r in range(len(rows))]
+
+
+def _forced(model: Any, sources: Sequence[Any], told: Sequence[int]) -> np.ndarray:
+    """Decoder logits for the tokens `told`, given each source: (tokens, vocabulary)."""
     answer = torch.tensor([list(told)])
     with torch.inference_mode():
-        found = [
-            model(input_ids=torch.tensor([list(row)]), decoder_input_ids=answer).logits[0]
-            for row in rows
-        ]
+        found = [model(**source, decoder_input_ids=answer).logits[0] for source in sources]
     return torch.cat(found).float().numpy()
 
 
-def _translation(out: Path, rows: Rows, steps: int) -> Iterator[Case]:
+def _translation(task: str, out: Path, rows: Rows, steps: int) -> Iterator[Case]:
     """Encoder once, decoder with its cache; alone, and in a batch padded on the right."""
+    config = transformers.AutoConfig.from_pretrained(out)
+    speech = None if TASKS[task].inputs == TEXT else drawn(TASKS[task].inputs, config, len(rows), 5)
     encoder, decoder = Session(out, "encoder_model.onnx"), Session(out, "decoder_model_merged.onnx")
 
     def answer(batch: Rows) -> np.ndarray:
         ids, mask = padded(batch, False, 2)
-        states = encoder(input_ids=ids, attention_mask=mask)["last_hidden_state"]
+        text = {"input_ids": ids, "attention_mask": mask}
+        source = text if speech is None else {n: v[: len(batch)] for n, v in speech.items()}
+        states = encoder(**source)["last_hidden_state"]
         tokens, parts, cache = list(rows[-1]), [], decoder.empty(len(batch))
         for chunk in (tokens[:-steps], *([t] for t in tokens[-steps:])):
             found = decoder(
@@ -204,5 +222,78 @@ def _translation(out: Path, rows: Rows, steps: int) -> Iterator[Case]:
             parts.append(found["logits"])
         return np.concatenate(np.concatenate(parts, axis=1))
 
-    yield "alone", lambda m: _forced(m, rows[:1], rows[-1]), lambda: answer(rows[:1])
-    yield "right-padded", lambda m: _forced(m, rows, rows[-1]), lambda: answer(rows)
+    yield (
+        "alone",
+        lambda m: _forced(m, _sources(task, m, rows)[:1], rows[-1]),
+        lambda: answer(rows[:1]),
+    )
+    yield (
+        "right-padded",
+        lambda m: _forced(m, _sources(task, m, rows), rows[-1]),
+        lambda: answer(rows),
+    )
+
+
+def _plain(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _called(model: Any, method: str, fed: dict[str, np.ndarray], field: str) -> np.ndarray:
+    with torch.inference_mode():
+        found = getattr(_plain(model), method)(**{n: torch.from_numpy(v) for n, v in fed.items()})
+    return found[field].float().numpy()
+
+
+def _whole(task: str, out: Path, config: Any, target: str) -> Iterator[Case]:
+    """Three rows of drawn inputs in one call, every output of every graph."""
+    name = config.architectures[0]
+    kind = getattr(transformers, name)
+    other = kind.from_pretrained(out, dtype=torch.float32).eval() if target != "onnx" else None
+    for piece in pieces_of(config.model_type, task, name, kind.main_input_name):
+        fed = drawn(piece.inputs, config, 3, seed=9)
+        session = Session(out, piece.file) if target == "onnx" else None
+        for output, field in piece.outputs.items():
+            yield (
+                f"{piece.file}: {output}",
+                lambda m, p=piece, fed=fed, field=field: _called(m, p.method, fed, field),
+                lambda p=piece, fed=fed, field=field, output=output, session=session: (
+                    _called(other, p.method, fed, field) if session is None
+                    else session(**fed)[output]
+                ),
+            )  # fmt: skip
+
+
+def _seeing(out: Path, config: Any, target: str) -> Iterator[Case]:
+    """An image between text, in one call of the live model, token by token of the artifact."""
+    auto = transformers.AutoModelForImageTextToText
+    other = auto.from_pretrained(out, dtype=torch.float32).eval() if target != "onnx" else None
+    pixels = drawn(("pixel_values",), config, 1, seed=9)["pixel_values"]
+    places = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    ids = np.random.default_rng(3).integers(3, VOCABULARY, (1, places + 10))
+    ids[:, 4 : 4 + places] = config.image_token_id
+
+    def asked(model: Any) -> np.ndarray:
+        with torch.inference_mode():
+            return model(
+                input_ids=torch.from_numpy(ids), pixel_values=torch.from_numpy(pixels)
+            ).logits[0].float().numpy()  # fmt: skip
+
+    def answered() -> np.ndarray:
+        if other is not None:
+            return asked(other)
+        names = ("embed_tokens.onnx", "vision_encoder.onnx", "decoder_model_merged.onnx")
+        embed, look, decode = (Session(out, name) for name in names)
+        states = embed(input_ids=ids)["inputs_embeds"].copy()
+        states[0, 4 : 4 + places] = look(pixel_values=pixels)["image_features"][0]
+        cache, parts = decode.empty(1), []
+        for first, last in ((0, places + 6), *((i, i + 1) for i in range(places + 6, places + 10))):
+            mask = np.ones((1, last), np.int64)
+            found = decode(inputs_embeds=states[:, first:last], attention_mask=mask, **cache)
+            cache = _after(found)
+            parts.append(found["logits"][0])
+        return np.concatenate(parts)
+
+    yield "an image between text", asked, answered
+
+
+VOCABULARY = 290  # tokens of the rows that are drawn here, below those that stand for images

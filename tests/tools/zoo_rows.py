@@ -9,12 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from adaptrix_export.arch.task_table import (
+    ANSWERS,
+    AUDIO,
+    IMAGES,
+    MASKED,
+    VISION_LANGUAGE,
+    ZERO_SHOT_IMAGES,
+)
 from adaptrix_export.arch.tasks import (
     CLASSIFIERS,
     FEATURES,
     GENERATION,
     SEQ2SEQ,
     SEQUENCES,
+    SPEECH,
     TOKENS,
 )
 
@@ -42,6 +51,7 @@ class Animal:
     parameters: tuple[str, ...] = ()
     lora: dict[str, Any] = field(default_factory=dict)
     loud: float = 3.0  # on the matrices, so that logits are of the size of one
+    model: str = ""  # the class, where the task alone does not say
 
 
 def _decoder(kind: str, **changed: Any) -> Animal:
@@ -78,6 +88,59 @@ def _t5(kind: str, **changed: Any) -> Animal:
         relative_attention_max_distance=20, bos_token_id=0, eos_token_id=1, pad_token_id=2,
     )  # fmt: skip
     return Animal(kind, {**sizes, **changed}, SEQ2SEQ, loud=1.0)
+
+
+def _bart(kind: str, task: str = SEQ2SEQ, **changed: Any) -> Animal:
+    sizes = dict(
+        d_model=64, encoder_layers=2, decoder_layers=3, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, vocab_size=VOCAB,
+        decoder_start_token_id=2, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    if task == SEQ2SEQ:
+        sizes["max_position_embeddings"] = 128
+    return Animal(kind, {**sizes, **changed}, task)
+
+
+_TOWER = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+)  # fmt: skip
+
+
+def _seeing(kind: str, task: str = IMAGES, **changed: Any) -> Animal:
+    """An image of sixteen patches."""
+    return Animal(kind, {**_TOWER, "image_size": 32, "patch_size": 8, **changed}, task, loud=1.5)
+
+
+def _staged(kind: str, task: str, **changed: Any) -> Animal:
+    """Two stages, the second of half the size."""
+    return Animal(kind, dict(image_size=32, **changed), task, loud=1.5)
+
+
+def _towers(kind: str) -> Animal:
+    text = {**_TOWER, "vocab_size": VOCAB, "max_position_embeddings": 32, **_TOKENS}
+    vision = {**_TOWER, "image_size": 32, "patch_size": 8}
+    config = dict(text_config=text, vision_config=vision, projection_dim=48)
+    # PEFT cannot put a layer where MultiheadAttention is
+    names = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    return Animal(kind, config, ZERO_SHOT_IMAGES, targets=names, loud=1.5)
+
+
+def _hearing(kind: str, model: str, task: str = SPEECH) -> Animal:
+    sizes = dict(
+        conv_dim=(32, 32, 32), conv_stride=(5, 4, 4), conv_kernel=(10, 8, 4),
+        num_feat_extract_layers=3, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+        vocab_size=40, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return Animal(kind, {**_TOWER, **sizes}, task, model=model, loud=1.5)
+
+
+def _llava() -> Animal:
+    text = {**_SHAPE, "num_key_value_heads": 2, **_TOKENS, "model_type": "llama"}
+    vision = {**_TOWER, "image_size": 32, "patch_size": 8, "model_type": "clip_vision_model"}
+    config = dict(text_config=text, vision_config=vision, image_token_index=VOCAB - 1)
+    config |= {"image_token_id": VOCAB - 1}
+    names = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    return Animal("llava", config, VISION_LANGUAGE, targets=names, loud=2.0)
 
 
 _HEAD = {"head_dim": 16}
@@ -237,13 +300,67 @@ ONE_TASK: tuple[Animal, ...] = (
     ),
     _t5("t5"),
     _t5("mt5"),
+    _bart("bart"),
+    _bart("mbart", scale_embedding=True),
+    _bart("marian", scale_embedding=True),
+    _bart("m2m_100", scale_embedding=True),
+    _bart("pegasus", scale_embedding=True),
+    _bart("blenderbot"),
+    _bart("blenderbot-small"),
+    _bart("plbart"),
+    _bart("mvp"),
+    _bart(
+        "whisper",
+        SPEECH,
+        num_mel_bins=16,
+        max_source_positions=30,
+        max_target_positions=128,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    ),
+    _seeing("vit"),
+    _seeing("deit"),
+    _seeing("dinov2"),
+    _seeing("beit", use_absolute_position_embeddings=True),
+    _staged(
+        "swin", IMAGES, patch_size=4, embed_dim=32, depths=[1, 1], num_heads=[2, 4], window_size=4
+    ),
+    _staged(
+        "segformer",
+        "semantic-segmentation",
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[4, 2],
+        hidden_sizes=[32, 64],
+        patch_sizes=[7, 3],
+        strides=[4, 2],
+        num_attention_heads=[2, 4],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=32,
+    ),
+    _towers("clip"),
+    _towers("siglip"),
+    _llava(),
+    _hearing("wav2vec2", "Wav2Vec2ForCTC"),
+    _hearing("hubert", "HubertForCTC"),
+    Animal(
+        "audio-spectrogram-transformer",
+        {**_TOWER, "num_mel_bins": 32, "max_length": 48, "patch_size": 16},
+        AUDIO,
+        loud=1.5,
+    ),
 )
-_CLASSIFIERS = (
+_OTHER_TASKS = (
     *(("bert", task) for task in CLASSIFIERS), *(("llama", task) for task in CLASSIFIERS),
     ("roberta", SEQUENCES), ("distilbert", SEQUENCES), ("deberta-v2", SEQUENCES),
-    ("modernbert", TOKENS), ("qwen3", SEQUENCES),
+    ("modernbert", TOKENS), ("qwen3", SEQUENCES), ("qwen3", FEATURES),
+    ("bert", MASKED), ("roberta", MASKED), ("distilbert", MASKED), ("modernbert", MASKED),
+    ("bert", ANSWERS), ("roberta", ANSWERS), ("dinov2", FEATURES), ("wav2vec2", AUDIO),
 )  # fmt: skip
 ANIMALS = (
     *ONE_TASK,
-    *(replace(next(a for a in ONE_TASK if a.kind == k), task=task) for k, task in _CLASSIFIERS),
+    *(
+        replace(next(a for a in ONE_TASK if a.kind == k), task=task, model="")
+        for k, task in _OTHER_TASKS
+    ),
 )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from adaptrix_export.arch.task_table import VISION_LANGUAGE
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.graph.graph import Graph
 from adaptrix_export.plan import Plan
@@ -88,7 +89,8 @@ def _check_native(plan: Plan, provider: str, progress: Progress, trial: Trial) -
 
 
 def draw_parts(plan: Plan, provider: str, frontend: str, progress: Progress) -> dict[str, Graph]:
-    """The graphs of an encoder-decoder by file name; only the traced front end draws them.
+    """The graphs of an encoder-decoder, or of a model whose names were read off its class, by file
+    name; only the traced front end draws them.
 
     Raises UnsupportedError where another is asked for, and what that one raises.
     """
@@ -97,10 +99,18 @@ def draw_parts(plan: Plan, provider: str, frontend: str, progress: Progress) -> 
             f"{plan.base.spec}: task {plan.base.task}", f"front end {frontend}", "traced",
             "leave the front end to auto",
         )  # fmt: skip
-    from adaptrix_export.graph.frontends.traced_parts import traced_parts
+    if plan.base.skeleton is not None:
+        from adaptrix_export.graph.frontends.traced_seeing import traced_seeing
+        from adaptrix_export.graph.frontends.traced_whole import traced_whole
 
-    parts = traced_parts(plan, provider, progress)
+        sees = plan.base.task == VISION_LANGUAGE
+        trace, kind = traced_seeing if sees else traced_whole, "a type without a row of names"
+    else:
+        from adaptrix_export.graph.frontends.traced_parts import traced_parts
+
+        trace, kind = traced_parts, "an encoder-decoder"
+    parts = trace(plan, provider, progress)
     if frontend == AUTO:
-        reason = "an encoder-decoder, which the native front end does not draw"
+        reason = f"{kind}, which the native front end does not draw"
         parts = {file: replace(graph, reason=reason) for file, graph in parts.items()}
     return parts

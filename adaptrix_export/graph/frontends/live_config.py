@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from adaptrix_export.arch.config_changes import config_changes
-from adaptrix_export.arch.tasks import SEQ2SEQ
+from adaptrix_export.arch.tasks import TWO_PARTS
 from adaptrix_export.plan import Plan
 
 
@@ -17,7 +17,7 @@ def live_config(plan: Plan) -> Any:
     from transformers import AutoConfig
 
     config = {k: v for k, v in plan.base.config.items() if k not in ("dtype", "torch_dtype")}
-    if plan.base.task != SEQ2SEQ:  # T5 scales by what its own file says of it
+    if plan.base.task not in TWO_PARTS:  # T5 scales by what its own file says of it
         config["tie_word_embeddings"] = bool(plan.base.tied)
     config.update(config_changes(plan))
     return AutoConfig.for_model(**config)

@@ -25,7 +25,7 @@ from adaptrix_export.graph.frontends.trace_patches import exactly_matched, trace
 from adaptrix_export.graph.frontends.traced_interface import OUTPUTS, name_interface
 from adaptrix_export.graph.frontends.traced_sample import Sample, sample_of
 from adaptrix_export.graph.frontends.traced_weights import bind
-from adaptrix_export.graph.frontends.weightless import weightless
+from adaptrix_export.graph.frontends.weightless import stored_parameters, weightless
 from adaptrix_export.graph.graph import Graph
 from adaptrix_export.graph.rewrite.fold import fold, share_equal
 from adaptrix_export.plan import Plan
@@ -47,7 +47,7 @@ def traced(plan: Plan, provider: str, progress: Progress) -> Graph:
             graph = export(model, sample)
     with progress.stage("tracing: simplifying the graph"):
         name_interface(graph, OUTPUTS[plan.base.task])
-        return finish(plan, graph, {name for name, _ in model.named_parameters()}, provider)
+        return finish(plan, graph, stored_parameters(model), provider)
 
 
 def finish(plan: Plan, model: ir.Model, parameters: Set[str], provider: str) -> Graph:

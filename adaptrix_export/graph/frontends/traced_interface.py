@@ -34,6 +34,8 @@ _SIZES = {
     "attention_mask": ("batch", "total_sequence_length"),
     "position_ids": ("batch", "sequence_length"),
     "token_type_ids": ("batch", "sequence_length"),
+    "input_features": ("batch", None, None),
+    "inputs_embeds": ("batch", "sequence_length", None),
 }
 
 
@@ -64,7 +66,7 @@ def name_interface(model: ir.Model, answer: str) -> None:
             )  # fmt: skip
     graph.outputs[:] = kept
     common.RemoveUnusedNodesPass()(model)
-    always = ("input_ids", "attention_mask")
+    always = ("input_ids", "attention_mask", "encoder_attention_mask", "encoder_hidden_states")
     used = [v for v in graph.inputs if v.name in always or v.uses()]
     order = [n for n in _SIZES if any(v.name == n for v in used)]
     graph.inputs[:] = sorted(

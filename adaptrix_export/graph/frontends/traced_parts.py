@@ -1,67 +1,84 @@
 """An encoder-decoder as two traced graphs: `encoder_model.onnx` and `decoder_model_merged.onnx`.
 
 The names are those that optimum and transformers.js look for. The decoder takes any number of
-tokens after a cache that may be empty, like a language model; its cross attention is computed anew
-from the encoder's states in each call, so a cache holds the decoder's own tokens alone:
+tokens after a cache that may be empty, like a language model. The cache of its cross attention is
+filled by the first call, the one whose cache is empty (`cross_cache.py`):
 
-    encoder: input_ids, attention_mask -> last_hidden_state
-    decoder: input_ids, encoder_attention_mask, encoder_hidden_states,
-             past_key_values.{i}.decoder.key/value -> logits, present.{i}.decoder.key/value
+    encoder: input_ids, attention_mask (text) or input_features (speech) -> last_hidden_state
+    decoder: input_ids, encoder_attention_mask (text), encoder_hidden_states,
+             past_key_values.{i}.decoder.key/value, past_key_values.{i}.encoder.key/value
+             -> logits, present.{i}.decoder.key/value, present.{i}.encoder.key/value
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
-from adaptrix_export.arch.tasks import FEATURES, GENERATION, SEQ2SEQ
+from adaptrix_export.arch.tasks import FEATURES, GENERATION, SPEECH
 from adaptrix_export.compat.cache_names import cache_argument, cache_of
+from adaptrix_export.graph.frontends.cross_cache import PAST_ENTRY, STATES, wire_cross_cache
 from adaptrix_export.graph.frontends.live_config import live_config
 from adaptrix_export.graph.frontends.trace_patches import traceable
 from adaptrix_export.graph.frontends.traced import export, finish, traced_faults
 from adaptrix_export.graph.frontends.traced_interface import OUTPUTS, name_interface
 from adaptrix_export.graph.frontends.traced_sample import BATCH, LENGTH, NEW, PAST, Sample
-from adaptrix_export.graph.frontends.weightless import weightless
+from adaptrix_export.graph.frontends.weightless import stored_parameters, weightless
 from adaptrix_export.graph.graph import Graph
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
+Make = Callable[[], Any]
+_CROSS = "cross_key_values"
+_CROSS_ENTRY = re.compile(rf"^(?:input\.)?{_CROSS}\.layers\.(\d+)\.(keys|values)$")
 
 
 def traced_parts(plan: Plan, provider: str, progress: Progress) -> dict[str, Graph]:
     """File name -> graph, in float32. Raises what `traced` raises."""
     place = f"{plan.base.spec}: model type {plan.base.architecture.model_type!r}"
-    made = {}
+    task, made = plan.base.task, {}
+
+    def model() -> Any:
+        return weightless(live_config(plan), task)
+
     for file, trace in ((ENCODER, _encoder), (DECODER, _decoder)):
-        with traced_faults(place), traceable(SEQ2SEQ), progress.stage(f"tracing: {file}"):
-            graph, parameters = trace(weightless(live_config(plan), plan.base.task))
+        with traced_faults(place), traceable(task), progress.stage(f"tracing: {file}"):
+            graph = trace(model, task)
         with progress.stage("tracing: simplifying the graph"):
-            made[file] = finish(plan, graph, parameters, provider)
+            made[file] = finish(plan, graph, stored_parameters(model()), provider)
     return made
 
 
-def _encoder(model: Any) -> tuple[ir.Model, set[str]]:
+def _encoder(make: Make, task: str) -> ir.Model:
     """The encoder's graph, its parameters named as in the whole model."""
+    model = make()
     part = model.get_encoder()
     start = next(name for name, module in model.named_modules() if module is part) + "."
+    graph = export(part, _source(model, task))
+    _prefix(graph, start, {name for name, _ in part.named_parameters()})
+    name_interface(graph, OUTPUTS[FEATURES])
+    return graph
+
+
+def _source(model: Any, task: str) -> Sample:
+    """What the encoder is given: text whose sizes vary, or features of one length."""
+    auto = torch.export.Dim.AUTO
+    if task == SPEECH:
+        config = model.config
+        length = 2 * config.max_source_positions  # the encoder halves it
+        features = torch.zeros(BATCH, config.num_mel_bins, length)
+        return Sample({"input_features": features}, {"input_features": {0: auto}})
     ids = torch.ones(BATCH, LENGTH, dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[0, -1] = 0  # a mask of ones alone is dropped from a trace
-    auto = torch.export.Dim.AUTO
     sizes = {0: auto, 1: auto}
-    graph = export(
-        part,
-        Sample(
-            {"input_ids": ids, "attention_mask": mask},
-            {"input_ids": sizes, "attention_mask": sizes},
-        ),
-    )
-    _prefix(graph, start, {name for name, _ in part.named_parameters()})
-    name_interface(graph, OUTPUTS[FEATURES])
-    return graph, {name for name, _ in model.named_parameters()}
+    fed = {"input_ids": ids, "attention_mask": mask}
+    return Sample(fed, dict.fromkeys(fed, sizes))
 
 
 def _prefix(model: ir.Model, start: str, parameters: set[str]) -> None:
@@ -72,64 +89,150 @@ def _prefix(model: ir.Model, start: str, parameters: set[str]) -> None:
         model.graph.initializers[start + name] = value
 
 
-def _decoder(model: Any) -> tuple[ir.Model, set[str]]:
+def _decoder(make: Make, task: str) -> ir.Model:
     """The decoder's graph: the whole model, called with the encoder's answer."""
-    parameters = {name for name, _ in model.named_parameters()}
-    model.__class__ = _decoder_class(type(model))
+    masked = task != SPEECH  # features have one length, and no mask
+    graph = export(*_decoding(make(), masked))
+    _name_cross(graph.graph)  # first: a graph has one cache that comes out again
+    name_interface(graph, OUTPUTS[GENERATION])
+    projections = export(*_projecting(make(), masked))
+    _name_projections(projections.graph)
+    _name_parts(graph.graph)
+    wire_cross_cache(graph, projections)
+    return graph
+
+
+def _states(model: Any, masked: bool) -> dict[str, Any]:
     states = torch.zeros(BATCH, LENGTH, model.config.hidden_size)
     mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
     mask[0, -1] = 0
-    fed = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+    return {STATES: states, **({"encoder_attention_mask": mask} if masked else {})}
+
+
+def _decoding(model: Any, masked: bool) -> tuple[Any, Sample]:
+    """Several tokens after a cache of several others, the states' keys and values in another."""
+    fed = _states(model, masked)
     before = torch.ones(BATCH, PAST, dtype=torch.long)
     with torch.no_grad(), model.fake_mode:
-        cache = cache_of(model(input_ids=before, **fed))
-    for layer in cache.layers:
+        cache = cache_of(_called(model, before, fed))
+    own, cross = cache.self_attention_cache, cache.cross_attention_cache
+    for layer in (*own.layers, *cross.layers):
         layer.keys, layer.values = torch.zeros(layer.keys.shape), torch.zeros(layer.values.shape)
-    ids = torch.ones(BATCH, NEW, dtype=torch.long)
+    model.__class__ = _decoder_class(type(model))
     auto = torch.export.Dim.AUTO
     sizes = {0: auto, 1: auto}
-    shapes: dict[str, Any] = dict.fromkeys(("input_ids", *fed), sizes)
-    shapes |= cache_argument([{0: auto, 2: auto}] * (2 * len(cache.layers)))
-    graph = export(model, Sample({"input_ids": ids, **fed, **cache_argument(cache)}, shapes))
-    name_interface(graph, OUTPUTS[GENERATION])
-    _name_parts(graph.graph)
-    return graph, parameters
+    inputs = {"input_ids": torch.ones(BATCH, NEW, dtype=torch.long), **fed}
+    shapes: dict[str, Any] = dict.fromkeys(inputs, sizes)
+    for name, value in {**cache_argument(own), _CROSS: cross}.items():
+        inputs[name] = value
+        shapes[name] = [{0: auto, 2: auto}] * (2 * len(value.layers))
+    return model, Sample(inputs, shapes)
+
+
+def _projecting(model: Any, masked: bool) -> tuple[Any, Sample]:
+    """The keys and values alone that every layer makes of the states."""
+    fed = _states(model, masked)
+    model.__class__ = _projection_class(type(model))
+    auto = torch.export.Dim.AUTO
+    return model, Sample(fed, {name: {0: auto, 1: auto} for name in fed})
+
+
+def _called(model: Any, ids: Any, fed: Mapping[str, Any], cache: Any = None) -> Any:
+    """The model on states that its encoder has already made."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    return model(
+        encoder_outputs=BaseModelOutput(last_hidden_state=fed[STATES]),
+        attention_mask=fed.get("encoder_attention_mask"),
+        decoder_input_ids=ids,
+        **cache_argument(cache),
+        use_cache=True,
+    )
 
 
 def _decoder_class(kind: type) -> type:
-    """A class whose call is the decoder's: states and own cache in, logits and own cache out."""
-    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-    from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
+    """A class whose call is the decoder's: states and caches in, logits and own cache out."""
+    from transformers.cache_utils import EncoderDecoderCache
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
     class Decoder(kind):  # type: ignore[misc]
         def forward(
             self,
             input_ids: torch.Tensor,
             encoder_hidden_states: torch.Tensor,
-            encoder_attention_mask: torch.Tensor,
+            encoder_attention_mask: torch.Tensor | None = None,
             cache: Any = None,
             past_key_values: Any = None,
+            cross_key_values: Any = None,
         ) -> Any:
             own = past_key_values if cache is None else cache  # `cache_name` is one of them
-            own = DynamicCache() if own is None else own
-            found = super().forward(
-                encoder_outputs=BaseModelOutput(last_hidden_state=encoder_hidden_states),
-                attention_mask=encoder_attention_mask,
-                decoder_input_ids=input_ids,
-                **cache_argument(EncoderDecoderCache(own, DynamicCache())),
-                use_cache=True,
-            )
+            fed = {STATES: encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+            both = EncoderDecoderCache(own, cross_key_values)
+            found = _called(super().forward, input_ids, fed, both)
             return CausalLMOutputWithPast(logits=found.logits, **cache_argument(own))
 
     return Decoder
 
 
+def _projection_class(kind: type) -> type:
+    """A class that answers the cross attention's keys and values of each layer, by name."""
+
+    class Projections(kind):  # type: ignore[misc]
+        def forward(
+            self,
+            encoder_hidden_states: torch.Tensor,
+            encoder_attention_mask: torch.Tensor | None = None,
+        ) -> Any:
+            fed = {STATES: encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+            start = torch.zeros(encoder_hidden_states.shape[0], 1, dtype=torch.long)
+            cache = cache_of(_called(super().forward, start, fed))
+            layers = cache.cross_attention_cache.layers
+            return {
+                f"present_{i}_encoder_{kind}": value
+                for i, layer in enumerate(layers)
+                for kind, value in (("key", layer.keys), ("value", layer.values))
+            }
+
+    return Projections
+
+
+def _name_projections(graph: ir.Graph) -> None:
+    """The outputs by the name that they have in the decoder's graph."""
+    for value in graph.outputs:
+        value.name = str(value.name).removeprefix("output.").replace("_", ".")
+
+
+def _name_cross(graph: ir.Graph) -> None:
+    """The inputs that hold the states' keys and values, by layer."""
+    for value in graph.inputs:
+        found = _CROSS_ENTRY.match(str(value.name))
+        if found:
+            value.name = f"past_key_values.{found[1]}.encoder.{found[2].removesuffix('s')}"
+
+
 def _name_parts(graph: ir.Graph) -> None:
-    """The cache is the decoder's, and the encoder's rows have a length of their own."""
+    """The caches by whose tokens they hold, layer by layer; the encoder's rows have a length."""
     for value in (*graph.inputs, *graph.outputs):
         name = str(value.name)
-        if name.startswith(("past_key_values.", "present.")):
+        if PAST_ENTRY.match(name):
+            # not the states' own length: it is zero in the first call, and equal sizes are shared
+            _set_axis(value, 2, "past_encoder_sequence_length")
+        elif name.startswith(("past_key_values.", "present.")):
             start, _, end = name.rpartition(".")
             value.name = f"{start}.decoder.{end}"
-        elif name.startswith("encoder_") and value.shape is not None:
-            value.shape = ir.Shape(["batch", "encoder_sequence_length", *value.shape[2:]])
+        elif name.startswith("encoder_"):
+            _set_axis(value, 1, "encoder_sequence_length")
+    graph.inputs[:] = sorted(graph.inputs, key=_place)
+
+
+def _set_axis(value: ir.Value, axis: int, name: str) -> None:
+    assert value.shape is not None
+    sizes: list[int | ir.SymbolicDim | str | None] = list(value.shape)
+    sizes[0], sizes[axis] = "batch", name
+    value.shape = ir.Shape(sizes)
+
+
+def _place(value: ir.Value) -> tuple[int, str, str]:
+    """Where an input stands: the caches last, by layer, the decoder's own before the other."""
+    parts = str(value.name).split(".")
+    return (int(parts[1]), parts[2], parts[3]) if len(parts) == 4 else (-1, "", "")

@@ -57,12 +57,31 @@ def _generating(model: Any) -> Sample:
     return Sample(inputs, shapes)
 
 
+def embedded_sample(model: Any) -> Sample:
+    """A language model's, but given what its embedding makes of tokens, or what stands for them."""
+    mask = torch.ones(BATCH, PAST + NEW, dtype=torch.long)
+    mask[0, 0] = 0
+    _scale_without_memory(model)
+    cache = _cache(model)
+    width = model.get_input_embeddings().weight.shape[1]
+    inputs: dict[str, Any] = {
+        "inputs_embeds": torch.zeros(BATCH, NEW, width), "attention_mask": mask
+    }  # fmt: skip
+    auto = torch.export.Dim.AUTO
+    shapes: dict[str, Any] = {name: {0: auto, 1: auto} for name in inputs}
+    inputs |= cache_argument(cache)
+    shapes |= cache_argument([{0: auto, 2: auto}] * (2 * len(cache.layers)))
+    _count_positions(model, "inputs_embeds")
+    inputs["use_cache"] = True
+    return Sample(inputs, shapes)
+
+
 def _positions(ids: Any, mask: Any) -> Any:
     """The place of each token of `ids` among the real tokens of its row, as transformers counts."""
     return (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
 
 
-def _count_positions(model: Any) -> None:
+def _count_positions(model: Any, tokens: str = "input_ids") -> None:
     """Let a model with rotary embeddings find the positions in the mask by itself.
 
     So does GroupQueryAttention in the native graph: both then have the same inputs.
@@ -70,7 +89,7 @@ def _count_positions(model: Any) -> None:
     forward = model.forward
 
     def counting(**given: Any) -> Any:
-        places = _positions(given["input_ids"], given["attention_mask"])
+        places = _positions(given[tokens], given["attention_mask"])
         return forward(position_ids=places, **given)
 
     model.forward = counting

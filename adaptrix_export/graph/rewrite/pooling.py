@@ -1,10 +1,17 @@
 """One vector a row beside the hidden states: the output `sentence_embedding` of a features graph.
 
-`mean` is the mean over the tokens that the mask keeps, as sentence-transformers' Pooling takes it
-(a row of pads alone gives zeros); `cls` is the first position.
+Each kind is a row of `POOLINGS`, as sentence-transformers' Pooling takes it: `mean` over the tokens
+that the mask keeps (a row of pads alone gives zeros); `mean_sqrt_len` divides their sum by the root
+of their number; `weightedmean` weighs a token by its place, from 1 on; `max` takes the largest of
+each number; `lasttoken` is the last token that the mask keeps, `cls` the first position. Several,
+joined by `+`, stand one after the other in the vector.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +20,7 @@ from adaptrix_export.errors import UnsupportedError
 
 OUTPUT = "sentence_embedding"
 SMALLEST = 1e-9  # what sentence-transformers divides by where there is no token
-POOLINGS = ("mean", "cls")
+LOWEST = -1e9  # what it takes for a pad in `max`
 
 
 def wire_pooling(model: ir.Model, kind: str) -> int:
@@ -29,44 +36,129 @@ def wire_pooling(model: ir.Model, kind: str) -> int:
             "leave pooling out",
         )  # fmt: skip
     mask = next(value for value in graph.inputs if value.name == "attention_mask")
-    nodes = _mean(graph, hidden, mask) if kind == "mean" else _first(graph, hidden)
-    for number, node in enumerate(nodes):
-        node.name = f"pooling.{number}.{node.op_type.lower()}"
-        node.outputs[0].name = node.name
-    graph.extend(nodes)
-    pooled = nodes[-1].outputs[0]
+    wiring = _Wiring(graph, hidden, mask)
+    parts = [POOLINGS[part](wiring) for part in kind.split("+")]
+    pooled = parts[0] if len(parts) == 1 else wiring.add("Concat", *parts, axis=1)
+    graph.extend(wiring.nodes)
     pooled.name = OUTPUT
     pooled.type = ir.TensorType(ir.DataType.FLOAT)
     sizes = hidden.shape if hidden.shape is not None else ("batch", None, None)
-    pooled.shape = ir.Shape([sizes[0], sizes[2]])
+    width = sizes[2] if len(parts) == 1 or not isinstance(sizes[2], int) else len(parts) * sizes[2]
+    pooled.shape = ir.Shape([sizes[0], width])
     graph.outputs.append(pooled)
-    return len(nodes)
+    return len(wiring.nodes)
 
 
-def _constant(graph: ir.Graph, name: str, value: np.ndarray) -> ir.Value:
-    made = ir.tensor(value, name=f"pooling.{name}")
-    held = ir.Value(
-        name=made.name, shape=ir.Shape(value.shape), type=ir.TensorType(made.dtype),
-        const_value=made,
-    )  # fmt: skip
-    graph.initializers[str(made.name)] = held
-    return held
+@dataclass
+class _Wiring:
+    """Nodes in the making, and the constants that they read; what two kinds need is made once."""
+
+    graph: ir.Graph
+    hidden: ir.Value
+    mask: ir.Value
+    nodes: list[ir.Node] = field(default_factory=list)
+    made: dict[str, ir.Value] = field(default_factory=dict)
+
+    def add(self, kind: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        node = ir.node(kind, list(inputs), attributes=attributes)
+        node.name = node.outputs[0].name = f"pooling.{len(self.nodes)}.{kind.lower()}"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, name: str, value: np.ndarray) -> ir.Value:
+        if name not in self.made:
+            tensor = ir.tensor(value, name=f"pooling.{name}")
+            self.made[name] = self.graph.initializers[str(tensor.name)] = ir.Value(
+                name=tensor.name, shape=ir.Shape(value.shape), type=ir.TensorType(tensor.dtype),
+                const_value=tensor,
+            )  # fmt: skip
+        return self.made[name]
+
+    def index(self, name: str, value: int) -> ir.Value:
+        return self.constant(name, np.array([value], np.int64))
+
+    @property
+    def kept(self) -> ir.Value:
+        """The mask as numbers, (rows, tokens, 1)."""
+        if "kept" not in self.made:
+            numbers = self.add("Cast", self.mask, to=ir.DataType.FLOAT)
+            self.made["kept"] = self.add("Unsqueeze", numbers, self.index("last_axis", -1))
+        return self.made["kept"]
+
+    @property
+    def masked(self) -> ir.Value:
+        """The hidden states, zero at pads."""
+        if "masked" not in self.made:
+            self.made["masked"] = self.add("Mul", self.hidden, self.kept)
+        return self.made["masked"]
+
+    @property
+    def total(self) -> ir.Value:
+        if "total" not in self.made:
+            self.made["total"] = self.over_tokens("ReduceSum", self.masked)
+        return self.made["total"]
+
+    @property
+    def count(self) -> ir.Value:
+        """Tokens of each row, one at least of what can be divided by."""
+        if "count" not in self.made:
+            self.made["count"] = self.some(self.over_tokens("ReduceSum", self.kept))
+        return self.made["count"]
+
+    def over_tokens(self, kind: str, value: ir.Value) -> ir.Value:
+        return self.add(kind, value, self.index("token_axis", 1), keepdims=0)
+
+    def some(self, value: ir.Value) -> ir.Value:
+        return self.add("Max", value, self.constant("smallest", np.array(SMALLEST, np.float32)))
+
+    def places(self, dtype: ir.DataType) -> ir.Value:
+        """1, 2, ... along the tokens at which the mask keeps one, 0 at pads: (rows, tokens)."""
+        axis = self.constant("axis", np.array(1, np.int64))
+        one = ir.tensor(np.array([1], np.int64))
+        ones = self.add("ConstantOfShape", self.add("Shape", self.mask), value=one)
+        counted = self.add("Mul", self.add("CumSum", ones, axis), self.mask)
+        return self.add("Cast", counted, to=dtype)
 
 
-def _first(graph: ir.Graph, hidden: ir.Value) -> list[ir.Node]:
-    start = _constant(graph, "first", np.array(0, np.int64))
-    return [ir.node("Gather", [hidden, start], attributes={"axis": 1})]
+def _first(wiring: _Wiring) -> ir.Value:
+    start = wiring.constant("first", np.array(0, np.int64))
+    return wiring.add("Gather", wiring.hidden, start, axis=1)
 
 
-def _mean(graph: ir.Graph, hidden: ir.Value, mask: ir.Value) -> list[ir.Node]:
-    last = _constant(graph, "last_axis", np.array([-1], np.int64))
-    tokens = _constant(graph, "token_axis", np.array([1], np.int64))
-    smallest = _constant(graph, "smallest", np.array(SMALLEST, np.float32))
-    kept = ir.node("Cast", [mask], attributes={"to": ir.DataType.FLOAT})
-    wide = ir.node("Unsqueeze", [kept.outputs[0], last])
-    masked = ir.node("Mul", [hidden, wide.outputs[0]])
-    total = ir.node("ReduceSum", [masked.outputs[0], tokens], attributes={"keepdims": 0})
-    count = ir.node("ReduceSum", [wide.outputs[0], tokens], attributes={"keepdims": 0})
-    some = ir.node("Max", [count.outputs[0], smallest])
-    mean = ir.node("Div", [total.outputs[0], some.outputs[0]])
-    return [kept, wide, masked, total, count, some, mean]
+def _mean(wiring: _Wiring) -> ir.Value:
+    return wiring.add("Div", wiring.total, wiring.count)
+
+
+def _mean_sqrt_len(wiring: _Wiring) -> ir.Value:
+    return wiring.add("Div", wiring.total, wiring.add("Sqrt", wiring.count))
+
+
+def _weighted_mean(wiring: _Wiring) -> ir.Value:
+    places = wiring.places(ir.DataType.FLOAT)
+    weights = wiring.add("Unsqueeze", places, wiring.index("last_axis", -1))
+    total = wiring.over_tokens("ReduceSum", wiring.add("Mul", wiring.hidden, weights))
+    return wiring.add("Div", total, wiring.some(wiring.over_tokens("ReduceSum", weights)))
+
+
+def _largest(wiring: _Wiring) -> ir.Value:
+    zero = wiring.constant("zero", np.array(0, np.float32))
+    pad = wiring.add("Equal", wiring.kept, zero)
+    lowest = wiring.constant("lowest", np.array(LOWEST, np.float32))
+    return wiring.over_tokens("ReduceMax", wiring.add("Where", pad, lowest, wiring.hidden))
+
+
+def _last(wiring: _Wiring) -> ir.Value:
+    """The token of the greatest place; a row of pads alone gives zeros."""
+    places = wiring.places(ir.DataType.INT64)
+    index = wiring.add("ArgMax", places, axis=1, keepdims=1)
+    return wiring.add("GatherND", wiring.masked, index, batch_dims=1)
+
+
+POOLINGS: dict[str, Callable[[_Wiring], ir.Value]] = {
+    "cls": _first,
+    "max": _largest,
+    "mean": _mean,
+    "mean_sqrt_len": _mean_sqrt_len,
+    "weightedmean": _weighted_mean,
+    "lasttoken": _last,
+}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite, prod
 
-from adaptrix_export.arch.tasks import CLASSIFIERS, FEATURES, LABELS, SEQ2SEQ, TASKS
+from adaptrix_export.arch.tasks import CLASSIFIERS, FEATURES, LABELS, TASKS, TWO_PARTS
 from adaptrix_export.errors import AdapterError, InputError, UnsupportedError
 from adaptrix_export.load.adapters.tuners import own_sizes
 from adaptrix_export.load.files.tensors import FLOATS
@@ -355,7 +355,7 @@ def ungateable(plan: Plan, site: Site, mode: str) -> InputError | None:
         )
     if mode == "blend":
         return None
-    if plan.base.task == SEQ2SEQ:
+    if plan.base.task in TWO_PARTS:
         return UnsupportedError(
             place, f"a {mode} gate in an encoder-decoder", "one graph to gate",
             "leave context out, or use mode blend",

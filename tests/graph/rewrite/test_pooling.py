@@ -31,18 +31,33 @@ def features() -> ir.Model:
     return ir.Model(graph, ir_version=10)
 
 
-@pytest.mark.parametrize(("kind", "nodes"), [("mean", 7), ("cls", 1)])
-def test_the_output_is_what_the_library_makes(kind, nodes):
+@pytest.mark.parametrize(
+    ("kind", "nodes"),
+    [
+        ("mean", 7), ("cls", 1), ("max", 5), ("mean_sqrt_len", 8), ("weightedmean", 11),
+        ("lasttoken", 10), ("cls+mean", 9), ("max+mean+lasttoken", 18),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("left", [False, True])
+def test_the_output_is_what_the_library_makes(kind, nodes, left):
     model = features()
     assert wire_pooling(model, kind) == nodes
     session = onnxruntime.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
     hidden = np.random.default_rng(0).normal(size=(3, 5, 4)).astype(np.float32)
-    mask = np.array([[1] * 5, [1, 1, 1, 0, 0], [0] * 5])
+    mask = np.array([[1] * 5, [1, 1, 1, 0, 0], [0] * 5])[:, :: -1 if left else 1]
     (found,) = session.run(["sentence_embedding"], {"hidden": hidden, "attention_mask": mask})
     expected = pooled(hidden, mask, kind)[:, 0]
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    if kind == "mean":
-        np.testing.assert_allclose(found[1], hidden[1, :3].mean(0), atol=1e-6)
+    real = hidden[1][mask[1] == 1]
+    places = np.flatnonzero(mask[1]) + 1.0
+    by_hand = {
+        "mean": real.mean(0), "max": real.max(0), "lasttoken": real[-1],
+        "mean_sqrt_len": real.sum(0) / 3**0.5,
+        "weightedmean": (real * places[:, None]).sum(0) / places.sum(),
+    }  # fmt: skip
+    if kind in by_hand:
+        np.testing.assert_allclose(found[1], by_hand[kind], atol=1e-6)
+    if kind not in ("cls", "max") and "+" not in kind:
         assert not found[2].any()  # a row of pads alone
 
 

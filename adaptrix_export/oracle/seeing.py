@@ -1,0 +1,122 @@
+"""Vision-language models: what they are asked with an image, and what they answer.
+
+A row is text, an image's tokens, and text again. The live model is asked in one call; the artifact
+embeds the tokens, puts the image's features in their places, and feeds the decoder a part at a time
+through its cache.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptrix_export.arch.inputs import drawn
+from adaptrix_export.arch.pieces import DECODER, EMBEDDING, VISION
+from adaptrix_export.oracle.compare import Logits
+from adaptrix_export.oracle.translated import Source
+
+BEFORE, AFTER = 5, 12  # tokens of text on either side of an image
+IMAGE_TOKEN = "image_token"  # noqa: S105  # the name of an array, no password
+_PAST = "past_key_values."
+
+
+def seen_sources(model: Any) -> dict[str, dict[str, NDArray[Any]]]:
+    """One row with an image, and two: ids, pixel values, and which token stands for an image."""
+    config = model.config
+    token = getattr(config, "image_token_id", None)
+    token = config.image_token_index if token is None else token
+    return {name: _source(model, rows, int(token)) for name, rows in (("alone", 1), ("batch", 2))}
+
+
+def _source(model: Any, rows: int, token: int) -> dict[str, NDArray[Any]]:
+    config = model.config
+    pixels = drawn(("pixel_values",), config, rows, seed=3)["pixel_values"]
+    places = _features(model, pixels).shape[1]
+    text = config.get_text_config()
+    ids = np.random.default_rng(4).integers(3, text.vocab_size, (rows, BEFORE + places + AFTER))
+    ids[ids == token] = 3
+    ids[:, BEFORE : BEFORE + places] = token
+    return {"input_ids": ids, "pixel_values": pixels, IMAGE_TOKEN: np.array([token])}
+
+
+def _features(model: Any, pixels: NDArray[Any]) -> NDArray[np.float32]:
+    """(images, tokens, width)."""
+    import torch
+
+    with torch.inference_mode():
+        found = model.get_image_features(pixel_values=torch.from_numpy(pixels)).pooler_output
+    return np.stack([one.float().numpy() for one in found])
+
+
+class LiveSeeing:
+    """A transformers model `plain`, or PEFT's around it."""
+
+    def __init__(self, model: Any, plain: Any) -> None:
+        self._model, self._plain = model, plain
+
+    def look(self, source: Source) -> Logits:
+        """The features of the images: (tokens of all images, width)."""
+        return np.concatenate(_features(self._plain, source["pixel_values"]))
+
+    def converse(self, source: Source, cut: int) -> Logits:
+        """Logits (tokens of all rows, vocabulary) of one call, whatever `cut` is."""
+        import torch
+
+        ids = torch.from_numpy(source["input_ids"])
+        with torch.inference_mode():
+            found = self._model(
+                input_ids=ids, pixel_values=torch.from_numpy(source["pixel_values"]),
+                attention_mask=torch.ones_like(ids), use_cache=False,
+            ).logits  # fmt: skip
+        return np.concatenate(found.float().numpy())
+
+
+class OnnxSeeing:
+    """Three sessions of ONNX Runtime on the CPU."""
+
+    def __init__(self, folder: Path, threads: int | None) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self._embedding, self._vision, self._decoder = (
+            ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
+            for file in (EMBEDDING, VISION, DECODER)
+        )
+
+    def look(self, source: Source) -> Logits:
+        return np.concatenate(self._seen(source))
+
+    def _seen(self, source: Source) -> NDArray[np.float32]:
+        fed = {"pixel_values": source["pixel_values"]}
+        return cast(NDArray[np.float32], self._vision.run(["image_features"], fed)[0])
+
+    def converse(self, source: Source, cut: int) -> Logits:
+        """Fed all but the last `cut` tokens, then one by one."""
+        ids, found = source["input_ids"], []
+        embeds = np.array(self._embedding.run(["inputs_embeds"], {"input_ids": ids})[0])
+        places = ids == source[IMAGE_TOKEN][0]
+        embeds[places] = self._seen(source).reshape(-1, embeds.shape[2])
+        names = [value.name for value in self._decoder.get_outputs()]
+        cache = self._empty(len(ids))
+        start = ids.shape[1] - cut
+        for first, last in ((0, start), *((i, i + 1) for i in range(start, ids.shape[1]))):
+            mask = np.ones((len(ids), last), np.int64)
+            fed = {"inputs_embeds": embeds[:, first:last], "attention_mask": mask, **cache}
+            out = dict(zip(names, self._decoder.run(None, fed), strict=True))
+            found.append(np.asarray(out.pop("logits"), np.float32))
+            cache = {name.replace("present.", _PAST, 1): value for name, value in out.items()}
+        return np.concatenate(np.concatenate(found, axis=1))
+
+    def _empty(self, rows: int) -> dict[str, Any]:
+        return {
+            value.name: np.zeros(
+                [rows, *(n if isinstance(n, int) else 0 for n in value.shape[1:])], np.float32
+            )
+            for value in self._decoder.get_inputs()
+            if value.name.startswith(_PAST)
+        }
