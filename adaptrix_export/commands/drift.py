@@ -58,24 +58,24 @@ def drift(
     plan = verify(fitted(Plan(opened, found_adapters), "error"))
     with progress() as telling:
         found = measure(plan, telling, read_text(text, "--text") if text else None)
-    told = found.as_dict(share, scope)
+    report = found.as_dict(share, scope)
     if as_json:
-        failures.print_json(told)
+        failures.print_json(report)
         return
-    _show(told)
-    chosen = f"{100 * share:g}% of {told['tokens']} tokens"
-    click.echo(f"tau {told['tau']:g} clamps no site for {chosen}")
+    _show(report)
+    chosen = f"{100 * share:g}% of {report['tokens']} tokens"
+    click.echo(f"tau {report['tau']:g} clamps no site for {chosen}")
 
 
-def _show(told: dict[str, Any]) -> None:
+def _show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     from adaptrix_export.show.terminal import show
 
-    shown = Table(title=f"|d| / |y0| over {told['tokens']} tokens ({told['text']})")
+    shown = Table(title=f"|d| / |y0| over {report['tokens']} tokens ({report['text']})")
     shown.add_column("site")
-    for heading in ("median", f"{100 * told['share']:g}%", "max"):
+    for heading in ("median", f"{100 * report['share']:g}%", "max"):
         shown.add_column(heading, justify="right")
-    for line in told["sites"]:
+    for line in report["sites"]:
         shown.add_row(line["site"], *(f"{line[key]:.3g}" for key in ("median", "quantile", "max")))
     show(shown)

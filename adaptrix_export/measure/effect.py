@@ -67,13 +67,13 @@ def measure(
                 answers = {name: one.ask(ids) for name, one in found.models.items()}
                 total.add(torch.from_numpy(ids), answers)
                 advance(1)
-        told = {name: _figures(name, one, total) for name, one in found.models.items()}
+        figures = {name: _figures(name, one, total) for name, one in found.models.items()}
     return {
         "measure": total.measure,
         "agreement": total.agreement_name,
         "text": source,
         "tokens": total.tokens,
-        "models": told,
+        "models": figures,
     }
 
 

@@ -62,8 +62,8 @@ def measured(
             entries.append(_entry(candidate, found, nothing))
             advance(1)
     best = min(range(len(entries)), key=lambda i: (entries[i]["worst"], i))
-    told = {"candidates": entries, "without": {n: _shown(kl) for n, kl in nothing.items()}}
-    return best, told
+    section = {"candidates": entries, "without": {n: _shown(kl) for n, kl in nothing.items()}}
+    return best, section
 
 
 def text_rows(base: Base, path: Path) -> Rows:

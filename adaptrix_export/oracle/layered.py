@@ -36,7 +36,7 @@ Pair = tuple[Tensor, Tensor]  # a (r, in) and b (out, r); the student adds b a x
 CACHED_TOKENS = 4096  # in the cache of all texts that are written at once
 
 
-class _Enough(Exception):
+class _StopForward(Exception):
     """Ends a forward pass whose last layer has been seen."""
 
 
@@ -123,7 +123,7 @@ class Live:
 
         return hook
 
-    def _be(self, who: str, layer: int) -> None:
+    def _use_adapters(self, who: str, layer: int) -> None:
         if self._now[layer] == who:
             return
         for tuner in self._tuners[layer]:
@@ -146,7 +146,7 @@ class Live:
 
     def layer(self, who: str, number: int, hidden: Tensor) -> Tensor:
         """One layer of one of the three models on the residual that enters it, same shape out."""
-        self._be(who, number)
+        self._use_adapters(who, number)
         args, options = self._context(hidden.shape)[number]
         return _tensor(self.layers[number](hidden, *args, **options))
 
@@ -175,7 +175,7 @@ class Live:
             yield
             return
         for number in range(len(self.layers)):
-            self._be(ADAPTED, number)  # PEFT turns on again only what was on
+            self._use_adapters(ADAPTED, number)  # PEFT turns on again only what was on
         self._now = [BASE] * len(self.layers)
         try:
             with self._peft.disable_adapter():
@@ -207,7 +207,7 @@ class Live:
     def generate(self, rows: int, length: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """`rows` texts of `length` tokens that the adapted model draws, from its start token on."""
         for number in range(len(self.layers)):
-            self._be(ADAPTED, number)
+            self._use_adapters(ADAPTED, number)
         generator = torch.Generator().manual_seed(seed)
         batch = max(1, CACHED_TOKENS // length)
         drawn = [
@@ -257,7 +257,7 @@ class Live:
         last = self.layers[-1].register_forward_hook(_stop)
         try:
             self.plain(**self._fed(ids))
-        except _Enough:
+        except _StopForward:
             return
         finally:
             last.remove()
@@ -296,7 +296,7 @@ def _skipping(
 
 
 def _stop(*_: Any) -> None:
-    raise _Enough
+    raise _StopForward
 
 
 def _tensor(output: Any) -> Tensor:

@@ -59,15 +59,15 @@ class Composition:
 
     def __repr__(self) -> str:
         """The history line: the method, and the options that it reads and that were given."""
-        told = [f"method={self.method!r}"]
+        options = [f"method={self.method!r}"]
         if self.weights:
-            told.append("weights={" + ", ".join(f"{n}: {w!r}" for n, w in self.weights) + "}")
+            options.append("weights={" + ", ".join(f"{n}: {w!r}" for n, w in self.weights) + "}")
         read = METHODS[self.method].options
         values = {"density": self.kept, "rank": self.rank, "election": self.election}
         for name, value in {**values, "seed": self.seed}.items():
             if name in read and value is not None:
-                told.append(f"{name}={value!r}")
-        return f"{type(self).__name__}({', '.join(told)})"
+                options.append(f"{name}={value!r}")
+        return f"{type(self).__name__}({', '.join(options)})"
 
     def as_dict(self) -> dict[str, Any]:
         """For a manifest or a job; `from_dict` is its inverse."""

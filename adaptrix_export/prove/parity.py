@@ -55,7 +55,7 @@ def run_child(
         raise _crash(code, late, timeout_s, folder / "stderr")
     document = json.loads(report.read_text(encoding="utf-8"))
     if "error" in document:
-        raise _revived(document["error"])
+        raise _error_of(document["error"])
     verdict: dict[str, Any] = document["report"]
     return verdict
 
@@ -165,7 +165,7 @@ def _signal_name(number: int) -> str:
     return known.get(number, f"signal {number}")
 
 
-def _revived(parts: dict[str, str]) -> AdaptrixError:
+def _error_of(parts: dict[str, str]) -> AdaptrixError:
     """The child's error, of the same class, so that the exit code is the same."""
     kind = getattr(errors, parts["error"], MachineError)
     error: AdaptrixError = kind(parts["place"], parts["found"], parts["expected"], parts["remedy"])

@@ -104,8 +104,10 @@ class OnnxSubject:
     def _run(self, fed: dict[str, Any]) -> dict[str, Any]:
         """Outputs by name; statistics of gates are kept apart from them."""
         out = dict(zip(self._outputs, self._session.run(None, fed), strict=True))
-        told = [name for name in out if name.startswith(CONTEXT)]
-        self.statistics = {name.removeprefix(CONTEXT): out.pop(name).tolist() for name in told}
+        statistics = [name for name in out if name.startswith(CONTEXT)]
+        self.statistics = {
+            name.removeprefix(CONTEXT): out.pop(name).tolist() for name in statistics
+        }
         return out
 
     def _empty(self, batch: int) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def print_table(report: Mapping[str, Any]) -> None:
     from adaptrix_export.show.parity_tables import gates_table, table
     from adaptrix_export.show.terminal import show
 
-    for name, told in report.get("fidelity", {}).items():
-        show(fidelity_table(name, told))
+    for name, figures in report.get("fidelity", {}).items():
+        show(fidelity_table(name, figures))
     if "effect" in report:
         show(effect_table(report["effect"]))
     if "cases" not in report:

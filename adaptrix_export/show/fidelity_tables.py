@@ -9,38 +9,38 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def fidelity_table(name: str, told: Mapping[str, Any]) -> Table:
+def fidelity_table(name: str, figures: Mapping[str, Any]) -> Table:
     """What one redistributed adapter kept, by figure: as the base is, and as it is now."""
     from rich.table import Table
     from rich.text import Text
 
-    layers = ", ".join(str(layer) for layer in told["layers"])
-    title = f"{name}: {told['strategy']} onto layers {layers} of {told['of_layers']}"
+    layers = ", ".join(str(layer) for layer in figures["layers"])
+    title = f"{name}: {figures['strategy']} onto layers {layers} of {figures['of_layers']}"
     shown = Table(title=Text(title), title_justify="left")
     for heading in ("figure", "without adapter", "redistributed"):
         shown.add_column(heading, justify="left" if heading == "figure" else "right")
-    agreement = "top1" if "top1" in told else "cosine"
+    agreement = "top1" if "top1" in figures else "cosine"
     rows = [
-        ("retained", "0", f"{told['retained']:.3f}"),
-        (told["measure"], f"{told['kl_base']:.5f}", f"{told['kl']:.5f}"),
-        (agreement, f"{told[f'{agreement}_base']:.3f}", f"{told[agreement]:.3f}"),
+        ("retained", "0", f"{figures['retained']:.3f}"),
+        (figures["measure"], f"{figures['kl_base']:.5f}", f"{figures['kl']:.5f}"),
+        (agreement, f"{figures[f'{agreement}_base']:.3f}", f"{figures[agreement]:.3f}"),
     ]
-    if told.get("gain") is not None:
-        rows.insert(1, ("gain", "0", f"{told['gain']:.3f}"))
-    for layer in told["layers"]:
-        before, after = told["residual_before"][layer], told["residual_after"][layer]
+    if figures.get("gain") is not None:
+        rows.insert(1, ("gain", "0", f"{figures['gain']:.3f}"))
+    for layer in figures["layers"]:
+        before, after = figures["residual_before"][layer], figures["residual_after"][layer]
         rows.append((f"residual after layer {layer}", f"{before:.4f}", f"{after:.4f}"))
-    last = len(told["residual_after"]) - 1
-    before, after = told["residual_before"][last], told["residual_after"][last]
+    last = len(figures["residual_after"]) - 1
+    before, after = figures["residual_before"][last], figures["residual_after"][last]
     rows.append((f"residual after the last layer, {last}", f"{before:.4f}", f"{after:.4f}"))
     for row in rows:
         shown.add_row(*row)
     shown.caption = "\n".join(
         [
-            f"{told['sites_before']} -> {told['sites_after']} sites, "
-            f"{told['bytes_before']:,} -> {told['bytes_after']:,} bytes; "
-            f"measured on {told['tokens']:,} tokens: {told['calibration']['text']}",
-            *told["notes"],
+            f"{figures['sites_before']} -> {figures['sites_after']} sites, "
+            f"{figures['bytes_before']:,} -> {figures['bytes_after']:,} bytes; "
+            f"measured on {figures['tokens']:,} tokens: {figures['calibration']['text']}",
+            *figures["notes"],
         ]
     )
     shown.caption_justify = "left"
@@ -55,28 +55,28 @@ HEADINGS = {
 }
 
 
-def effect_table(told: Mapping[str, Any]) -> Table:
+def effect_table(figures: Mapping[str, Any]) -> Table:
     """What a gated plan keeps of its adapters, and how far it drifts, beside the plain merge."""
     from rich.table import Table
 
-    models = {name: told["models"][name] for name in HEADINGS if name in told["models"]}
+    models = {name: figures["models"][name] for name in HEADINGS if name in figures["models"]}
     shown = Table(title="beside the plain merge", title_justify="left")
     shown.add_column("figure")
     for name in models:
         shown.add_column(HEADINGS[name], justify="right")
-    figures: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "retained": lambda m: _share(m["retained"]),
         "gain": lambda m: _share(m["gain"]),
-        f"{told['measure']} to it": lambda m: f"{m['kl']:.5f}",
-        f"{told['agreement']} with it": lambda m: _share(m["agreement"]),
+        f"{figures['measure']} to it": lambda m: f"{m['kl']:.5f}",
+        f"{figures['agreement']} with it": lambda m: _share(m["agreement"]),
         "adapted modules": lambda m: str(m["sites"]),
         "drift, median token": lambda m: _drift(m, "median"),
         "drift, largest": lambda m: _drift(m, "max"),
         "clamped": lambda m: f"{100 * m['clamped']:.1f}%" if "clamped" in m else "",
     }
-    for figure, of in figures.items():
+    for figure, of in rows.items():
         shown.add_row(figure, *(of(model) for model in models.values()))
-    shown.caption = f"measured on {told['tokens']:,} tokens: {told['text']}"
+    shown.caption = f"measured on {figures['tokens']:,} tokens: {figures['text']}"
     shown.caption_justify = "left"
     return shown
 

@@ -37,7 +37,11 @@ from adaptrix_export.passes.redistribute.moved import Moved, Terms, common_dtype
 from adaptrix_export.passes.redistribute.redistribute import RANK_FACTOR, split_terms
 from adaptrix_export.passes.redistribute.strategies import STRATEGIES
 from adaptrix_export.passes.redistribute.strategies.distill import distill
-from adaptrix_export.passes.redistribute.work import STEP_TOKENS, Work, distill_steps
+from adaptrix_export.passes.redistribute.strategy_input import (
+    STEP_TOKENS,
+    StrategyInput,
+    distill_steps,
+)
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
 from tests.tools.fidelity_models import HOME, SUBJECTS, out_of_domain, smollm2_base, trained_adapter
@@ -158,19 +162,19 @@ class Bench:
             "seconds": round(seconds, 1),
         }
 
-    def work(self, wanted: Row, scratch: Path) -> Work:
+    def work(self, wanted: Row, scratch: Path) -> StrategyInput:
         text, seed = str(wanted["text"]), int(wanted["seed"])
         targets = choose_layers(wanted["layers"], len(self.live.layers))
         steps = distill_steps(len(targets))
         rank = max(sum(t.rank for t in held) for held in self.terms.values())
         self.live.detach_all()
-        return Work(
+        return StrategyInput(
             base=self.base, stack=self.subject.stack, terms=self.terms, targets=targets,
             rank=RANK_FACTOR * rank, dtype=common_dtype(self.terms), steps=steps, seed=seed,
             live=self.live, rows=self.rows(text, seed, steps), scratch=scratch, progress=Silent(),
         )  # fmt: skip
 
-    def moved(self, wanted: Row, work: Work) -> tuple[Moved, float]:
+    def moved(self, wanted: Row, work: StrategyInput) -> tuple[Moved, float]:
         """The terms, and the seconds of a fit that was made for another row already."""
         key = tuple(wanted[name] for name in ("layers", "text", "seed"))
         if wanted["strategy"] == "distill" and key in self.fitted:

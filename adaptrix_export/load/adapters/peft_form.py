@@ -41,15 +41,15 @@ def foreign_adapter(
         raise AdapterError(place, "no tensors", "at least one site", "is the folder complete?")
     if config is not None:
         check_config(place, config)
-    told = config if config and says(place, config, terms) else peft_config(base, terms)
-    scaled = {p: replace(t, scale=rank_and_scale(place, p, told)[1]) for p, t in terms.items()}
+    stated = config if config and says(place, config, terms) else peft_config(base, terms)
+    scaled = {p: replace(t, scale=rank_and_scale(place, p, stated)[1]) for p, t in terms.items()}
     deltas = [Delta(base.architecture.site_of(path), (term,)) for path, term in scaled.items()]
     return Adapter(
         name=place,
         spec=spec,
         folder=files[0].parent,
         files=files,
-        config=told,
+        config=stated,
         deltas=tuple(sorted(deltas, key=lambda d: d.site.order)),
         replacements=(),
         notes=notes,

@@ -112,8 +112,8 @@ def _task_hint(base: Base, adapter: Adapter, name: str) -> str:
     fitting = next((task for task, kind in TASKS.items() if kind.peft == trained), None)
     if fitting in (None, base.task):
         return ""
-    told = f"it was trained with task_type {trained}, and the base was opened for {base.task}"
-    return f"{told}; use --task {fitting}"
+    mismatch = f"it was trained with task_type {trained}, and the base was opened for {base.task}"
+    return f"{mismatch}; use --task {fitting}"
 
 
 def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> Iterator[InputError]:

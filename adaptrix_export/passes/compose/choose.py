@@ -73,8 +73,8 @@ class Auto:
         else:
             compose, why = by_rule(plan, report)
             choice = {"rule": why}
-        told = {"method": compose.method, "weights": {n: w.default for n, w in compose.weights}}
-        section = {"conflicts": report, "choice": {**told, **choice}}
+        chosen = {"method": compose.method, "weights": {n: w.default for n, w in compose.weights}}
+        section = {"conflicts": report, "choice": {**chosen, **choice}}
         return compose(plan.after(self, measured={**plan.measured, **section}))
 
 

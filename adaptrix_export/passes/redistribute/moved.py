@@ -36,7 +36,7 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryTensor:
     """A `plan.Tensor` that is in memory: a factor that a pass has just computed."""
 
     name: str
@@ -104,7 +104,9 @@ def as_term(place: Place, pair: Factors, dtype: str = "F32") -> LowRank:
     a = to_dtype(np.ascontiguousarray(pair[0] * root[:, None], np.float64), dtype)
     b = to_dtype(np.ascontiguousarray(pair[1] / root, np.float64), dtype)
     layer, module = place
-    return LowRank(Held(f"{layer}.{module}.a", a), Held(f"{layer}.{module}.b", b), 1.0)
+    return LowRank(
+        MemoryTensor(f"{layer}.{module}.a", a), MemoryTensor(f"{layer}.{module}.b", b), 1.0
+    )
 
 
 def by_layer(terms: Mapping[Place, tuple[LowRank, ...]]) -> dict[int, Terms]:

@@ -36,7 +36,7 @@ from adaptrix_export.save.peft_folder import write_peft
 
 if TYPE_CHECKING:
     from adaptrix_export.passes.redistribute.moved import Moved
-    from adaptrix_export.passes.redistribute.work import Work
+    from adaptrix_export.passes.redistribute.strategy_input import StrategyInput
 
 MEASURED = "fidelity"  # in Plan.measured
 # Times the adapter's largest rank: what a site of a target layer may have in the place of a third
@@ -123,34 +123,38 @@ class Redistribute:
 
         context = self.context
         assert context is not None
-        work = self._work(plan, adapter, stack, terms, rank, live)
-        moved = self._moved(work, adapter)
-        _attach(live, work, moved.terms)
-        context.hold_out(work.rows.held)
-        found = measure(live, work.rows.held, plan.base.task, context.progress)
+        given = self._strategy_input(plan, adapter, stack, terms, rank, live)
+        moved = self._moved(given, adapter)
+        _attach(live, given, moved.terms)
+        context.hold_out(given.rows.held)
+        found = measure(live, given.rows.held, plan.base.task, context.progress)
         folder = context.folder_for(adapter.name)
         write_redistributed(
             plan.base, adapter, stack, moved.terms, kept, folder, repr(self), found["retained"]
         )
         opened = open_written(folder, plan.base, adapter)
-        told = self._told(work, moved, kept, found)
-        told |= {"bytes_before": _nbytes(adapter), "bytes_after": _nbytes(opened)}
+        section = self._section(given, moved, kept, found)
+        section |= {"bytes_before": _nbytes(adapter), "bytes_after": _nbytes(opened)}
         if self.min_retained is not None and found["retained"] < self.min_retained:
             failure = FidelityError(
-                f"{adapter.name} on layers {', '.join(map(str, work.targets))}",
+                f"{adapter.name} on layers {', '.join(map(str, given.targets))}",
                 f"{found['retained']:.3f} retained", f"at least {self.min_retained:g}",
                 "nothing was published; name more layers, another strategy or nearer text",
             )  # fmt: skip
-            failure.report = {MEASURED: {adapter.name: told}}
+            failure.report = {MEASURED: {adapter.name: section}}
             raise failure
-        return opened, told
+        return opened, section
 
-    def _work(
+    def _strategy_input(
         self, plan: Plan, adapter: Adapter, stack: str, terms: Terms, rank: int, live: Any
-    ) -> Work:
+    ) -> StrategyInput:
         """The text, the target layers, and the rest of what a strategy needs."""
         from adaptrix_export.passes.redistribute.search import search
-        from adaptrix_export.passes.redistribute.work import STEP_TOKENS, Work, distill_steps
+        from adaptrix_export.passes.redistribute.strategy_input import (
+            STEP_TOKENS,
+            StrategyInput,
+            distill_steps,
+        )
 
         context = self.context
         assert context is not None
@@ -168,51 +172,51 @@ class Redistribute:
                 calibration, plan.base, live.vocabulary, live.positions, live.generate,
                 more_tokens=steps * STEP_TOKENS if self.strategy == "distill" else 0,
             )  # fmt: skip
-        work = Work(
+        given = StrategyInput(
             base=plan.base, stack=stack, terms=terms, targets=targets, rank=rank,
             dtype=common_dtype(terms), steps=steps, seed=self.calibration.seed, live=live,
             rows=rows, scratch=context.folder_for(f"states of {adapter.name}"),
             progress=context.progress,
         )  # fmt: skip
         if self.layers == SEARCH:
-            return replace(work, targets=search(work, self.max_sites, self.max_bytes))
-        return work
+            return replace(given, targets=search(given, self.max_sites, self.max_bytes))
+        return given
 
-    def _moved(self, work: Work, adapter: Adapter) -> Moved:
+    def _moved(self, given: StrategyInput, adapter: Adapter) -> Moved:
         """What the strategy makes of it; nothing, where all of it is on the target layers."""
         from adaptrix_export.passes.redistribute.moved import Moved
         from adaptrix_export.passes.redistribute.strategies import STRATEGIES
 
-        if {layer for layer, _ in work.terms} <= set(work.targets):
+        if {layer for layer, _ in given.terms} <= set(given.targets):
             note = "the adapter touches the target layers only: it is left as it is"
-            return Moved(work.terms, {}, (note,))
-        moved = STRATEGIES[self.strategy](work)
+            return Moved(given.terms, {}, (note,))
+        moved = STRATEGIES[self.strategy](given)
         if not moved.terms:
             raise UnsupportedError(
-                f"{adapter.name}: layers {', '.join(map(str, work.targets))}", "no delta there",
+                f"{adapter.name}: layers {', '.join(map(str, given.targets))}", "no delta there",
                 "a target layer that the adapter changes", "use the strategy fit",
             )  # fmt: skip
         return moved
 
-    def _told(
-        self, work: Work, moved: Moved, kept: tuple[Delta, ...], found: dict[str, Any]
+    def _section(
+        self, given: StrategyInput, moved: Moved, kept: tuple[Delta, ...], found: dict[str, Any]
     ) -> dict[str, Any]:
         """The report's section, but for the bytes."""
         outside = {delta.site for delta in kept}
         return {
             "strategy": self.strategy,
-            "layers": list(work.targets),
-            "of_layers": len(work.live.layers),
-            "rank": work.rank,
+            "layers": list(given.targets),
+            "of_layers": len(given.live.layers),
+            "rank": given.rank,
             "calibration": {
-                "text": work.rows.source, "tokens": work.rows.tokens,
-                "length": int(work.rows.fit.shape[1]), "seed": self.calibration.seed,
+                "text": given.rows.source, "tokens": given.rows.tokens,
+                "length": int(given.rows.fit.shape[1]), "seed": self.calibration.seed,
             },
             **found,
             **moved.measured,
-            "sites_before": len(work.terms) + len(outside),
+            "sites_before": len(given.terms) + len(outside),
             "sites_after": len(moved.terms) + len(outside),
-            "notes": [*work.rows.notes, *moved.notes],
+            "notes": [*given.rows.notes, *moved.notes],
         }  # fmt: skip
 
     def _rank(self, plan: Plan, terms: Terms) -> int:
@@ -291,13 +295,13 @@ def _as_folders(plan: Plan) -> Iterator[tuple[tuple[str, Path], ...]]:
         yield tuple(found)
 
 
-def _attach(live: Any, work: Work, terms: Terms) -> None:
+def _attach(live: Any, given: StrategyInput, terms: Terms) -> None:
     """The student as it will be published: its factors rounded as the file rounds them."""
     from adaptrix_export.oracle.layered import factors_of
     from adaptrix_export.passes.redistribute.moved import factors
 
     live.detach_all()
-    pairs = {work.path(layer, module): factors(held) for (layer, module), held in terms.items()}
+    pairs = {given.path(layer, module): factors(held) for (layer, module), held in terms.items()}
     for path, pair in factors_of(pairs, live.device).items():
         live.attach(path, pair)
 

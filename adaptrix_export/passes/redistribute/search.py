@@ -11,51 +11,51 @@ from adaptrix_export.oracle.layered import ADAPTED
 from adaptrix_export.passes.redistribute.layers import best_layers, evenly_spread
 
 if TYPE_CHECKING:
-    from adaptrix_export.passes.redistribute.work import Work
+    from adaptrix_export.passes.redistribute.strategy_input import StrategyInput
 
 ROWS = 8  # of calibration text: differences between layers are far larger than between rows
 
 
-def search(work: Work, max_sites: int | None, max_bytes: int | None) -> tuple[int, ...]:
+def search(given: StrategyInput, max_sites: int | None, max_bytes: int | None) -> tuple[int, ...]:
     """As many layers as the budget allows, at the places where correcting pays most.
 
-    Sites and bytes are counted as `select` would have them at the rank of the work, which is the
+    Sites and bytes are counted as `select` would have them at the rank of the given, which is the
     most that any strategy writes. Raises RecipeError for a budget of less than one layer.
     """
-    count = len(work.live.layers)
-    a_layer = max(sum(1 for layer, _ in work.terms if layer == n) for n in range(count))
+    count = len(given.live.layers)
+    a_layer = max(sum(1 for layer, _ in given.terms if layer == n) for n in range(count))
     wanted = count
     if max_sites is not None:
         wanted = min(wanted, max_sites // a_layer)
     if max_bytes is not None:
-        wanted = min(wanted, max_bytes // _layer_bytes(work))
+        wanted = min(wanted, max_bytes // _layer_bytes(given))
     if wanted < 1:
         raise RecipeError(
             "layers: search", f"{max_sites or max_bytes} as the budget",
-            f"at least {a_layer} sites, {_layer_bytes(work)} bytes", "one layer takes that",
+            f"at least {a_layer} sites, {_layer_bytes(given)} bytes", "one layer takes that",
         )  # fmt: skip
     if wanted >= count:
         return evenly_spread(count, count)
-    return best_layers(growth(work), wanted)
+    return best_layers(growth(given), wanted)
 
 
-def _layer_bytes(work: Work) -> int:
+def _layer_bytes(given: StrategyInput) -> int:
     """Bytes of one target layer, each of its sites at the full rank, in fp32."""
     sizes: dict[str, int] = {}
-    for (_, module), held in work.terms.items():
+    for (_, module), held in given.terms.items():
         sizes[module] = held[0].a.shape[1] + held[0].b.shape[0]
-    return 4 * work.rank * sum(sizes.values())
+    return 4 * given.rank * sum(sizes.values())
 
 
-def growth(work: Work) -> list[list[float]]:
+def growth(given: StrategyInput) -> list[list[float]]:
     """[s][l]: what the adapter has added to the residual after layer l since layer s - 1.
 
     The mean over tokens of |D_l - D_(s-1)|^2 / |h_l|^2, D the difference of adapted and base
     residual and h the adapted one; D_(-1) is 0.
     """
-    live, count = work.live, len(work.live.layers)
+    live, count = given.live, len(given.live.layers)
     table = [[0.0] * count for _ in range(count + 1)]
-    rows = work.rows.fit[:ROWS]
+    rows = given.rows.fit[:ROWS]
     for row in rows:
         ids = torch.from_numpy(row[None]).to(live.device)
         _, bare = live.base_answer(ids)

@@ -10,30 +10,30 @@ from adaptrix_export.passes.redistribute.strategies.fold import fold
 from adaptrix_export.passes.redistribute.strategies.select import select
 
 if TYPE_CHECKING:
-    from adaptrix_export.passes.redistribute.work import Work
+    from adaptrix_export.passes.redistribute.strategy_input import StrategyInput
 
 
-def _select(work: Work) -> Moved:
-    return Moved(select(work.terms, work.targets))
+def _select(given: StrategyInput) -> Moved:
+    return Moved(select(given.terms, given.targets))
 
 
-def _fold(work: Work) -> Moved:
-    return Moved(fold(work.terms, work.targets, work.rank, work.dtype))
+def _fold(given: StrategyInput) -> Moved:
+    return Moved(fold(given.terms, given.targets, given.rank, given.dtype))
 
 
-def _fit(work: Work) -> Moved:
+def _fit(given: StrategyInput) -> Moved:
     from adaptrix_export.passes.redistribute.strategies.fit import fit  # PyTorch
 
-    return fit(work)
+    return fit(given)
 
 
-def _distill(work: Work) -> Moved:
+def _distill(given: StrategyInput) -> Moved:
     from adaptrix_export.passes.redistribute.strategies.distill import distill  # PyTorch
 
-    return distill(work)
+    return distill(given)
 
 
-STRATEGIES: dict[str, Callable[[Work], Moved]] = {
+STRATEGIES: dict[str, Callable[[StrategyInput], Moved]] = {
     "select": _select,
     "fold": _fold,
     "fit": _fit,

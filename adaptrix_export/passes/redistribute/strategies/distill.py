@@ -28,7 +28,7 @@ from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.oracle.layered import ADAPTED, STUDENT, Live, Pair, States
 from adaptrix_export.passes.redistribute.moved import Factors, Moved, Place, Terms, as_term, factors
 from adaptrix_export.passes.redistribute.strategies.fit import CHOSEN_BY, fit
-from adaptrix_export.passes.redistribute.work import STEP_TOKENS, Work
+from adaptrix_export.passes.redistribute.strategy_input import STEP_TOKENS, StrategyInput
 
 RESIDUAL = 4.0  # weight of the residual's error beside the KL; with 12 it ends the same
 PEAK = 1e-3  # learning rate: up to 2e-3 most runs end the same, and some of them worse
@@ -49,50 +49,52 @@ class _Wanted:
     tokens: Tensor | None
 
 
-def distill(work: Work, started: Moved | None = None) -> Moved:
+def distill(given: StrategyInput, started: Moved | None = None) -> Moved:
     """Terms trained on all rows but the last fifth of those of the fit, which says when to stop.
 
-    `started` is what `fit` gives for the same work, if that is known already. Raises
+    `started` is what `fit` gives for the same given, if that is known already. Raises
     UnsupportedError for a single row of calibration text.
     """
-    fitted = work.rows.fit
+    fitted = given.rows.fit
     unseen = max(1, len(fitted) // CHOSEN_BY)
-    text = np.concatenate([work.rows.more.reshape(-1, fitted.shape[1]), fitted])
+    text = np.concatenate([given.rows.more.reshape(-1, fitted.shape[1]), fitted])
     rows = len(text)
     if rows < 2:
         raise UnsupportedError(
             "distill", "one row of calibration text", "at least two, one to stop by",
             "give a longer text or a smaller length, or use the strategy fit",
         )  # fmt: skip
-    started = started or fit(work)
-    pairs = _padded(work, started.terms)
-    live = work.live
+    started = started or fit(given)
+    pairs = _padded(given, started.terms)
+    live = given.live
     for path, pair in pairs.items():
         live.attach(path, pair)
     batch = max(1, STEP_TOKENS // text.shape[1])
     ids = torch.from_numpy(text)
-    below = _below(work, ids)
+    below = _below(given, ids)
     seen = list(torch.split(torch.arange(rows - unseen), batch))
     checked = list(torch.split(torch.arange(rows - unseen, rows), batch))
-    last = States(work.scratch, "last.f32", (*ids.shape, live.width))
-    with work.progress.stage("distilling: what to predict", rows, "rows") as advance:
-        wanted = {int(b[0]): _answers(live, work, ids, b, last, advance) for b in (*seen, *checked)}
+    last = States(given.scratch, "last.f32", (*ids.shape, live.width))
+    with given.progress.stage("distilling: what to predict", rows, "rows") as advance:
+        wanted = {
+            int(b[0]): _answers(live, given, ids, b, last, advance) for b in (*seen, *checked)
+        }
 
     def losses(batch: Tensor) -> tuple[Tensor, Tensor]:
         start, stop = int(batch[0]), int(batch[-1]) + 1
         hidden = below.read(start, stop, live.device)
-        for number in range(work.targets[0], len(live.layers)):
+        for number in range(given.targets[0], len(live.layers)):
             hidden = live.trained(number, hidden)
         apart = _apart(last.read(start, stop, live.device), hidden)
         answer = live.leave(ids[start:stop].to(live.device), hidden)
         return _distance(wanted[start], answer), apart
 
-    told = _train(work, [x for pair in pairs.values() for x in pair], losses, seen, checked)
+    training = _train(given, [x for pair in pairs.values() for x in pair], losses, seen, checked)
     terms: Terms = {
-        place: (as_term(place, _as_numpy(pairs[work.path(*place)]), work.dtype),)
-        for place in _places(work, started.terms)
+        place: (as_term(place, _as_numpy(pairs[given.path(*place)]), given.dtype),)
+        for place in _places(given, started.terms)
     }
-    return Moved(terms, {**started.measured, "distilled": told}, started.notes)
+    return Moved(terms, {**started.measured, "distilled": training}, started.notes)
 
 
 def _as_numpy(pair: Pair) -> Factors:
@@ -100,19 +102,19 @@ def _as_numpy(pair: Pair) -> Factors:
     return a, b
 
 
-def _places(work: Work, terms: Terms) -> list[Place]:
-    modules = sorted({module for _, module in (*work.terms, *terms)})
-    return [(layer, module) for layer in work.targets for module in modules]
+def _places(given: StrategyInput, terms: Terms) -> list[Place]:
+    modules = sorted({module for _, module in (*given.terms, *terms)})
+    return [(layer, module) for layer in given.targets for module in modules]
 
 
-def _padded(work: Work, terms: Terms) -> dict[str, Pair]:
+def _padded(given: StrategyInput, terms: Terms) -> dict[str, Pair]:
     """Trainable pairs at every place, all of the largest rank among `terms`."""
     rank = max(sum(t.rank for t in held) for held in terms.values())
-    generator = torch.Generator().manual_seed(work.seed)
+    generator = torch.Generator().manual_seed(given.seed)
     found: dict[str, Pair] = {}
-    for place in _places(work, terms):
-        path = work.path(*place)
-        outputs, inputs = _shape(work, path)
+    for place in _places(given, terms):
+        path = given.path(*place)
+        outputs, inputs = _shape(given, path)
         width = min(rank, inputs, outputs)
         # PEFT starts A in the same way: uniform, of variance 1 / (3 inputs)
         a = (torch.rand(width, inputs, generator=generator) * 2 - 1) / math.sqrt(inputs)
@@ -124,7 +126,7 @@ def _padded(work: Work, terms: Terms) -> dict[str, Pair]:
                 a, b = known
             else:
                 a[:count], b[:, :count] = known
-        found[path] = (_trained(a, work.live), _trained(b, work.live))
+        found[path] = (_trained(a, given.live), _trained(b, given.live))
     return found
 
 
@@ -132,28 +134,33 @@ def _trained(values: Tensor, live: Live) -> Tensor:
     return nn.Parameter(values.contiguous().to(live.device))
 
 
-def _shape(work: Work, path: str) -> tuple[int, int]:
+def _shape(given: StrategyInput, path: str) -> tuple[int, int]:
     """(outputs, inputs) of a module of the base."""
-    first, second = work.base.tensors[f"{path}.weight"].shape
-    turned = work.base.architecture.is_transposed(work.base.architecture.site_of(path))
+    first, second = given.base.tensors[f"{path}.weight"].shape
+    turned = given.base.architecture.is_transposed(given.base.architecture.site_of(path))
     return (second, first) if turned else (first, second)
 
 
-def _below(work: Work, ids: Tensor) -> States:
+def _below(given: StrategyInput, ids: Tensor) -> States:
     """The student's residual before the first target layer, which training does not change."""
-    live = work.live
-    states = States(work.scratch, "below.f32", (*ids.shape, live.width))
+    live = given.live
+    states = States(given.scratch, "below.f32", (*ids.shape, live.width))
     with torch.no_grad():
         for row in range(len(ids)):
             hidden = live.enter(ids[row : row + 1].to(live.device))
-            for number in range(work.targets[0]):
+            for number in range(given.targets[0]):
                 hidden = live.layer(STUDENT, number, hidden)
             states.write(row, hidden)
     return states
 
 
 def _answers(
-    live: Live, work: Work, ids: Tensor, batch: Tensor, last: States, advance: Callable[[int], None]
+    live: Live,
+    given: StrategyInput,
+    ids: Tensor,
+    batch: Tensor,
+    last: States,
+    advance: Callable[[int], None],
 ) -> _Wanted:
     """What the adapted model answers to a batch of rows; its residual goes into `last`."""
     fed = ids[batch].to(live.device)
@@ -164,7 +171,7 @@ def _answers(
         last.write(int(batch[0]), hidden)
         answer = live.leave(fed, hidden).float()
         advance(len(batch))
-        if work.base.task == FEATURES:
+        if given.base.task == FEATURES:
             return _Wanted(answer, None)
         chances = answer.log_softmax(-1)
         values, tokens = chances.topk(min(TOP, chances.shape[-1]), dim=-1)
@@ -195,7 +202,7 @@ def _rest(values: Tensor) -> Tensor:
 
 
 def _train(
-    work: Work,
+    given: StrategyInput,
     parameters: list[Any],
     losses: Callable[[Tensor], tuple[Tensor, Tensor]],
     seen: list[Tensor],
@@ -207,31 +214,31 @@ def _train(
     for the first alone. Where they like the factors less it goes on from the best ones at a lower
     rate, for one that suits one adapter can be too high for another.
     """
-    generator = torch.Generator().manual_seed(work.seed)
+    generator = torch.Generator().manual_seed(given.seed)
     peak = PEAK
     optimizer = torch.optim.Adam(parameters, lr=peak, betas=BETAS)
-    every = max(1, work.steps // CHECKS)
+    every = max(1, given.steps // CHECKS)
     best = _mean(losses, checked)
-    told: dict[str, Any] = {"steps": 0, "unseen_before": _rounded(best)}
+    training: dict[str, Any] = {"steps": 0, "unseen_before": _rounded(best)}
     kept, worse = [p.detach().clone() for p in parameters], 0
     order: list[int] = []
-    with work.progress.stage("distilling", work.steps, "steps") as advance:
-        for step in range(work.steps):
+    with given.progress.stage("distilling", given.steps, "steps") as advance:
+        for step in range(given.steps):
             if not order:
                 order = torch.randperm(len(seen), generator=generator).tolist()
             for group in optimizer.param_groups:
-                group["lr"] = peak * rate(step, work.steps)
+                group["lr"] = peak * rate(step, given.steps)
             distance, apart = losses(seen[order.pop()])
             torch.autograd.backward(distance + RESIDUAL * apart)
             torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             advance(1)
-            if (step + 1) % every and step + 1 != work.steps:
+            if (step + 1) % every and step + 1 != given.steps:
                 continue
             now = _mean(losses, checked)
             if now < best:
-                best, worse, told["steps"] = now, 0, step + 1
+                best, worse, training["steps"] = now, 0, step + 1
                 kept = [p.detach().clone() for p in parameters]
                 continue
             worse += 1
@@ -241,7 +248,7 @@ def _train(
             if worse >= PATIENCE:
                 break
     _restore(parameters, kept)
-    return {**told, "unseen_after": _rounded(best)}
+    return {**training, "unseen_after": _rounded(best)}
 
 
 def _restore(parameters: list[Any], values: list[Tensor]) -> None:

@@ -34,7 +34,7 @@ from adaptrix_export.passes.redistribute.moved import (
     factors,
 )
 from adaptrix_export.passes.redistribute.strategies.select import select
-from adaptrix_export.passes.redistribute.work import BATCH_TOKENS, Work
+from adaptrix_export.passes.redistribute.strategy_input import BATCH_TOKENS, StrategyInput
 
 LAMBDAS = (0.3, 1.0, 3.0, 10.0)
 CHOSEN_BY = 5  # the last one in so many tokens chooses lambda and checks the fit
@@ -70,29 +70,29 @@ class Sums:
         )
 
 
-def fit(work: Work) -> Moved:
-    """Terms for the target layers, fitted on `work.rows.fit`."""
-    live, ids = work.live, torch.from_numpy(work.rows.fit)
-    terms = select(work.terms, work.targets)
+def fit(given: StrategyInput) -> Moved:
+    """Terms for the target layers, fitted on `given.rows.fit`."""
+    live, ids = given.live, torch.from_numpy(given.rows.fit)
+    terms = select(given.terms, given.targets)
     shape = (*ids.shape, live.width)
-    states = {who: States(work.scratch, f"{who}.f32", shape) for who in (ADAPTED, STUDENT)}
+    states = {who: States(given.scratch, f"{who}.f32", shape) for who in (ADAPTED, STUDENT)}
     for start, stop in batches(ids.shape):
         hidden = live.enter(ids[start:stop].to(live.device))
         for state in states.values():
             state.write(start, hidden)
-    told: list[dict[str, Any]] = []
+    targets: list[dict[str, Any]] = []
     notes: list[str] = []
-    with work.progress.stage("fitting", max(work.targets) + 1, "layers") as advance:
-        for number in range(max(work.targets) + 1):
-            if number in work.targets:
-                entry, note = _fit_layer(work, states, number, terms)
-                told.append(entry)
+    with given.progress.stage("fitting", max(given.targets) + 1, "layers") as advance:
+        for number in range(max(given.targets) + 1):
+            if number in given.targets:
+                entry, note = _fit_layer(given, states, number, terms)
+                targets.append(entry)
                 notes += note
             else:
                 for who, state in states.items():
                     _advance(live, who, number, state, ids.shape)
             advance(1)
-    return Moved(terms, {"targets": told}, tuple(notes))
+    return Moved(terms, {"targets": targets}, tuple(notes))
 
 
 def batches(shape: Any) -> Iterator[tuple[int, int]]:
@@ -110,18 +110,18 @@ def _advance(live: Live, who: str, number: int, state: States, shape: Any) -> No
 
 
 def _fit_layer(
-    work: Work, states: dict[str, States], number: int, terms: Terms
+    given: StrategyInput, states: dict[str, States], number: int, terms: Terms
 ) -> tuple[dict[str, Any], list[str]]:
     """Fit the writing modules of one layer, one after the other, and move both states past it."""
-    live = work.live
+    live = given.live
     start = {module: factors(held) for (layer, module), held in terms.items() if layer == number}
     for path, pair in factors_of(
-        {work.path(number, m): f for m, f in start.items()}, live.device
+        {given.path(number, m): f for m, f in start.items()}, live.device
     ).items():
         live.attach(path, pair)
     sample = states[STUDENT].read(0, 1, live.device)
     one = _LayerFit(
-        work, states, number, find_writes(live, number, sample, _matrices(work, number))
+        given, states, number, find_writes(live, number, sample, _matrices(given, number))
     )
     before = one.error()
     added = one.fit_all(start)
@@ -141,7 +141,7 @@ def _fit_layer(
         if used:
             place: Place = (number, module)
             own = [start[module]] if module in start else []
-            terms[place] = (as_term(place, beside([*own, (a, used * b)]), work.dtype),)
+            terms[place] = (as_term(place, beside([*own, (a, used * b)]), given.dtype),)
     one.pass_layer()
     total = one.size()
     entry = {
@@ -159,12 +159,12 @@ def _share(error: float, size: float) -> float:
     return round((error / size) ** 0.5, 6) if size else 0.0
 
 
-def _matrices(work: Work, number: int) -> frozenset[str]:
+def _matrices(given: StrategyInput, number: int) -> frozenset[str]:
     """The modules of a layer that hold a matrix, by the base's own tensors."""
-    start, end = f"{work.stack}.{number}.", ".weight"
+    start, end = f"{given.stack}.{number}.", ".weight"
     return frozenset(
         name[len(start) : -len(end)]
-        for name, tensor in work.base.tensors.items()
+        for name, tensor in given.base.tensors.items()
         if name.startswith(start) and name.endswith(end) and len(tensor.shape) == 2
     )
 
@@ -173,13 +173,13 @@ class _LayerFit:
     """The fit of one layer: what it sees, solves and measures."""
 
     def __init__(
-        self, work: Work, states: dict[str, States], number: int, writes: list[Write]
+        self, given: StrategyInput, states: dict[str, States], number: int, writes: list[Write]
     ) -> None:
-        self.work, self.states, self.number, self.writes = work, states, number, writes
-        self.watch = Watch(work.live, number)
+        self.given, self.states, self.number, self.writes = given, states, number, writes
+        self.watch = Watch(given.live, number)
         self.wanted: dict[str, States] = {}  # by point
         self.chosen: list[float] = []
-        tokens = work.rows.fit.size
+        tokens = given.rows.fit.size
         self.border = tokens - max(1, tokens // CHOSEN_BY)  # the first token that only chooses
 
     def fit_all(self, start: dict[str, Factors]) -> dict[str, Factors]:
@@ -187,7 +187,7 @@ class _LayerFit:
         added: dict[str, Factors] = {}
         for write in self.writes:
             seen, unseen = self.sums(write)
-            a, b, penalty = solve(seen, unseen, self.work.rank)
+            a, b, penalty = solve(seen, unseen, self.given.rank)
             self.chosen.append(penalty)
             added[write.module] = (a.cpu().numpy(), b.cpu().numpy())
             self._attach(write.module, added[write.module], start)
@@ -200,9 +200,9 @@ class _LayerFit:
         return self.error()
 
     def _attach(self, module: str, pair: Factors, start: dict[str, Factors]) -> None:
-        live = self.work.live
+        live = self.given.live
         whole = beside([start[module], pair]) if module in start else pair
-        path = self.work.path(self.number, module)
+        path = self.given.path(self.number, module)
         live.attach(path, factors_of({path: whole}, live.device)[path])
 
     def sums(self, write: Write) -> tuple[Sums, Sums]:
@@ -225,17 +225,17 @@ class _LayerFit:
 
     def size(self) -> float:
         """What the error is a share of: the weighted adapted residual of the same tokens."""
-        values = self.work.rows.fit.size - self.border
-        return float(values * self.work.live.width)
+        values = self.given.rows.fit.size - self.border
+        return float(values * self.given.live.width)
 
     def _in_flow(self) -> bool:
         return any(write.point for write in self.writes)
 
     def _rows(self, write: Write) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """(number of the first token, X, adapted residual, R), weighted, batch by batch."""
-        live, length = self.work.live, self.work.rows.fit.shape[1]
+        live, length = self.given.live, self.given.rows.fit.shape[1]
         adapted = self._adapted(write)
-        for start, stop in batches(self.work.rows.fit.shape):
+        for start, stop in batches(self.given.rows.fit.shape):
             student = self.states[STUDENT].read(start, stop, live.device)
             wanted = adapted.read(start, stop, live.device)
             inputs, found = self.watch.run(STUDENT, student, write)
@@ -245,7 +245,7 @@ class _LayerFit:
 
     def pass_layer(self) -> None:
         """Move both states past the layer, as it is now."""
-        live, shape = self.work.live, self.work.rows.fit.shape
+        live, shape = self.given.live, self.given.rows.fit.shape
         _advance(live, STUDENT, self.number, self.states[STUDENT], shape)
         if OUTPUT not in self.wanted:
             _advance(live, ADAPTED, self.number, self.states[ADAPTED], shape)
@@ -256,9 +256,9 @@ class _LayerFit:
     def _adapted(self, write: Write) -> States:
         """The adapted model's values at the point of a write, which no fit changes: run once."""
         if write.point not in self.wanted:
-            rows, live = self.work.rows.fit, self.work.live
+            rows, live = self.given.rows.fit, self.given.live
             shape = (rows.shape[0], rows.shape[1], live.width)
-            state = States(self.work.scratch, f"wanted-{len(self.wanted)}.f32", shape)
+            state = States(self.given.scratch, f"wanted-{len(self.wanted)}.f32", shape)
             for start, stop in batches(rows.shape):
                 hidden = self.states[ADAPTED].read(start, stop, live.device)
                 state.write(start, self.watch.run(ADAPTED, hidden, write)[1])

@@ -24,7 +24,7 @@ def distill_steps(targets: int) -> int:
 
 
 @dataclass(frozen=True)
-class Work:
+class StrategyInput:
     """The deltas of one stack, where they are to go, the models and the text to see them by.
 
     `rank` bounds what is added at a site of a target layer; `steps` are those of `distill`.
