@@ -36,7 +36,14 @@ def on_files(files: Any, config: Any) -> Any:
 
 def pages() -> dict[str, str]:
     """Markdown by the name of the page."""
-    return {"cli": cli_page(), "recipe": recipe_page(), "api": api_page(), "map": map_page()}
+    return {
+        "cli": cli_page(),
+        "recipe": recipe_page(),
+        "manifest": document_page("manifest"),
+        "report": document_page("report"),
+        "api": api_page(),
+        "map": map_page(),
+    }
 
 
 def cli_page() -> str:
@@ -77,16 +84,29 @@ def recipe_page() -> str:
     from adaptrix_export.recipe import recipe_schema
 
     schema = recipe_schema()
-    parts = [
-        "# Recipe",
+    words = (
         "Made from the JSON Schema that `adaptrix-export schema` prints. Every key can be set on "
         "the command line, too: `--set parity.level=fast`. An unknown key, a key given twice or a "
-        "YAML alias is an error. Relative paths are taken from the current working directory.",
-        _table(schema, schema, ""),
-    ]
-    for title, prefix, section in _sections(schema, schema, ""):
-        parts += [f"## {title}", _escaped(section.get("description", "")),
-                  _table(schema, section, prefix)]  # fmt: skip
+        "YAML alias is an error. Relative paths are taken from the current working directory."
+    )
+    return _schema_page("Recipe", words, schema)
+
+
+def document_page(name: str) -> str:
+    """Every key of manifest.json or report.json, from the JSON Schema."""
+    from adaptrix_export.package import documents
+
+    kind = {"manifest": documents.ManifestDocument, "report": documents.ReportDocument}[name]
+    words = f"Made from the JSON Schema that `adaptrix-export schema {name}` prints."
+    schema = documents.document_schema(kind, f"{name}.json")
+    return _schema_page(f"{name}.json", words, schema)
+
+
+def _schema_page(title: str, words: str, schema: Mapping[str, Any]) -> str:
+    parts = [f"# {title}", words, _table(schema, schema, "")]
+    for key, prefix, section in _sections(schema, schema, ""):
+        described = _escaped(section.get("description", "").partition("\n\n")[0])
+        parts += [f"## {key}", described, _table(schema, section, prefix)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
