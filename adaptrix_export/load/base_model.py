@@ -22,6 +22,7 @@ from adaptrix_export.arch.tasks import (
 )
 from adaptrix_export.errors import SourceError, UnsupportedError
 from adaptrix_export.load.adapters.adapter_config import adapter_config
+from adaptrix_export.load.adapters.folders import adapter_as_base
 from adaptrix_export.load.adapters.peft_keys import saved_by
 from adaptrix_export.load.files.tensors import StoredTensor, read_json, read_safetensors
 from adaptrix_export.load.quantized.experts import stack_experts
@@ -41,6 +42,8 @@ def open_checkpoint(source: Source, task: str = "auto", adapters: Iterable[str] 
 
     Raises SourceError for what is missing or damaged, UnsupportedError for what is refused.
     """
+    if error := adapter_as_base(source.spec, source.folder):
+        raise error
     config = read_json(source.folder / "config.json")
     trained = [adapter_config(spec) for spec in adapters]
     task = choose_task(task, config, trained)
@@ -51,6 +54,7 @@ def open_checkpoint(source: Source, task: str = "auto", adapters: Iterable[str] 
     files = weight_files(source)
     stored = [tensor for path in files for tensor in read_safetensors(path).tensors]
     _check_index(source, stored)
+    _check_merged(source, stored)
     unseen: tuple[Tensor, ...] = ()
     if task == GENERATION or task in TWO_PARTS:
         named = named_as_in_model(stored, family, config)
@@ -81,6 +85,7 @@ def _open_live(source: Source, config: Mapping[str, Any], task: str) -> Base:
     files = weight_files(source)
     stored = [tensor for path in files for tensor in read_safetensors(path).tensors]
     _check_index(source, stored)
+    _check_merged(source, stored)
     named = named_by_class(source.spec, stored, skeleton)
     return Base(
         spec=source.spec,
@@ -150,6 +155,18 @@ def _weight_map(folder: Path) -> dict[str, Any]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(INDEX, "no weight_map", "tensor name -> file")
     return weight_map
+
+
+def _check_merged(source: Source, stored: list[StoredTensor]) -> None:
+    """A model saved with an adapter still inside it."""
+    inside = [t.name for t in stored if ".base_layer." in t.name or ".lora_A." in t.name]
+    if inside:
+        raise SourceError(
+            f"{source.spec}: {inside[0]}",
+            f"an unmerged model: {len(inside)} tensors of PEFT's layers among its weights",
+            "the plain weights of the base", "name the model that the adapter was trained on as "
+            "the base; or save this one after merge_and_unload()",
+        )  # fmt: skip
 
 
 def _check_index(source: Source, stored: list[StoredTensor]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from adaptrix_export.errors import SourceError
 from adaptrix_export.load.adapters.adaptrix_adapter import METADATA, open_adaptrix
+from adaptrix_export.load.adapters.folders import WEIGHTS_INDEX, nested_folder
 from adaptrix_export.load.adapters.gguf_adapter import open_gguf_adapter
 from adaptrix_export.load.adapters.mlx_adapter import WEIGHTS as MLX_WEIGHTS
 from adaptrix_export.load.adapters.mlx_adapter import open_mlx
@@ -34,7 +36,7 @@ def _gguf(folder: Path) -> str:
 
 # (format, the file that shows it, its reader)
 FORMATS: tuple[tuple[str, Callable[[Path], str], Reader], ...] = (
-    ("PEFT", _has(WEIGHTS, PICKLED), open_peft),
+    ("PEFT", _has(WEIGHTS, WEIGHTS_INDEX, PICKLED), open_peft),
     ("mlx-lm", _has(MLX_WEIGHTS), open_mlx),
     ("Adaptrix", _adaptrix, open_adaptrix),
     ("GGUF", _gguf, open_gguf_adapter),
@@ -49,7 +51,7 @@ def open_adapter(
     Raises SourceError for damage and for a folder of two formats, UnsupportedError for a kind
     that is refused, AdapterError for a tensor that belongs nowhere.
     """
-    source = resolve(spec)
+    source, nested = _inside(resolve(spec))
     place = name or (Path(source.gguf_file).stem if source.gguf_file else "")
     place = place or source.folder.resolve().name
     if source.gguf_file:
@@ -63,6 +65,15 @@ def open_adapter(
     if not found:
         return open_peft(source, base, place, reading)  # whose errors say what is missing
     kind, file, read = found[0]
-    return read(
+    opened = read(
         Source(spec, source.folder, file) if kind == "GGUF" else source, base, place, reading
     )
+    return replace(opened, notes=(*opened.notes, *nested))
+
+
+def _inside(source: Source) -> tuple[Source, tuple[str, ...]]:
+    """The sub-folder that has the adapter, where only one has."""
+    if source.gguf_file is not None:
+        return source, ()
+    folder, notes = nested_folder(source.spec, source.folder)
+    return replace(source, folder=folder), notes

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from adaptrix_export.errors import SourceError
 
 FORMS = "a folder, a .gguf file, hf:org/name@revision or package:NAME/FILE"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 HUB_FILES = (
     *("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.gguf"),
     *("adapter_model.bin", "layer_*.pt"),  # of the pickles, only those of adapters
@@ -36,6 +38,10 @@ def resolve(spec: str) -> Source:
     if spec.startswith("hf:"):
         return Source(spec, _from_hub(spec))
     path = _in_package(spec) if spec.startswith("package:") else Path(spec).expanduser()
+    if not path.exists() and _HUB_ID.fullmatch(spec):
+        raise SourceError(
+            spec, "no such folder", FORMS, f"a repository of the hub is written hf:{spec}"
+        )
     if not path.exists():
         raise SourceError(spec, "nothing there", FORMS, "check the spelling")
     if path.is_dir():

@@ -203,7 +203,8 @@ def _targets(subject: Subject) -> Rows:
     yield from _untrained(subject, unused)
     others = [str(name) for name in config.get("target_parameters") or ()]
     for path in sorted(sites):
-        if wanted and not targeted(config, path) and not path.endswith(tuple(others) or ("\0",)):
+        meant = targeted(config, path) or targeted(config, subject.adapter.written.get(path, path))
+        if wanted and not meant and not path.endswith(tuple(others) or ("\0",)):
             yield Finding(
                 ERROR, "targets", path, "tensors for a module that the config does not target",
                 "target_modules to name it", "PEFT would drop them in silence; correct the config",

@@ -63,6 +63,10 @@ class Adapter:
     foreign: bool = False
     # What the files say beside what is applied: `format`, and that format's own metadata.
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    # Module of the base -> its path in the files, where that is another one.
+    written: Mapping[str, str] = field(default_factory=dict)
+    # A copy in the form that PEFT reads, made while opening, for tuners that PEFT itself merges.
+    peft_copy: Path | None = None
     shared: tuple[Tensor, ...] = ()  # tensors that many sites use, such as VeRA's projections
 
     @property

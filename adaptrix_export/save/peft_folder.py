@@ -12,8 +12,20 @@ from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.load.adapters.peft_adapter import CONFIG, OURS, WEIGHTS
 from adaptrix_export.load.adapters.peft_form import Factors, peft_config, says
 from adaptrix_export.load.adapters.peft_keys import PREFIX
-from adaptrix_export.plan import Adapter, Base, Delta, Dora, LowRank, Plan, Scaled, Tensor, Term
+from adaptrix_export.plan import (
+    Adapter,
+    Base,
+    Delta,
+    Dora,
+    Experts,
+    LowRank,
+    Plan,
+    Scaled,
+    Tensor,
+    Term,
+)
 from adaptrix_export.save.adapter_json import json_line, only_term, write_json
+from adaptrix_export.save.parameters import parameter_config, parameter_tensors
 from adaptrix_export.save.safetensors_file import write_safetensors
 
 
@@ -25,12 +37,16 @@ def write_peft(adapter: Adapter, base: Base, folder: Path) -> None:
     """
     tensors: dict[str, Tensor] = {saved.tensor.name: saved.tensor for saved in adapter.replacements}
     factors: dict[str, Factors] = {}
+    stacked = [delta for delta in adapter.deltas if isinstance(delta.terms[0], Experts)]
     for delta in adapter.deltas:
         term = only_term(adapter, delta)
+        if isinstance(term, Experts):
+            continue
         if isinstance(term, (LowRank, Dora)):
             factors[delta.site.path] = term
         for ending, tensor in _parts(base, delta, term).items():
             tensors[f"{PREFIX}{delta.site.path}.{ending}"] = tensor
+    tensors.update(parameter_tensors(base, stacked))
     strange = next((name for name in sorted(tensors) if not name.startswith(PREFIX)), None)
     if strange is not None:
         raise UnsupportedError(
@@ -39,6 +55,8 @@ def write_peft(adapter: Adapter, base: Base, folder: Path) -> None:
     config = dict(adapter.config)
     if not says(adapter.name, config, factors):
         config.update(peft_config(base, factors))
+    if adapter.written or stacked:
+        config.update(parameter_config(config, factors, stacked))
     write_json(folder / CONFIG, config)
     noted = {OURS: json_line(adapter.metadata)} if adapter.metadata else {}
     write_safetensors(folder / WEIGHTS, tensors, {**noted, "format": "pt"})
@@ -75,7 +93,9 @@ def peft_folders(plan: Plan) -> Iterator[PeftFolders]:
         pairs = []
         for i, adapter in enumerate(plan.adapters):
             folder = adapter.folder
-            if adapter.foreign:
+            if adapter.peft_copy is not None:
+                folder = adapter.peft_copy
+            elif adapter.foreign:
                 folder = Path(scratch, f"{i}")
                 folder.mkdir()
                 write_peft(adapter, plan.base, folder)

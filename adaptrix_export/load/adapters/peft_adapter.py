@@ -6,22 +6,23 @@ site or is named in an error, and each config field is understood or refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import sqrt
-from pathlib import Path
 from typing import Any
 
 import regex
 
 from adaptrix_export.errors import AdapterError, SourceError, UnsupportedError
-from adaptrix_export.load.adapters.parameters import take_parameters
-from adaptrix_export.load.adapters.peft_keys import PREFIX, FileTensor, canonical, saved_by
+from adaptrix_export.load.adapters.expert_loras import take_experts
+from adaptrix_export.load.adapters.folders import CONFIG, PICKLED, WEIGHTS, check_is_adapter
+from adaptrix_export.load.adapters.new_embeddings import FILE as ROWS
+from adaptrix_export.load.adapters.new_embeddings import added_rows
+from adaptrix_export.load.adapters.parameters import RankAndScale, take_parameters
+from adaptrix_export.load.adapters.peft_keys import PREFIX, FileTensor, read_keys, saved_by
+from adaptrix_export.load.adapters.stored_weights import OURS, stored_weights
 from adaptrix_export.load.adapters.tuned_adapter import open_tuned
-from adaptrix_export.load.files.tensors import StoredTensor, read_json, read_safetensors
-from adaptrix_export.load.files.torch_file import read_torch_file
-from adaptrix_export.load.files.turned import Turned
+from adaptrix_export.load.files.tensors import read_json
 from adaptrix_export.load.files.views import Flattened, upright
 from adaptrix_export.load.reading import Reading
 from adaptrix_export.load.source import Source
@@ -37,10 +38,7 @@ from adaptrix_export.plan import (
     Tensor,
 )
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PICKLED = "adapter_model.bin"
-OURS = "adaptrix_export"  # our own key in the metadata of a safetensors file
+__all__ = ["CONFIG", "OURS", "PICKLED", "WEIGHTS", "open_peft", "rank_and_scale"]
 PATTERN_SECONDS = 1.0  # a rank_pattern key is a regex from a stranger
 
 # Fields of LoraConfig that the merge obeys, or that only matter while training.
@@ -54,6 +52,26 @@ _HARMLESS = {
     "layers_to_transform", "layers_pattern", "runtime_config", "eva_config", "peft_version",
     "megatron_core", "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
+_MERGE = "merge this adapter with PEFT and build the merged model"
+_INPUTS = "what it adds depends on the input, and no one weight does that; serve it with PEFT"
+# Fields of LoraConfig that are understood and refused, with what to do.
+_REFUSED = {
+    "init_lora_weights": "this initialisation takes a part out of the base: save the adapter with "
+    "path_initial_model_for_weight_conversion, which makes a plain LoRA of it, or keep the base "
+    "that it was trained on beside it, and set init_lora_weights to true",
+    "bias": "the bias setting must be none, all or lora_only",
+    "alora_invocation_tokens": _INPUTS,
+    "arrow_config": _INPUTS,
+    "use_qalora": _MERGE,
+    "use_bdlora": _MERGE,
+    "velora_config": _MERGE,
+    "monteclora_config": _MERGE,
+    "kasa_config": _MERGE,
+    "megatron_config": _MERGE,
+    "loftq_config": _MERGE,
+    "corda_config": _MERGE,
+    "lora_ga_config": _MERGE,
+}
 _BIASES = ("none", "all", "lora_only")
 # Initialisations that leave the base's weights alone; the others take a part out of the base.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -86,71 +104,67 @@ def open_peft(source: Source, base: Base, place: str, reading: Reading) -> Adapt
     a tensor that belongs nowhere.
     """
     folder = source.folder
+    check_is_adapter(place, folder)
     config = read_json(folder / CONFIG)
-    weights, found, metadata = _weights(place, folder, reading)
+    check_type(place, config)
+    weights = stored_weights(place, folder, reading)
     if config.get("peft_type") != "LORA":
-        return open_tuned(place, source.spec, folder, config, base)
+        return open_tuned(place, source.spec, folder, config, base, weights)
     check_config(place, config)
-    stored, notes = canonical(place, found, base)
-    parts = _sort_tensors(place, stored)
+    keys = read_keys(place, weights.tensors, base)
+    parts = _sort_tensors(place, keys.tensors)
+    rank_and_scale = _by_written_path(keys.written)
     inside, parts = take_parameters(place, config, base, parts, rank_and_scale)
+    single, parts, noted = take_experts(place, config, base, parts, rank_and_scale)
     parts = _attention_paths(base, parts)
     sites = {path: base.architecture.site_of(path) for path in sorted(parts)}
     whole = [r for path, site in sites.items() for r in _whole(place, config, site, parts[path])]
+    added = added_rows(place, folder, base)
     fused = {path: _FUSED for path in sites if f"{path}.{_FUSED}" in base.tensors}
     deltas = [
         _as_attention_runs(base, delta)
         for path, site in sites.items()
-        for delta in _deltas(place, config, site, parts[path], fused.get(path, "weight"))
+        for delta in _deltas(
+            place, config, site, parts[path], rank_and_scale, fused.get(path, "weight")
+        )
     ]
     return Adapter(
         name=place,
         spec=source.spec,
         folder=folder,
-        files=(folder / CONFIG, weights),
+        files=(folder / CONFIG, *weights.files, *((folder / ROWS,) if added else ())),
         config=config,
-        deltas=tuple(sorted(inside + deltas, key=lambda d: (d.site.order, d.parameter))),
-        replacements=tuple(whole),
-        notes=notes,
-        foreign=bool(notes) or weights.name != WEIGHTS,
-        metadata=metadata,
+        deltas=tuple(sorted(inside + single + deltas, key=lambda d: (d.site.order, d.parameter))),
+        replacements=(*whole, *added),
+        notes=(*keys.notes, *noted, *weights.notes, *(_rows_noted(added))),
+        foreign=bool(keys.notes or noted or added) or not weights.usual,
+        metadata=weights.metadata,
+        written=keys.written,
     )
 
 
-def _weights(
-    place: str, folder: Path, reading: Reading
-) -> tuple[Path, tuple[FileTensor, ...], dict[str, Any]]:
-    """The file that PEFT would take, its tensors, and what we once noted in it."""
-    path = folder / WEIGHTS
-    if path.is_file():
-        file = read_safetensors(path)
-        return path, file.tensors, _noted(file.metadata.get(OURS))
-    path = folder / PICKLED
-    if not path.is_file():
-        raise SourceError(place, "no weights", WEIGHTS, "save it with safe_serialization=True")
-    if not reading.allow_pickle:
+def _rows_noted(added: list[Replacement]) -> tuple[str, ...]:
+    """PEFT does not read the file of added rows."""
+    names = ", ".join(saved.site.path for saved in added)
+    return (f"{ROWS}: rows of added tokens behind those of {names}",) if added else ()
+
+
+def _by_written_path(written: Mapping[str, str]) -> RankAndScale:
+    """`rank_and_scale` of a module by its path in the file, which the config's patterns mean."""
+
+    def found(place: str, path: str, config: Mapping[str, Any]) -> tuple[int, float]:
+        return rank_and_scale(place, written.get(path, path), config)
+
+    return found
+
+
+def check_type(place: str, config: Mapping[str, Any]) -> None:
+    """Refuse a config that does not say what kind of adapter it is."""
+    if not config.get("peft_type"):
         raise SourceError(
-            place, f"only {PICKLED}, a pickle", WEIGHTS,
-            "save it with safe_serialization=True, or allow it with --allow-pickle",
+            f"{place}: {CONFIG}", "no peft_type" if config else "an empty object", "PEFT's config",
+            "rank and scale stand there; save the adapter with save_pretrained",
         )  # fmt: skip
-    saved = read_torch_file(path)
-    if not isinstance(saved, dict):
-        raise SourceError(f"{place}: {PICKLED}", "no dict", "tensor name -> tensor")
-    tensors: list[FileTensor] = []
-    for name, tensor in saved.items():
-        if not isinstance(name, str) or not isinstance(tensor, (StoredTensor, Turned)):
-            raise SourceError(f"{place}: {PICKLED}", f"no tensor at {str(name)[:80]!r}", "tensors")
-        tensors.append(replace(tensor, name=name))
-    return path, tuple(tensors), {}
-
-
-def _noted(text: str | None) -> dict[str, Any]:
-    """Our own JSON in a file's metadata; a stranger's, under the same key, is no error."""
-    try:
-        noted = json.loads(text or "null")
-    except (ValueError, RecursionError):
-        return {}
-    return noted if isinstance(noted, dict) else {}
 
 
 def check_config(place: str, config: Mapping[str, Any]) -> None:
@@ -170,10 +184,21 @@ def config_problems(place: str, config: Mapping[str, Any]) -> Iterator[Unsupport
             continue
         if key == "init_lora_weights" and value in _PLAIN_INITS:
             continue
-        yield UnsupportedError(
-            f"{place}: {CONFIG}", f"{key} = {value!r}", "plain LoRA",
-            "this kind of adapter cannot be built yet",
-        )  # fmt: skip
+        yield _refusal(place, key, value, config)
+
+
+def _refusal(place: str, key: str, value: Any, config: Mapping[str, Any]) -> UnsupportedError:
+    """A field that the merge would get wrong, or may get wrong."""
+    found = f"{key} = {value!r}"
+    if key in _REFUSED:
+        expected, remedy = "plain LoRA", _REFUSED[key]
+    else:
+        written = config.get("peft_version")
+        by = f", written by PEFT {written}" if written else ""
+        found += f", a field that is not known here{by}"
+        expected = "the fields of PEFT 0.21's LoraConfig"
+        remedy = "if it only concerns training, take it out there; else merge with that PEFT"
+    return UnsupportedError(f"{place}: {CONFIG}", found, expected, remedy)
 
 
 def _sort_tensors(place: str, stored: tuple[FileTensor, ...]) -> dict[str, Parts]:
@@ -270,7 +295,12 @@ def _as_attention_runs(base: Base, delta: Delta) -> Delta:
 
 
 def _deltas(
-    place: str, config: Mapping[str, Any], site: Site, parts: Parts, weight: str = "weight"
+    place: str,
+    config: Mapping[str, Any],
+    site: Site,
+    parts: Parts,
+    rank_and_scale: RankAndScale,
+    weight: str = "weight",
 ) -> list[Delta]:
     """What the factors in the file add to one module's weight and bias."""
     if not any(part in parts for part in _FACTORS):

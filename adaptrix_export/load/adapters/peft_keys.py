@@ -8,10 +8,11 @@ error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 
 from adaptrix_export.errors import AdapterError
+from adaptrix_export.load.adapters.wrappers import note_of, unwrapped
 from adaptrix_export.load.files.tensors import StoredTensor
 from adaptrix_export.load.files.turned import Turned
 from adaptrix_export.plan import Base
@@ -79,6 +80,11 @@ RENAMES: tuple[Rename, ...] = (
     _starts(("model", "language_model"), ("language_model", "model")),
     _starts(("language_model", "lm_head"), ("lm_head",)),
     _starts(("language_model",), ()),
+    # The text half of a vision-language model on a model of text alone, and the other way round.
+    _starts(("model", "language_model"), ("model",)),
+    _starts(("model",), ("model", "language_model")),
+    _starts(("model", "text_model"), ("model",)),
+    _starts(("model",), ("model", "text_model")),
 )
 
 
@@ -144,10 +150,26 @@ def one_site(place: str, key: str, words: Words, modules: Set[str]) -> str:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Keys:
+    """Tensors under the keys that PEFT writes, what to know of it, and module of the base -> path
+    of the module as the file has it, where that is another one."""
+
+    tensors: tuple[FileTensor, ...]
+    notes: tuple[str, ...]
+    written: Mapping[str, str]
+
+
 def canonical(
     place: str, stored: Iterable[FileTensor], base: Base
 ) -> tuple[tuple[FileTensor, ...], tuple[str, ...]]:
-    """The tensors under the keys that PEFT writes, and a note if that changed any.
+    """The tensors under the keys that PEFT writes, and a note if that changed any."""
+    keys = read_keys(place, stored, base)
+    return keys.tensors, keys.notes
+
+
+def read_keys(place: str, stored: Iterable[FileTensor], base: Base) -> Keys:
+    """Every key as PEFT would write it for this base.
 
     Raises AdapterError, naming both, where one key could mean two modules or two keys mean the
     same tensor. A key without any meaning keeps its name: who sorts the tensors reports it.
@@ -156,14 +178,14 @@ def canonical(
     named: list[FileTensor] = []
     names: dict[str, str] = {}
     written: dict[str, str] = {}
-    stored = tuple(stored)
+    stored, stripped = _unwrapped(tuple(stored), modules, base)
     given = {tensor.name for tensor in stored}
     for tensor in stored:
         # A module of modules_to_save with a resized vocabulary is saved under both its names;
         # PEFT reads the plain one, and the check compares the other with that.
         if _SAVED_TWICE in tensor.name and tensor.name.replace(_SAVED_TWICE, ".") in given:
             continue
-        key, name = _canonical_key(place, tensor.name, modules)
+        key, name = _canonical_key(place, tensor.name, modules, base)
         if key in written:
             raise AdapterError(
                 f"{place}: {tensor.name}", f"the same tensor as {written[key]}", "each tensor once",
@@ -180,17 +202,69 @@ def canonical(
             f"{names[second]}", "one adapter a file", "save each adapter in a folder of its own",
         )  # fmt: skip
     changed = [(old, new) for new, old in written.items() if old != new]
-    return tuple(named), (_note(changed),) if changed else ()
+    notes = ((_note(changed),) if changed else ()) + stripped
+    return Keys(tuple(named), notes, dict(_moved(changed)))
 
 
-def _canonical_key(place: str, key: str, modules: Set[str]) -> tuple[str, str | None]:
+def _moved(changed: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    for old, new in changed:
+        before, after = split_key(old), split_key(new)
+        if before and after:
+            words = before.words
+            while words[: len(_PREFIX_WORDS)] == _PREFIX_WORDS:
+                words = words[len(_PREFIX_WORDS) :]
+            here = ".".join(after.words[len(_PREFIX_WORDS) :])
+            if ".".join(words) != here:
+                yield here, ".".join(words)
+
+
+def _unwrapped(
+    stored: tuple[FileTensor, ...], modules: Set[str], base: Base
+) -> tuple[tuple[FileTensor, ...], tuple[str, ...]]:
+    """The tensors without the words of wrappers, and a note if there were any."""
+
+    def is_known(key: str) -> bool:
+        parsed = split_key(key)
+        return parsed is not None and bool(_sites(parsed.words, modules, base))
+
+    made, words, count = [], [], 0
+    for tensor in stored:
+        name, stripped = unwrapped(tensor.name, is_known)
+        made.append(replace(tensor, name=name) if stripped else tensor)
+        words += stripped
+        count += bool(stripped)
+    return tuple(made), ((note_of(count, tuple(words)),) if count else ())
+
+
+def _sites(words: Words, modules: Set[str], base: Base) -> tuple[str, ...]:
+    """`sites_of`, and where that is none the names that transformers itself has since changed."""
+    return sites_of(words, modules) or _since_renamed(words, modules, base)
+
+
+def _since_renamed(words: Words, modules: Set[str], base: Base) -> tuple[str, ...]:
+    skeleton = getattr(base, "skeleton", None)
+    for start in range(0, len(words), len(_PREFIX_WORDS)):
+        path = f"{'.'.join(words[start:])}.weight"
+        if skeleton is not None:
+            name = skeleton.live_name(path)[0]
+        else:
+            family = getattr(getattr(base, "architecture", None), "family", None)
+            name = family.live_name(path) if family is not None else path
+        if name.removesuffix(".weight") in modules:
+            return (name.removesuffix(".weight"),)
+        if words[start : start + len(_PREFIX_WORDS)] != _PREFIX_WORDS:
+            break
+    return ()
+
+
+def _canonical_key(place: str, key: str, modules: Set[str], base: Base) -> tuple[str, str | None]:
     parsed = split_key(key)
     if parsed is None:
         return key, None
     plain = ".".join(parsed.words[2:])
     if parsed.words[:2] == _PREFIX_WORDS and plain in modules:
         return f"{PREFIX}{plain}.{parsed.ending}", parsed.name  # as PEFT itself reads it
-    found = sites_of(parsed.words, modules)
+    found = _sites(parsed.words, modules, base)
     if len(found) > 1:
         raise AdapterError(
             f"{place}: {key}", f"could mean {' or '.join(found)}", "one module of the base",

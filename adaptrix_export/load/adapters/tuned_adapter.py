@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from adaptrix_export.errors import AdapterError, UnsupportedError
 from adaptrix_export.load.adapters.peft_keys import saved_by
+from adaptrix_export.load.adapters.plain_copy import plain_copy
+from adaptrix_export.load.adapters.stored_weights import StoredWeights
 from adaptrix_export.load.adapters.tuners import REFUSED, REPLACING, TUNERS, Tuner
 from adaptrix_export.load.files.tensors import StoredTensor, read_json, read_safetensors
 from adaptrix_export.plan import Adapter, Base, Delta, Replacement, Site, Tuned
@@ -27,7 +29,12 @@ class Sorted(NamedTuple):
 
 
 def open_tuned(
-    place: str, spec: str, folder: Path, config: Mapping[str, Any], base: Base
+    place: str,
+    spec: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    base: Base,
+    weights: StoredWeights,
 ) -> Adapter:
     """The adapter in `folder`, from its headers; `config` is its parsed adapter_config.json.
 
@@ -37,6 +44,9 @@ def open_tuned(
     kind = str(config.get("peft_type"))
     tuner = _tuner(place, kind)
     _check_needs(place, config, tuner)
+    plain = plain_copy(folder, base, tuner, weights)
+    files = (folder / CONFIG, *weights.files)
+    source, folder = folder, plain.folder or folder
     found = sort_tensors(place, config, tuner, read_safetensors(folder / WEIGHTS).tensors)
     deltas: list[Delta] = []
     replacements = [
@@ -54,11 +64,14 @@ def open_tuned(
     return Adapter(
         name=place,
         spec=spec,
-        folder=folder,
-        files=(folder / CONFIG, folder / WEIGHTS),
+        folder=source,
+        files=files,
         config=config,
         deltas=tuple(sorted(deltas, key=lambda d: (d.site.order, d.parameter))),
         replacements=tuple(replacements),
+        notes=(*plain.notes, *weights.notes),
+        foreign=plain.folder is not None,
+        peft_copy=plain.folder,
         shared=found.shared,
     )
 

@@ -96,11 +96,29 @@ def _stored(
             f"{adapter.name}: {path}", f"no {parameter} in the base", "a module of the base",
             fused_hint(base, path)
             or _task_hint(base, adapter, name)
+            or _tower_hint(base, path)
             or "was this adapter trained on another model?",
         )  # fmt: skip
     if tensor.dtype not in FLOATS:
         return UnsupportedError(f"{path}.{parameter}", f"dtype {tensor.dtype}", " ".join(FLOATS))
     return tensor.shape
+
+
+_TOWERS = (
+    "vision_tower", "vision_model", "visual", "vision_encoder", "image_encoder", "audio_tower",
+    "multi_modal_projector", "mm_projector", "connector", "embed_vision", "embed_audio",
+)  # fmt: skip
+
+
+def _tower_hint(base: Base, path: str) -> str:
+    """A remedy for a part that a model of text alone does not have."""
+    tower = next((word for word in path.split(".") if word in _TOWERS), None)
+    if tower is None or any(tower in name.split(".") for name in base.tensors):
+        return ""
+    return (
+        f"this base has no {tower}: name the model with one as the base, or leave this part out "
+        "with --on-mismatch drop"
+    )
 
 
 def _task_hint(base: Base, adapter: Adapter, name: str) -> str:

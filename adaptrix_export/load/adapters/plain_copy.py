@@ -1,0 +1,74 @@
+"""A copy of an adapter that PEFT itself is to merge, where it could not read the files as they are:
+in shards, in a pickle, or with names that wrappers left.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from adaptrix_export.load.adapters.folders import CONFIG, WEIGHTS
+from adaptrix_export.load.adapters.peft_keys import PREFIX, module_paths
+from adaptrix_export.load.adapters.stored_weights import FileTensor, StoredWeights
+from adaptrix_export.load.adapters.tuners import Tuner
+from adaptrix_export.load.adapters.wrappers import note_of, unwrapped
+from adaptrix_export.load.files.tensors import DTYPES
+from adaptrix_export.plan import Base
+
+
+@dataclass(frozen=True)
+class PlainCopy:
+    """The folder, None where the adapter's own will do; and what was changed in it."""
+
+    folder: Path | None
+    notes: tuple[str, ...] = ()
+
+
+def plain_copy(folder: Path, base: Base, tuner: Tuner, weights: StoredWeights) -> PlainCopy:
+    """The adapter under one file's name and the keys that PEFT writes."""
+    modules = module_paths(base)
+
+    def is_known(key: str) -> bool:
+        part = tuner.part_of(key.removeprefix(PREFIX))
+        shared = tuner.is_shared(key.removeprefix("base_model."))
+        return shared or (key.startswith(PREFIX) and part is not None and part[0] in modules)
+
+    tensors, words, count = {}, [], 0
+    for tensor in weights.tensors:
+        name, stripped = unwrapped(tensor.name, is_known)
+        tensors[name] = tensor
+        words += stripped
+        count += bool(stripped)
+    if weights.usual and not count:
+        return PlainCopy(None)
+    scratch = tempfile.mkdtemp(prefix="adaptrix-adapter-")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    made = Path(scratch, folder.resolve().name)
+    made.mkdir()
+    shutil.copyfile(folder / CONFIG, made / CONFIG)
+    _write(made / WEIGHTS, tensors)
+    return PlainCopy(made, (note_of(count, tuple(words)),) if count else ())
+
+
+def _write(path: Path, tensors: dict[str, FileTensor]) -> None:
+    """A safetensors file: 8-byte length, JSON header, then the values, wide ones first."""
+    ordered = sorted(tensors.items(), key=lambda i: (-DTYPES[i[1].dtype].itemsize, i[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+        header[name] = {
+            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            out.write(tensor.read().tobytes())
