@@ -227,7 +227,9 @@ def _unwrapped(
         parsed = split_key(key)
         return parsed is not None and bool(_sites(parsed.words, modules, base))
 
-    made, words, count = [], [], 0
+    made: list[FileTensor] = []
+    words: list[str] = []
+    count = 0
     for tensor in stored:
         name, stripped = unwrapped(tensor.name, is_known)
         made.append(replace(tensor, name=name) if stripped else tensor)

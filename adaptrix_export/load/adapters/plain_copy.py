@@ -39,7 +39,9 @@ def plain_copy(folder: Path, base: Base, tuner: Tuner, weights: StoredWeights) -
         shared = tuner.is_shared(key.removeprefix("base_model."))
         return shared or (key.startswith(PREFIX) and part is not None and part[0] in modules)
 
-    tensors, words, count = {}, [], 0
+    tensors: dict[str, FileTensor] = {}
+    words: list[str] = []
+    count = 0
     for tensor in weights.tensors:
         name, stripped = unwrapped(tensor.name, is_known)
         tensors[name] = tensor
