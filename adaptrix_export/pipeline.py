@@ -20,6 +20,7 @@ from adaptrix_export.load.fit.mismatch import fitted
 from adaptrix_export.measure.energy import energy
 from adaptrix_export.package import build_manifest, write_manifest, write_package
 from adaptrix_export.package.redistributed import keep_redistributed
+from adaptrix_export.package.tokenizer import choose_tokenizer
 from adaptrix_export.passes.context import pass_context
 from adaptrix_export.passes.from_recipe import passes_of
 from adaptrix_export.passes.quantize.from_recipe import quantization_of
@@ -32,7 +33,7 @@ from adaptrix_export.prove.preflight.preflight import preflight
 from adaptrix_export.prove.proof import ProofRequest, proof_of, require_passed
 from adaptrix_export.prove.report import save
 from adaptrix_export.recipe import Recipe
-from adaptrix_export.recipe.words import ParityLevel
+from adaptrix_export.recipe.words import ParityLevel, Target
 from adaptrix_export.save.hashes import InputHashes, hash_file
 from adaptrix_export.save.staging import publish, staging
 from adaptrix_export.show.write import stage_page
@@ -63,6 +64,8 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
     progress = progress or Silent()
     target = TARGETS[recipe.target]
     opened = verify(open_plan(recipe))
+    switched = recipe.target is Target.ONNX_SWITCHABLE
+    tokenizer = choose_tokenizer(opened, recipe.tokenizer.value, switched)
     if recipe.slots is None:  # else a pass may make adapters fit that do not yet
         target.admit(opened)
     with (
@@ -75,7 +78,7 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
         inputs = InputHashes(opened)
         options = lower_options(recipe, plan)
         artifact = target.lower(plan, stage, progress, options)
-        write_package(artifact, plan)
+        write_package(artifact, plan, tokenizer.folder)
         keep_redistributed(plan, artifact)
         report = prove_build(recipe, opened, plan, artifact, progress, options.quantization)
         manifest = build_manifest(
@@ -93,7 +96,8 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
         write_manifest(stage, manifest)
         with progress.stage("publish"):
             publish(stage, recipe.out)
-    return Outcome(recipe.out, report, manifest, notes(opened, plan, artifact), plan.measured)
+    known = (*notes(opened, plan, artifact), *tokenizer.notes)
+    return Outcome(recipe.out, report, manifest, known, plan.measured)
 
 
 def open_plan(recipe: Recipe) -> Plan:

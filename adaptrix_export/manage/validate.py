@@ -28,6 +28,7 @@ from adaptrix_export.load.fit.replication import repeat_layers
 from adaptrix_export.load.source import resolve
 from adaptrix_export.manage.findings import ERROR, OK, WARNING, Finding, Validation
 from adaptrix_export.merge.norms import LARGEST, SMALLEST, delta_norm, tensor_norm
+from adaptrix_export.package.tokenizer import AUTO, choose_tokenizer, missing_tokenizer
 from adaptrix_export.plan import Adapter, Base, LowRank, Plan, Scaled, Tensor
 from adaptrix_export.progress import Progress, Silent
 
@@ -308,6 +309,21 @@ def _revision(base: Base) -> str | None:
     return base.folder.name if base.folder.parent.name == "snapshots" else None
 
 
+def _tokenizer(subject: Subject) -> Rows:
+    """Tokens that were added, and the tokenizer that knows them."""
+    if text := missing_tokenizer(subject.plan):
+        yield Finding(
+            WARNING, "tokenizer", subject.adapter.name, text, "the tokenizer with the added tokens",
+            "the artifact gets the base's, which does not know them; save the tokenizer into the "
+            "adapter's folder",
+        )  # fmt: skip
+    choose_tokenizer(subject.plan, AUTO)  # raises what a build would
+
+
+def _tokenizer_fine(subject: Subject) -> str:
+    return choose_tokenizer(subject.plan, AUTO).note or "that of the base"
+
+
 def _count(subject: Subject) -> str:
     sites = len({delta.site for delta in subject.read.deltas})
     return f"{sites} sites and {len(subject.read.replacements)} whole tensors fit"
@@ -319,6 +335,7 @@ CHECKS = (
     Check("zeros", _zeros, lambda s: "not all zero"),
     Check("size", _sizes, _sizes_fine),
     Check("targets", _targets, lambda s: "config and tensors name the same modules"),
+    Check("tokenizer", _tokenizer, _tokenizer_fine),
     Check("dtypes", _dtypes, lambda s: " ".join({t.dtype for _, t in shipped(s.adapter)})),
     Check("origin", _origin, _origin_fine),
 )

@@ -10,15 +10,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from adaptrix_export.arch.tasks import FEATURES
-from adaptrix_export.load.tokenizer_files import (
-    PROCESSOR_FILES,
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    TOKENIZER_FILES,
-)
+from adaptrix_export.load.tokenizer_files import PROCESSOR_FILES, TOKENIZER, TOKENIZER_CONFIG
 from adaptrix_export.package.genai import GRAPH, genai_config, token_ids
 from adaptrix_export.package.model_config import portable_config
 from adaptrix_export.package.sentence import copy_sentence_files
+from adaptrix_export.package.tokenizer import tokenizer_files
 
 if TYPE_CHECKING:
     from adaptrix_export.plan import Base, Plan
@@ -28,7 +24,6 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 GENAI = "genai_config.json"
 
-COPIED = (*TOKENIZER_FILES, *PROCESSOR_FILES, GENERATION)
 
 # Precision as recipes name it -> dtype as config.json does. An integer artifact computes in fp32.
 DTYPES = {
@@ -44,26 +39,27 @@ _LOADING_KEYS = ("backend", "is_local", "local_files_only", "name_or_path")
 _CONFIG_PATH_KEYS = ("_name_or_path", "name_or_path")
 
 
-def write_package(artifact: Artifact, plan: Plan) -> None:
+def write_package(artifact: Artifact, plan: Plan, tokenizer: Path | None = None) -> None:
     """Write everything a runtime needs beside the weights in `artifact.folder`.
 
     safetensors: config.json as in the base, byte for byte unless the merge changed keys of it.
     onnx: a config.json that transformers 4 and 5 read alike, and genai_config.json where the
-    graph is a decoder. Tokenizer files are the base's own; a GGUF base has them made from its
-    metadata. A sentence encoder keeps the modules that sentence-transformers puts behind it.
+    graph is a decoder. Tokenizer and processor files are the base's own, or those in the folder
+    `tokenizer`; a GGUF base has them made from its metadata. A sentence encoder keeps the modules
+    that sentence-transformers puts behind it.
     """
     stage, base = artifact.folder, plan.base
     if artifact.target == "peft":
         return  # an adapter's folder has no model in it
     is_graph = artifact.target.startswith("onnx")
-    if base.gguf_file is not None:
+    if base.gguf_file is not None and tokenizer is None:
         _tokenizer_from_gguf(base, stage)
     else:
-        _copy(base.folder, stage)
+        _copy(base, tokenizer, stage)
         if base.task == FEATURES:
             copy_sentence_files(base.folder, stage)
         if is_graph:
-            _complete_tokenizer(base, stage)
+            _complete_tokenizer(tokenizer or base.folder, stage)
     if is_graph or base.gguf_file is not None:
         _write_generation(stage, base.config)
     _write_config(artifact, base, is_graph)
@@ -73,12 +69,18 @@ def write_package(artifact: Artifact, plan: Plan) -> None:
             _write(stage / GENAI, genai)
 
 
-def _copy(folder: Path, stage: Path) -> None:
-    for pattern in COPIED:
-        for path in sorted(folder.glob(pattern)):
-            if path.is_file():
-                # Through links: the hub cache is a folder of links into a store of blobs.
-                shutil.copyfile(path, stage / path.name)
+def _copy(base: Base, tokenizer: Path | None, stage: Path) -> None:
+    """All of one tokenizer's files, never of two; the processor's are the base's where the other
+    folder has none."""
+    files = {path.name: path for path in tokenizer_files(tokenizer or base.folder)}
+    if base.gguf_file is None:
+        kept = (*PROCESSOR_FILES, GENERATION)
+        files = {
+            name: base.folder / name for name in kept if (base.folder / name).is_file()
+        } | files
+    for name, path in sorted(files.items()):
+        # Through links: the hub cache is a folder of links into a store of blobs.
+        shutil.copyfile(path, stage / name)
 
 
 def _write_config(artifact: Artifact, base: Base, is_graph: bool) -> None:
@@ -123,7 +125,7 @@ def _tokenizer_from_gguf(base: Base, stage: Path) -> None:
     _write(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def _complete_tokenizer(base: Base, stage: Path) -> None:
+def _complete_tokenizer(folder: Path, stage: Path) -> None:
     """Add tokenizer.json, which ONNX runtimes read, where a base has only its older forms."""
     older = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     if (stage / TOKENIZER).exists() or not any((stage / name).exists() for name in older):
@@ -131,7 +133,7 @@ def _complete_tokenizer(base: Base, stage: Path) -> None:
     from transformers import AutoTokenizer
 
     with TemporaryDirectory(dir=stage) as scratch:
-        AutoTokenizer.from_pretrained(base.folder).save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(scratch)
         converted = Path(scratch, TOKENIZER)
         if converted.exists():
             shutil.copyfile(converted, stage / TOKENIZER)

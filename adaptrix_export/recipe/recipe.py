@@ -51,6 +51,7 @@ from adaptrix_export.recipe.words import (
     Simulate,
     Target,
     Task,
+    TokenizerFrom,
 )
 from adaptrix_export.recipe.yaml_reader import parse
 
@@ -134,6 +135,11 @@ class Recipe(Section):
         default=OnMismatch.ERROR,
         description="What becomes of sites that do not fit the base; drop leaves them out and "
         "lists each one.",
+    )
+    tokenizer: TokenizerFrom = Field(
+        default=TokenizerFrom.AUTO,
+        description="Whose tokenizer and chat template the artifact gets; auto takes the adapter's "
+        "where its folder has one that differs from the base's.",
     )
     redistribute: Redistribution | None = Field(
         default=None, description="Move the adapters onto a few layers before anything is made."

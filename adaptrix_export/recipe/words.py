@@ -123,6 +123,12 @@ class OnMismatch(_Word):
     DROP = "drop"
 
 
+class TokenizerFrom(_Word):
+    AUTO = "auto"
+    BASE = "base"
+    ADAPTER = "adapter"
+
+
 class Strategy(_Word):
     SELECT = "select"
     FOLD = "fold"
