@@ -18,6 +18,7 @@ from adaptrix_export.merge.ahead import ahead
 from adaptrix_export.merge.blocks import Rows, base_rows, rows_per_block
 from adaptrix_export.merge.composed import composed_rows
 from adaptrix_export.merge.leaves import leaf_rows, scaled_factors
+from adaptrix_export.merge.overflow import within_float16
 from adaptrix_export.merge.rounding import to_dtype
 from adaptrix_export.merge.thin import Thin
 from adaptrix_export.plan import Array, Change, Composed, LowRank, Tensor, Term
@@ -26,7 +27,15 @@ from adaptrix_export.plan import Array, Change, Composed, LowRank, Tensor, Term
 def merged_blocks(
     change: Change, dtype: str, first: int = 0, last: int | None = None
 ) -> Iterator[Array]:
-    """Blocks of rows `first` to `last`-1 of the merged tensor in `dtype`, in order."""
+    """Blocks of rows `first` to `last`-1 of the merged tensor in `dtype`, in order.
+
+    Raises AdapterError for a value that overflows float16.
+    """
+    blocks = _merged_blocks(change, dtype, first, last)
+    yield from within_float16(change, blocks) if dtype == "F16" else blocks
+
+
+def _merged_blocks(change: Change, dtype: str, first: int, last: int | None) -> Iterator[Array]:
     low_rank = _low_rank_terms(change)
     if low_rank:
         yield from ahead(_thin_blocks(change, low_rank, dtype, first, last))
