@@ -50,7 +50,7 @@ def test_the_merged_checkpoint_is_exact(row, tmp_path):
     base, adapter = save_kind(row, tmp_path)
     outcome = built(base, adapter, tmp_path / "out")
     assert outcome.report["task"] == row.task
-    assert outcome.report["passed"] and outcome.report["tokens"] == "inputs drawn from a seed"
+    assert outcome.report["passed"]
     changed = load_file(tmp_path / "out/model.safetensors")
     before = load_file(base / "model.safetensors")
     assert set(changed) == set(before)
