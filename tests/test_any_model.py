@@ -77,8 +77,8 @@ def test_a_wrong_weight_fails_whichever_tower_it_is_in(tmp_path, monkeypatch):
 
 
 def test_what_has_no_graph_is_refused_by_name(tmp_path):
-    base, adapter = save_kind(kind("ResNetForImageClassification"), tmp_path)
-    with pytest.raises(UnsupportedError, match=r"ResNetForImageClassification.*--target safetens"):
+    base, adapter = save_kind(kind("BertForPreTraining"), tmp_path)
+    with pytest.raises(UnsupportedError, match=r"BertForPreTraining.*--target safetens"):
         built(base, adapter, tmp_path / "out", target="onnx")
 
 
