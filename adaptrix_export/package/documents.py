@@ -78,6 +78,18 @@ class SwitchableEntry(Document):
     adapters: dict[str, dict[str, Any]]
 
 
+class GraphEntry(Document):
+    opset: int
+    ir_version: int
+
+
+class RuntimeEntry(Document):
+    """The oldest ONNX Runtime that is known to run every graph, as `1.18`, and what each is."""
+
+    minimum: str
+    graphs: dict[str, GraphEntry]
+
+
 class ManifestDocument(Document):
     """manifest.json: what went in, what came out, and what was proved, by hash."""
 
@@ -88,6 +100,7 @@ class ManifestDocument(Document):
     frontend_reason: str | None = Field(default=None, description="Why `auto` took it.")
     provider: str | None = None
     precision: str
+    onnxruntime: RuntimeEntry | None = Field(default=None, description="Where there is a graph.")
     recipe: dict[str, Any] = Field(description="As it was built, without `out`; no machine paths.")
     inputs: list[Input]
     outputs: dict[str, File] = Field(description="Every file of the artifact but this one.")

@@ -17,6 +17,7 @@ from adaptrix_export import __version__
 from adaptrix_export.errors import MachineError, SourceError
 from adaptrix_export.load.base_weights import how_read
 from adaptrix_export.package.documents import MANIFEST_FORMAT, ManifestDocument, check_document
+from adaptrix_export.package.runtime_needs import runtime_needs
 from adaptrix_export.save.hashes import (
     FileHash,
     InputFile,
@@ -84,6 +85,7 @@ def build_manifest(
         "frontend_reason": artifact.frontend_reason,
         "provider": provider,
         "precision": artifact.precision,
+        **({"onnxruntime": needs} if (needs := runtime_needs(artifact.folder)) else {}),
         # Where the artifact goes does not change it.
         "recipe": without_machine_paths({k: v for k, v in recipe.items() if k != "out"}),
         "inputs": [

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from adaptrix_export.errors import SourceError
 from adaptrix_export.runtime.providers import AUTO, absent, wanted
+from adaptrix_export.runtime.requirement import check_runtime
 from adaptrix_export.runtime.stamps import FACTS
 
 GRAPH = "model.onnx"
@@ -118,6 +119,7 @@ class DecoderGraph:
 def _session(path: Path, threads: int, provider: str) -> Any:
     import onnxruntime
 
+    check_runtime(path, onnxruntime.__version__)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads  # 0: one a physical core
     options.log_severity_level = 3  # errors; its warnings are about its own optimizer

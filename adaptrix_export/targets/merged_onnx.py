@@ -18,6 +18,7 @@ from adaptrix_export.graph.frontends.draw import AUTO, Trial, draw, draw_parts
 from adaptrix_export.graph.graph import Graph
 from adaptrix_export.graph.rewrite.facts import state_facts
 from adaptrix_export.graph.rewrite.gates import Factor, wire_gates
+from adaptrix_export.graph.rewrite.opset import lower_opset
 from adaptrix_export.graph.rewrite.pooling import wire_pooling
 from adaptrix_export.load.files.tensors import DTYPES
 from adaptrix_export.merge.merge import merged, plain_blocks
@@ -88,6 +89,7 @@ def lower_merged_onnx(
 def write_model(model: ir.Model, base: Base, path: Path) -> str:
     """Write the graph, after `write_data`; returns the sha256."""
     model.graph.name = base.architecture.model_type
+    lower_opset(model)
     with HashingWriter(path) as out:
         out.write(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
         return out.hexdigest

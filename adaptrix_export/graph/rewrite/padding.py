@@ -111,7 +111,9 @@ def _indices(made: _Nodes, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.
     start = made.add("Neg", [length], "start")
     end = made.add("Shape", [mask], "end", start=1, end=2)
     chunk = made.add("Slice", [mask, start, end, made.constant(1)], "chunk")
-    pads = made.add("ArgMax", [chunk], "pads", axis=1, keepdims=1)
+    # ArgMax of integers is younger than that of floats, and some providers never had it.
+    ones = made.add("Cast", [chunk], "ones", to=ir.DataType.FLOAT)
+    pads = made.add("ArgMax", [ones], "pads", axis=1, keepdims=1)
     zero, stop, one = (
         made.add("Squeeze", [value], f"{name}.scalar")
         for name, value in (

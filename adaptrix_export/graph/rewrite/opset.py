@@ -1,0 +1,169 @@
+"""Write a graph in the oldest opset and IR version that have all it uses.
+
+Front ends write for the newest runtime they know. Most of what they use is older: an operator got a
+new version because it takes one more element type. `_WIDENED` lists the operators of which every
+version since `OLDEST` is of that kind; where a node uses no attribute and no input that is new, the
+older version computes the same. A norm that only new versions have is spelled out, in the pattern
+that ONNX Runtime turns back into its own operator when it loads a graph (SimplifiedLayerNormFusion;
+the same kernel, so the same bits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+OLDEST = 18  # ReduceMean takes its axes as an input from here on; ONNX Runtime 1.14
+# Operators whose versions after OLDEST only take more element types, up to opset 26.
+_WIDENED = frozenset(
+    "Cast CastLike Constant ConstantOfShape Cos Dropout Equal Flatten Identity If IsInf IsNaN Loop "
+    "Pad ReduceMax ReduceMin Reshape Round Scan Shape Sin Size Softplus Squeeze TopK Transpose "
+    "Unsqueeze".split()
+)
+# Element types that some of the older versions do not take.
+_RECENT_TYPES = frozenset(
+    kind for kind in ir.DataType if kind.name.startswith(("FLOAT8", "FLOAT4", "INT4", "UINT4"))
+    or kind.name in ("INT2", "UINT2")
+)  # fmt: skip
+_BUILT_IN = "com.microsoft"  # the domain of ONNX Runtime's own operators
+_NORMS = ("RMSNormalization", "SimplifiedLayerNormalization")
+
+
+def lower_opset(model: ir.Model) -> int:
+    """Lower the model's opset and IR version in place; returns how many norms were spelled out.
+
+    Functions that no node calls are dropped, and so are those that stand in for operators of ONNX
+    Runtime where there are none: it reads them, too, and refuses a graph for their opset.
+    """
+    for key in [key for key in model.functions if key[0] == _BUILT_IN]:
+        del model.functions[key]
+    common.RemoveUnusedFunctionsPass()(model)
+    spelled = sum([_spell_out(node) for node in list(_nodes(model)) if _is_norm(node)])
+    common.RemoveUnusedOpsetsPass()(model)
+    current = model.opset_imports.get("", OLDEST)
+    wide = bool(_RECENT_TYPES & _element_types(model))
+    wanted = max([OLDEST, *(_oldest(n, current, wide) for n in _nodes(model) if n.domain == "")])
+    if wanted < current:
+        _set_opset(model, current, wanted)
+    model.ir_version = min(model.ir_version, _ir_version(model))
+    return spelled
+
+
+def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Every node, those of subgraphs and functions too."""
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
+
+
+def _element_types(model: ir.Model) -> set[ir.DataType]:
+    """What the model's values are known to hold, and what its casts make."""
+    graph = model.graph
+    found = {v.dtype for v in (*graph.inputs, *graph.outputs) if v.dtype is not None}
+    found |= {v.dtype for v in graph.initializers.values() if v.dtype is not None}
+    for node in _nodes(model):
+        found |= {v.dtype for v in node.outputs if v.dtype is not None}
+        if node.op_type == "Cast":
+            found.add(ir.DataType(node.attributes["to"].as_int()))
+    return found
+
+
+def _oldest(node: ir.Node, current: int, wide: bool) -> int:
+    """The oldest opset in which the node means what it means in `current`."""
+    schema = onnx.defs.get_schema(node.op_type, current, "")
+    while schema.since_version > OLDEST and node.op_type in _WIDENED and not wide:
+        older = onnx.defs.get_schema(node.op_type, schema.since_version - 1, "")
+        if len(node.inputs) > older.max_input or len(node.outputs) > older.max_output:
+            break
+        if not set(_said(node, schema)) <= set(older.attributes):
+            break
+        schema = older
+    return schema.since_version
+
+
+def _said(node: ir.Node, schema: onnx.defs.OpSchema) -> Iterable[str]:
+    """The attributes that say something else than what is understood without them."""
+    for name, attribute in node.attributes.items():
+        default = schema.attributes[name].default_value
+        silent = default.type != onnx.AttributeProto.UNDEFINED
+        if not silent or onnx.helper.get_attribute_value(default) != _raw(attribute):
+            yield name
+
+
+def _raw(attribute: ir.Attr) -> object:
+    value = attribute.value
+    return value.encode() if isinstance(value, str) else value
+
+
+def _set_opset(model: ir.Model, current: int, wanted: int) -> None:
+    for node in _nodes(model):
+        if node.domain == "" and node.op_type in _WIDENED:
+            said = set(_said(node, onnx.defs.get_schema(node.op_type, current, "")))
+            for name in [n for n in node.attributes if n not in said]:
+                del node.attributes[name]
+    model.graph.opset_imports[""] = wanted
+    for function in model.functions.values():
+        if "" in function.opset_imports:
+            function.opset_imports[""] = wanted
+
+
+def _ir_version(model: ir.Model) -> int:
+    """The oldest IR version for the opset, 8 at the least: functions came with it."""
+    opset = onnx.helper.make_opsetid("", model.opset_imports.get("", OLDEST))
+    return max(8, int(onnx.helper.find_min_ir_version_for([opset])))
+
+
+def _is_norm(node: ir.Node) -> bool:
+    """A root-mean-square norm over the last axis, in float32, with one output that is read."""
+    axis = node.attributes.get("axis")
+    return (
+        node.op_type in _NORMS
+        and node.domain == ""
+        and (axis is None or axis.as_int() == -1)
+        and not any(v.uses() or v.is_graph_output() for v in node.outputs[1:])
+    )
+
+
+def _spell_out(node: ir.Node) -> int:
+    """x / sqrt(mean(x * x) + epsilon) * scale in place of the norm; returns 1."""
+    x, scale = node.inputs[0], node.inputs[1]
+    epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+    graph = node.graph
+    assert graph is not None
+    assert x is not None
+    assert scale is not None
+    made: list[ir.Node] = []
+
+    def constant(number: float | list[int], name: str) -> ir.Value:
+        kind = ir.DataType.FLOAT if isinstance(number, float) else ir.DataType.INT64
+        value = ir.tensor(number, dtype=kind)
+        new = ir.node("Constant", [], attributes={"value": value}, name=f"{node.name}.{name}")
+        new.outputs[0].name = f"{node.outputs[0].name}.{name}"
+        new.outputs[0].type = ir.TensorType(kind)
+        new.outputs[0].shape = value.shape
+        made.append(new)
+        return new.outputs[0]
+
+    def add(kind: str, *inputs: ir.Value, name: str, **attributes: int) -> ir.Value:
+        new = ir.node(kind, inputs, attributes=attributes or None, name=f"{node.name}.{name}")
+        new.outputs[0].name = f"{node.outputs[0].name}.{name}"
+        new.outputs[0].type = x.type
+        made.append(new)
+        return new.outputs[0]
+
+    square = add("Pow", x, constant(2.0, "two"), name="square")
+    mean = add("ReduceMean", square, constant([-1], "last"), name="mean", keepdims=1)
+    shifted = add("Add", mean, constant(epsilon, "epsilon"), name="shifted")
+    divided = add("Div", x, add("Sqrt", shifted, name="root"), name="divided")
+    scaled = add("Mul", divided, scale, name="scaled")
+    old = node.outputs[0]
+    name = old.name
+    scaled.shape, scaled.type = old.shape, old.type
+    graph.insert_before(node, made)
+    old.replace_all_uses_with(scaled, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    scaled.name = name
+    return 1

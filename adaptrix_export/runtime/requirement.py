@@ -1,0 +1,45 @@
+"""Whether the ONNX Runtime at hand is new enough for an artifact, before it is asked to load it.
+
+Its own words about a graph that is too new name opsets and operators, and no version of itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from adaptrix_export.errors import SourceError
+
+MANIFEST = "manifest.json"
+
+
+def check_runtime(graph: Path, version: str) -> None:
+    """Raise SourceError where a graph's manifest asks for a newer ONNX Runtime than `version`.
+
+    A graph without a manifest in its folder or the one above asks for nothing, and so does one
+    whose manifest says nothing of it.
+    """
+    places = (graph.parent / MANIFEST, graph.parent.parent / MANIFEST)
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        return
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SourceError(str(path), f"not JSON ({error})", "a manifest", "build again") from error
+    needs = manifest.get("onnxruntime") if isinstance(manifest, dict) else None
+    minimum = needs.get("minimum") if isinstance(needs, dict) else None
+    if not isinstance(minimum, str) or not re.fullmatch(r"\d+\.\d+", minimum):
+        return
+    if _release(version) < _release(minimum):
+        raise SourceError(
+            f"onnxruntime {version}", "this ONNX Runtime is too old",
+            f"{minimum} or newer, which {graph} needs",
+            f"pip install --upgrade 'onnxruntime>={minimum}'",
+        )  # fmt: skip
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The first two numbers: `1.18` of `1.18.1+cpu`."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
