@@ -1,8 +1,8 @@
 """Which ONNX Runtime a graph needs: the oldest that has its opset, IR version and operators.
 
-The rows were measured with the releases 1.17.3, 1.18.1, 1.19.2, 1.20.1, 1.21.1, 1.22.1, 1.23.2,
-1.24.1, 1.31.1 and 1.32.0: opsets and IR versions by loading a graph of one node, operators from
-each release's own schemas (`get_all_operator_schema`), their kernels on the CPU by running one node.
+The rows were measured with 1.17.3, 1.18.1, 1.19.2, 1.20.1, 1.21.1, 1.22.1, 1.23.2, 1.24.1, 1.31.1
+and 1.32.0: opsets and IR versions by loading a graph of one node, operators from the schemas of
+each release (`get_all_operator_schema`), their kernels on the CPU by running one node.
 What no row knows needs the release that the artifact was proved with.
 """
 
