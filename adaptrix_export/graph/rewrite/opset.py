@@ -40,7 +40,7 @@ def lower_opset(model: ir.Model) -> int:
     """
     for key in [key for key in model.functions if key[0] == _BUILT_IN]:
         del model.functions[key]
-    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     spelled = sum([_spell_out(node) for node in list(_nodes(model)) if _is_norm(node)])
     common.RemoveUnusedOpsetsPass()(model)
     current = model.opset_imports.get("", OLDEST)
@@ -143,7 +143,7 @@ def _spell_out(node: ir.Node) -> int:
         new = ir.node("Constant", [], attributes={"value": value}, name=f"{node.name}.{name}")
         new.outputs[0].name = f"{node.outputs[0].name}.{name}"
         new.outputs[0].type = ir.TensorType(kind)
-        new.outputs[0].shape = value.shape
+        new.outputs[0].shape = ir.Shape(value.shape)
         made.append(new)
         return new.outputs[0]
 
