@@ -143,7 +143,7 @@ def _spell_out(node: ir.Node) -> int:
         new = ir.node("Constant", [], attributes={"value": value}, name=f"{node.name}.{name}")
         new.outputs[0].name = f"{node.outputs[0].name}.{name}"
         new.outputs[0].type = ir.TensorType(kind)
-        new.outputs[0].shape = ir.Shape(value.shape)
+        new.outputs[0].shape = ir.Shape([len(number)] if isinstance(number, list) else [])
         made.append(new)
         return new.outputs[0]
 
