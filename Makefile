@@ -7,6 +7,7 @@
 #   make docs      the pages of docs/ into build/docs, every warning an error
 #   make zoo       a random replica of every model type, built and compared
 #   make test-all  everything                                      make clean
+#   make test-versions  with the oldest and newest libraries, and the runtime on each Python
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,7 +28,8 @@ PROMPT := "The with statement is used to"
 export PYTHONDONTWRITEBYTECODE :=
 export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/byte-code
 
-.PHONY: demo test test-slow test-all lint type docs bench matrix fidelity zoo gates clean
+.PHONY: demo test test-slow test-all lint type docs bench matrix fidelity zoo gates \
+        test-versions test-newest clean
 .NOTPARALLEL:
 
 # First the plain merge; then the whole pipeline: the same adapter on five layers, with gates.
@@ -46,6 +48,13 @@ test-slow: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(PYTEST)
+
+test-versions: $(VENV)/.test
+	$(BIN)/python -m tests.tools.versions
+
+# What pip takes today, so that a drift of the libraries is seen.
+test-newest: $(VENV)/.test
+	$(BIN)/python -m tests.tools.versions --only newest
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

