@@ -91,7 +91,7 @@ def make(folder: Path) -> None:
         build(
             Recipe(
                 base=str(base), adapters=[str(adapter)], target=target, out=made / ARTIFACT,
-                frontend=frontend, parity={"level": "off"},  # other tests prove; here they only play
+                frontend=frontend, parity={"level": "off"},  # other tests prove them
             )
         )  # fmt: skip
         tokens, logits = answers(made / ARTIFACT)

@@ -2,11 +2,12 @@
 
     python -m tests.tools.versions [--only NAME,NAME] [--home FOLDER]
 
-`lowest` installs the lower bound of every range in pyproject.toml, `newest` whatever pip takes
-without pins; each runs the fast suite and a short form of the zoo. `runtime-3.10` to
-`runtime-3.13` install the runtime alone, once with the oldest ONNX Runtime of the range that has a
-wheel for that Python and once with the newest, and play artifacts that were built and proved here:
-the same tokens, and logits within 1e-5. An interpreter that is not at hand is named and left out.
+`lowest` installs the lower bounds in pyproject.toml of the libraries that decide a graph, `newest`
+whatever pip takes without pins; each runs the fast suite and a short form of the zoo.
+`runtime-3.10` to `runtime-3.13` install the runtime alone, once with the oldest ONNX Runtime of the
+range that has a wheel for that Python and once with the newest, and play artifacts that were built
+here: the same tokens, and logits within 1e-5. An interpreter that is not at hand is named and left
+out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TORCH = "torch==2.13.0"
 ZOO = "llama,bert,bloom,roberta,t5"  # native and traced, decoder, encoder and both
+DECIDING = ("transformers", "peft", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "mobius-onnx")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 LIMIT_S = 3600.0
 
@@ -93,15 +95,14 @@ def compiler(folder: Path, lowest: bool) -> str:
 
 
 def lower_bounds() -> Iterator[tuple[str, str]]:
-    """The lower bound of each range in pyproject.toml, torch and the tests' own tools left out.
+    """The lower bound in pyproject.toml of each library whose version decides a graph.
 
     A bound with two numbers is the first release of that series.
     """
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    ranges = text[text.index("dependencies = [") : text.index("test = [")]
-    for name, bound in re.findall(r'"([\w.-]+)>=([\d.]+)', ranges):
-        if name not in ("torch", "onnxruntime-gpu", "onnxruntime-genai"):
-            yield name, bound if bound.count(".") > 1 else f"{bound}.*"
+    for name in DECIDING:
+        (bound,) = re.findall(rf'"{name}>=([\d.]+)', text)
+        yield name, bound if bound.count(".") > 1 else f"{bound}.*"
 
 
 def runtime(folder: Path, interpreter: str, artifacts: Path, end: str) -> str:
@@ -132,7 +133,7 @@ def oldest_onnxruntime(python: str) -> str:
 
 
 def made(folder: Path) -> str:
-    """Artifacts of three kinds, proved, with what they answer beside them."""
+    """Artifacts of four kinds, with what they answer beside them."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         called(sys.executable, "-m", "tests.tools.played", "--make", work)
         shutil.move(work, folder)
