@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
-from packaging.requirements import Requirement
-
 DISTRIBUTION = "adaptrix-export"
 
 
@@ -33,6 +31,8 @@ def _declared() -> Iterable[str]:
 
 
 def _outside(requirements: Iterable[str]) -> Iterator[str]:
+    from packaging.requirements import Requirement
+
     for line in requirements:
         wanted = Requirement(line)
         if wanted.extras:
