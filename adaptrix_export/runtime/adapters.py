@@ -182,14 +182,20 @@ def _check_hash(path: Path, expected: str) -> None:
 
 
 def read_factors(path: Path, graph: DecoderGraph) -> Factors:
-    """The tensors of an adapter file, mapped, after every check. Raises SourceError."""
+    """The tensors of an adapter file, after every check. Raises SourceError.
+
+    They are copied while the file is open: in ONNX Runtime up to 1.24 at least, a parameter does
+    not keep the memory of its file, and what is read from it later is anything, or a crash.
+    """
     import onnxruntime
 
     if not path.is_file():
         raise SourceError(str(path), "no such file", f"an {SUFFIX} file")
     try:
         file = onnxruntime.AdapterFormat.read_adapter(str(path))
-        values: Factors = file.get_parameters()
+        make = onnxruntime.OrtValue.ortvalue_from_numpy
+        parameters = file.get_parameters().items()
+        values: Factors = {name: make(np.array(value.numpy())) for name, value in parameters}
         model, version = file.get_model_version(), file.get_adapter_version()
     except Exception as error:  # ONNX Runtime's errors share no narrower base
         raise SourceError(str(path), f"cannot be read ({error})", "an ONNX adapter") from error

@@ -12,6 +12,7 @@ from pathlib import Path
 from adaptrix_export.errors import SourceError
 
 MANIFEST = "manifest.json"
+OLDEST = "1.20"  # what a session asks for itself: the format of adapter files came with it
 
 
 def check_runtime(graph: Path, version: str) -> None:
@@ -32,6 +33,7 @@ def check_runtime(graph: Path, version: str) -> None:
     minimum = needs.get("minimum") if isinstance(needs, dict) else None
     if not isinstance(minimum, str) or not re.fullmatch(r"\d+\.\d+", minimum):
         return
+    minimum = max(minimum, OLDEST, key=_release)
     if _release(version) < _release(minimum):
         raise SourceError(
             f"onnxruntime {version}", "this ONNX Runtime is too old",

@@ -36,3 +36,11 @@ def test_a_manifest_that_says_nothing_of_it_asks_for_nothing(tmp_path, needs):
 
 def test_a_graph_without_a_manifest_asks_for_nothing(tmp_path):
     check_runtime(tmp_path / "model.onnx", "1.0.0")
+
+
+def test_a_session_has_a_minimum_of_its_own(tmp_path):
+    """Graphs run in 1.18; what a session reads adapters with is younger."""
+    graph = artifact(tmp_path, onnxruntime={"minimum": "1.18"})
+    check_runtime(graph, "1.20.0")
+    with pytest.raises(SourceError, match=r"too old, expected 1\.20 or newer"):
+        check_runtime(graph, "1.19.2")
