@@ -10,7 +10,7 @@ difference of codes has at most 8 bits and a scale 11, so the product is exact i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -190,14 +190,3 @@ def candidates(
         for zero in {np.rint, np.floor} if spec.bits < 8 else {np.rint}:
             tried.append((scales, np.clip(zero(exact), 0, spec.top).astype(np.uint8)))
     return tried
-
-
-def widened(blocks: Blocks, block: int) -> Blocks:
-    """The same values in shorter blocks, each of which repeats its scale and zero point."""
-    times, rest = divmod(blocks.spec.block, block)
-    if rest:
-        raise ValueError(f"blocks of {block} do not divide blocks of {blocks.spec.block}")
-    spec = replace(blocks.spec, block=block)
-    count = spec.blocks(blocks.shape[1])
-    zeros = None if blocks.zeros is None else np.repeat(blocks.zeros, times, axis=1)[:, :count]
-    return Blocks(spec, blocks.codes, np.repeat(blocks.scales, times, axis=1)[:, :count], zeros)

@@ -22,8 +22,7 @@ class Quantization:
 
     `method`: gptq, with calibration text, or rtn, without. `overrides`: pattern of a module's path
     -> bits; the first that matches counts. `embedding`: bits of the embedding and the head, None
-    for float. `keep`: patterns of modules that stay float. `budget`: bytes that the quantized
-    weights may take; modules are given 8 bits, the most sensitive first, as long as they fit.
+    for float. `keep`: patterns of modules that stay float.
     """
 
     precision: str
@@ -35,7 +34,6 @@ class Quantization:
     keep: tuple[str, ...] = ()
     overrides: tuple[tuple[str, int], ...] = ()
     fp16_scales: bool = True
-    budget: int | None = None
     calibration: Calibration | None = None
     max_kl: float | None = MAX_KL
 

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from adaptrix_export.recipe.messages import refusal, shown
 from adaptrix_export.recipe.redistribute import CalibrationText
 from adaptrix_export.recipe.sections import Line, Section
 from adaptrix_export.recipe.words import Method, Scales
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-def _size(value: object) -> object:
-    """`100 MB` as a number of bytes."""
-    if isinstance(value, bool) or value is None or isinstance(value, int):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?B?)\s*", str(value), re.IGNORECASE)
-    unit = match[2].upper() if match else "?"
-    if match is None or unit not in _UNITS:
-        raise refusal(shown(value), "a size such as 100 MB", "KB, MB and GB are powers of 1000")
-    return int(float(match[1]) * _UNITS[unit])
-
 
 Bits = Literal[4, 8]
 
@@ -68,11 +52,6 @@ class Quantize(Section):
         description="The text that gptq looks at; auto is pydoc where the base has a tokenizer, "
         "else what the model itself writes. A part of it is only measured on.",
     )
-    budget: Annotated[int | None, BeforeValidator(_size)] = Field(
-        default=None, ge=1,
-        description="A size for the quantized weights, such as 100 MB: the modules that lose most "
-        "with 4 bits get 8, as long as they fit.",
-    )  # fmt: skip
     max_kl: float | None = Field(
         default=0.15, ge=0, allow_inf_nan=False,
         description="Nothing is published that is further than this, in nats a token, from the "

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from adaptrix_export.precision.blocks import Blocks, Spec, nearest, stacked, widened
+from adaptrix_export.precision.blocks import Blocks, Spec, nearest, stacked
 from adaptrix_export.precision.packing import packed_codes, packed_rows, packed_zeros, unpacked
 
 
@@ -71,12 +71,10 @@ def test_extreme_values_give_finite_scales(value: float) -> None:
     assert np.isfinite(made.scales.astype(np.float32)).all() and made.scales.all()
 
 
-def test_blocks_are_widened_and_stacked_without_a_change() -> None:
+def test_blocks_are_stacked_without_a_change() -> None:
     first, second = (nearest(random(3, 96, s), Spec(4, 96, False)) for s in (0, 1))
     both = stacked([first, second])
     assert np.array_equal(both.dequantized()[3:], second.dequantized())
-    assert np.array_equal(widened(both, 32).dequantized(), both.dequantized())
-    assert widened(both, 32).scales.shape == (6, 3)
 
 
 def _run(nodes: list[Any], constants: dict[str, Any], x: Any) -> Any:

@@ -50,7 +50,6 @@ def quantization(precision: Precision, wanted: Quantize, has_tokenizer: bool) ->
         keep=wanted.keep,
         overrides=tuple(wanted.bits.items()),
         fp16_scales=wanted.scales is Scales.FP16,
-        budget=wanted.budget,
         calibration=Calibration(source, text.tokens, text.length, text.seed),
         max_kl=wanted.max_kl,
     )
