@@ -115,6 +115,12 @@ class ManifestDocument(Document):
     weights: dict[str, list[Any]] = Field(
         description="Initializer or tensor name -> the expression over base tensors that made it."
     )
+    quantized: dict[str, dict[str, Any]] = Field(
+        default={}, description="Initializer of the float graph -> what is stored in its place."
+    )
+    kept_float: dict[str, str] = Field(
+        default={}, description="Matrices of a quantized graph that stay float, and why."
+    )
     switchable: SwitchableEntry | None = None
     parity: ParityEntry
 
@@ -190,6 +196,9 @@ class ReportDocument(Document):
     passed: bool
     versions: dict[str, str]
     context: GatesEntry | None = None
+    loss: dict[str, Any] | None = Field(
+        default=None, description="Of a quantized artifact, against the float model."
+    )
     adapters: dict[str, FactorsEntry] = {}
     adjustments: list[str] = []
     approximated: dict[str, dict[str, Any]] = {}

@@ -38,6 +38,12 @@ def summary(report: Mapping[str, Any]) -> str:
         for name, adapter in report.get("adapters", {}).items()
         if not adapter["passed"]
     ]
+    loss = report.get("loss", {})
+    if not loss.get("passed", True):
+        failed.append(
+            f"a loss of {shown_number(loss.get('mean_kl'))} nats a token against the float model, "
+            f"above quantize.max_kl {loss.get('max_kl')}"
+        )
     return "parity failed: " + "; ".join(failed)
 
 

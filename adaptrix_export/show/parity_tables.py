@@ -69,6 +69,8 @@ def table(report: Mapping[str, Any]) -> Table:
             "n/a" if bases["top1"] is None else f"{100 * bases['top1']:.2f}%",
             "for information",
         )
+    if "loss" in report:
+        _add_loss(shown, report["loss"])
     for check in report.get("context", {}).get("checks", ()):
         _add_gates(shown, check)
     if replay["failures"]:
@@ -77,6 +79,22 @@ def table(report: Mapping[str, Any]) -> Table:
         )
         shown.caption_style, shown.caption_justify = "red", "left"
     return shown
+
+
+def _add_loss(shown: Table, loss: Mapping[str, Any]) -> None:
+    """A row for what rounding cost, against the float model: of features a cosine."""
+    if "cosine" in loss:
+        shown.add_row(
+            "loss: least cosine", f"{loss['rows']} rows", f"{loss['least_cosine']}", "", "",
+            _verdict(loss["passed"]),
+        )  # fmt: skip
+        return
+    limit = "" if loss["max_kl"] is None else f" / {loss['max_kl']:g}"
+    shown.add_row(
+        "loss against the float model", str(loss["positions"]), "",
+        f"{shown_number(loss['mean_kl'])}{limit}", f"{100 * loss['top1']:.2f}%",
+        _verdict(loss["passed"]),
+    )  # fmt: skip
 
 
 def _add_gates(shown: Table, check: Mapping[str, Any]) -> None:

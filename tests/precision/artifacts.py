@@ -28,7 +28,7 @@ class Made:
 
 
 def quantized(
-    folder: Path, settings: Quantization, kind: str = "llama", frontend: str = "unchecked:native",
+    folder: Path, settings: Quantization, kind: str = "llama", frontend: str = "native",
     **base: Any,
 ) -> Made:  # fmt: skip
     """A random model with a LoRA merged in, quantized, in `folder`/out."""

@@ -20,8 +20,10 @@ from adaptrix_export.progress import Silent
 from adaptrix_export.prove.blocks import read_blocks, replay_blocks, values_of
 from adaptrix_export.prove.cases import CASES, compare
 from adaptrix_export.prove.quantized import FLOAT, run_quantized
+from adaptrix_export.prove.report import summary
 from adaptrix_export.prove.stored import open_stored
 from adaptrix_export.prove.subject import OnnxSubject
+from adaptrix_export.show.parity_tables import table
 from tests.precision.artifacts import TEXT, Made, quantized
 
 PREFILL = CASES[0]
@@ -49,6 +51,8 @@ def test_both_proofs_hold_and_the_loss_is_reported(rounded: Made) -> None:
     assert report["loss"]["perplexity"]["float"] > 200  # a random model of 300 tokens
     limited = run_quantized(replace(rounded.job, max_kl=1e-7, level="fast"), Silent())
     assert not limited["loss"]["passed"] and not limited["passed"]
+    assert "above quantize.max_kl 1e-07" in summary(limited)
+    assert table(report).row_count == len(report["cases"]) + 2  # the replay, and the loss
 
 
 @pytest.mark.slow

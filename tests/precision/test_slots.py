@@ -32,7 +32,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     out.mkdir()
     settings = Quantization("int4", 4, RTN)
     made = lower_switchable_onnx(
-        plan, out, Silent(), "unchecked:native", quantization=settings
+        plan, out, Silent(), "native", quantization=settings
     )  # fmt: skip
     text = loss_text(plan.base, TEXT)
     return Job(
