@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adaptrix_export.arch.tasks import GENERATION
 from adaptrix_export.errors import OutputError, UnsupportedError, VerificationError
 from adaptrix_export.graph.rewrite.slots import Slot, check_slots
 from adaptrix_export.load import Reading, open_adapter
@@ -29,12 +30,13 @@ from adaptrix_export.package import (
     read_manifest,
     write_manifest,
 )
-from adaptrix_export.plan import Plan
+from adaptrix_export.plan import Base, Plan
 from adaptrix_export.progress import Progress, Silent
 from adaptrix_export.prove.proof import ProofRequest, gates_of, proof_of, require_passed
 from adaptrix_export.prove.report import save
 from adaptrix_export.recipe.sections import AdapterSpec
 from adaptrix_export.runtime.adapters import FOLDER
+from adaptrix_export.save.hashes import FileHash
 from adaptrix_export.save.machine_paths import without_machine_paths
 from adaptrix_export.targets.switchable_onnx import TARGET, add_adapter_file
 
@@ -71,26 +73,20 @@ def add_adapter(
     """
     progress = progress or Silent()
     manifest = read_manifest(folder)
-    switchable = _switchable(folder, manifest)
+    switchable = switchable_part(folder, manifest)
     spec = AdapterSpec.model_validate({"source": adapter, **({"name": name} if name else {})})
     if spec.name in switchable["adapters"]:
         raise OutputError(
             f"{folder}: adapter {spec.name}", "exists", "a new name", "choose another --name"
         )
-    with progress.stage("hashes"):
-        problems = check_hashes(folder)
-    if problems:
-        raise VerificationError(
-            f"{folder}: {problems[0].file}", problems[0].found, problems[0].expected,
-            "build it again",
-        )  # fmt: skip
-    plan = _plan(manifest, spec, base)
+    check_artifact(folder, progress)
+    plan = plan_with(manifest, open_base_of(manifest, base), spec)
     slots = [Slot.from_dict(entry) for entry in switchable["slots"]]
     shares = {gate.site: gate.weight for gate in gates_of(manifest) if gate.weight is not None}
     version = switchable["model_version"]
     with addition(folder) as stage:
         check_finite(plan, progress)
-        inputs = _inputs(manifest, plan, progress)
+        inputs = input_entries(manifest, plan, progress)
         (stage / FOLDER).mkdir()
         entry, _ = add_adapter_file(stage, slots, plan.adapters[0], version, shares)
         report = _prove(folder, stage, manifest, plan, level, progress)
@@ -100,17 +96,16 @@ def add_adapter(
             names.append(f"{FOLDER}/{spec.name}.report.json")
             save(report, stage / names[-1])
         outputs = {file: hash_file(stage / file).as_dict() for file in names}
-        extended = _extended(manifest, spec, entry, outputs, inputs)
-        extended["energy"] = _with_energy(manifest, plan)
+        changed = extended(manifest, spec, plan, entry, outputs, inputs)
         if page is not None:
-            extended, pages = page(stage, folder, extended)
+            changed, pages = page(stage, folder, changed)
             names += pages
-        write_manifest(stage, extended)
+        write_manifest(stage, changed)
         install(stage, folder, [*names, MANIFEST])
     return Added(spec.name, folder / entry["file"], entry, report)
 
 
-def _switchable(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def switchable_part(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     if manifest["target"] != TARGET:
         raise UnsupportedError(
             str(folder), f"target {manifest['target']}", TARGET,
@@ -125,20 +120,36 @@ def _switchable(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     return switchable
 
 
-def _plan(manifest: Mapping[str, Any], spec: AdapterSpec, base: str | None) -> Plan:
-    """The base of the artifact with the new adapter alone."""
+def check_artifact(folder: Path, progress: Progress) -> None:
+    """Raises VerificationError if a file is not what the manifest says."""
+    with progress.stage("hashes"):
+        problems = check_hashes(folder)
+    if problems:
+        raise VerificationError(
+            f"{folder}: {problems[0].file}", problems[0].found, problems[0].expected,
+            "build it again",
+        )  # fmt: skip
+
+
+def open_base_of(manifest: Mapping[str, Any], base: str | None) -> Base:
+    """The base that the artifact was built from, by the recipe or where `base` says it is now."""
     recipe = manifest["recipe"]
     opened, _ = open_bases(
         base or recipe["base"],
         recipe.get("base_weights", AUTO),
         recipe.get("simulate"),
         None if base else recipe.get("original_base"),
-        task=recipe.get("task", "auto"),
-        adapters=[spec.source],
+        task=GENERATION,  # the only one with slots
     )
+    return opened
+
+
+def plan_with(manifest: Mapping[str, Any], base: Base, spec: AdapterSpec) -> Plan:
+    """The base of the artifact with the new adapter alone."""
+    recipe = manifest["recipe"]
     reading = Reading(recipe.get("allow_pickle", False), recipe["adaptrix_scaling"])
-    adapter = open_adapter(spec.source, opened, spec.name, reading)
-    plan = verify(fitted(Plan(opened, (adapter,)), recipe.get("on_mismatch", "error")))
+    adapter = open_adapter(spec.source, base, spec.name, reading)
+    plan = verify(fitted(Plan(base, (adapter,)), recipe.get("on_mismatch", "error")))
     check_slots(plan)
     return plan
 
@@ -150,10 +161,15 @@ def _with_energy(manifest: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     return {**own, **known, "before": {**known["before"], **own["before"]}}
 
 
-def _inputs(manifest: Mapping[str, Any], plan: Plan, progress: Progress) -> list[dict[str, object]]:
+def input_entries(
+    manifest: Mapping[str, Any],
+    plan: Plan,
+    progress: Progress,
+    hasher: Callable[[Path], FileHash] = hash_file,
+) -> list[dict[str, object]]:
     """The adapter's files, hashed; the base's must be those that the artifact was built from."""
     with progress.stage("originals"):
-        found = InputHashes(plan).result()
+        found = InputHashes(plan, hasher).result()
     known = {(entry["file"], entry["sha256"]) for entry in manifest["inputs"]}
     for item in found:
         if item.spec == plan.base.spec and (item.file, item.hash.sha256) not in known:
@@ -179,20 +195,28 @@ def _prove(
     """The report of the new adapter on the published graph. Raises ParityError if it is wrong."""
     if level == "off":
         return None
-    request = replace(
-        ProofRequest.of_manifest(folder, manifest),
-        weights={},  # the graph was proved before, and only the adapter is new
-        level=level,
-        adapter_folder=stage / FOLDER,
-    )
+    request = proof_request(folder, stage, manifest, level)
     report = proof_of(request, plan, progress)
     require_passed(report, str(folder), "nothing was added")
     return report
 
 
-def _extended(
+def proof_request(
+    folder: Path, stage: Path, manifest: Mapping[str, Any], level: str
+) -> ProofRequest:
+    """What is to be proved of adapters whose files are in `stage`."""
+    return replace(
+        ProofRequest.of_manifest(folder, manifest),
+        weights={},  # the graph was proved before, and only the adapters are new
+        level=level,
+        adapter_folder=stage / FOLDER,
+    )
+
+
+def extended(
     manifest: Mapping[str, Any],
     spec: AdapterSpec,
+    plan: Plan,
     entry: Mapping[str, Any],
     outputs: Mapping[str, Any],
     inputs: list[dict[str, object]],
@@ -208,4 +232,5 @@ def _extended(
         "switchable": switchable,
         "inputs": [*manifest["inputs"], *inputs],
         "outputs": {**manifest["outputs"], **outputs},
+        "energy": _with_energy(manifest, plan),
     }

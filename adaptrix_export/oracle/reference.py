@@ -225,7 +225,10 @@ class Reference:
         return {n for n, m in self._plain.named_modules() if hasattr(m, "get_base_layer")}
 
     def close(self) -> None:
-        """Gives the memory back, so that the artifact can be loaded in its place."""
+        """Gives the memory back, so that the artifact can be loaded in its place; a model that
+        somebody else holds, too, is without gates again."""
+        if self._gates:
+            self._gates.remove()
         self._model = self._plain = self._gates = None
         gc.collect()
 

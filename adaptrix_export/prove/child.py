@@ -55,9 +55,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     if job.target == "onnx-switchable":
         from adaptrix_export.prove.switched import run_switched
 
-        report = run_switched(job, progress)
-        told = {"target": job.target, "level": job.level, "task": job.task}
-        return {**report, **told, "versions": _versions(job.target)}
+        return described(run_switched(job, progress), job)
     if job.quantized:
         from adaptrix_export.prove.quantized import run_quantized
 
@@ -144,6 +142,12 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     }
 
 
+def described(report: dict[str, Any], job: Job) -> dict[str, Any]:
+    """The report of a switchable artifact with what was asked, and of which versions."""
+    told = {"target": job.target, "level": job.level, "task": job.task}
+    return {**report, **told, "versions": _versions(job.target)}
+
+
 def _versions(target: str) -> dict[str, str]:
     names = ["numpy", "peft", "torch", "transformers"]
     names += (
@@ -160,14 +164,22 @@ def _versions(target: str) -> dict[str, str]:
     return found
 
 
-def main(job_file: str, report_file: str) -> int:
-    """Runs the job in one file and leaves the report, or the error's parts, in the other."""
+def run_text(text: str, progress: Progress) -> dict[str, Any]:
+    """`run` of a job as the parent wrote it."""
+    return run(Job.from_json(text), progress)
+
+
+def main(
+    job_file: str, report_file: str, work: Callable[[str, Progress], dict[str, Any]] = run_text
+) -> int:
+    """Does the work that one file asks for, and leaves the report, or the error's parts, in the
+    other."""
     # Libraries print to standard output as they like; the parent reads only our own lines there.
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    job = Job.from_json(Path(job_file).read_text(encoding="utf-8"))
+    asked = Path(job_file).read_text(encoding="utf-8")
     try:
-        document = {"report": run(job, Lines(lines))}
+        document = {"report": work(asked, Lines(lines))}
     except Exception as error:
         failure = known(error)  # no memory, a full disk: said as such
         if failure is None:
@@ -179,4 +191,4 @@ def main(job_file: str, report_file: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1], sys.argv[2]))

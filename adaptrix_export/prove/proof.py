@@ -138,6 +138,11 @@ def proof_of(request: ProofRequest, plan: Plan, progress: Progress) -> dict[str,
     """
     with oracle_folders(plan) as folders:
         report = prove(request.job(plan, folders), progress)
+    return with_plan(report, plan)
+
+
+def with_plan(report: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """The report with what was adjusted and approximated before the adapters were lowered."""
     if plan.adjustments:
         report["adjustments"] = [str(adjustment) for adjustment in plan.adjustments]
     if plan.losses:

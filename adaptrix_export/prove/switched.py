@@ -72,12 +72,10 @@ def _report(job: Job, progress: Progress, scratch: Path) -> dict[str, Any]:
     """
     cases = select("onnx", job.level, job.task)
     names = list(dict.fromkeys(name for name, _ in job.adapters))
-    facts = facts_of(job)
-    entries_of = facts.get("slots") or facts.get("row_slots") or ()
-    slots = [Slot.from_dict(entry) for entry in entries_of]
+    facts, slots = facts_of(job), slots_of(job)
     answered: list[Answers] = []
     blocks: dict[str | None, OnBlocks] = {}
-    replayed, factors = _nothing(), dict[str, Any]()
+    replayed, factors = nothing_replayed(), dict[str, Any]()
     asked: Prompts | None = None
     for name in ([None] if job.weights else []) + names:
         own = tuple(pair for pair in job.adapters if pair[0] == name)
@@ -109,16 +107,26 @@ def _report(job: Job, progress: Progress, scratch: Path) -> dict[str, Any]:
         entries += _compared_twin(job, cases, asked, answered[0], progress)
     with progress.stage("artifact: loading"):
         subject = SwitchableSubject(job)
-    entries += _compared(job, cases, subject, asked, answered, progress)
+    entries += compared(job, cases, subject, asked, answered, progress)
     told: dict[str, Any] = {}
     if job.quantized:
         entries += _float_activations(job, cases, asked, answered, progress)
         told["loss"] = _losses(job, subject, blocks)
-    passed = replayed["passed"] and all(entry["passed"] for entry in (*entries, *factors.values()))
-    passed = passed and told.get("loss", {}).get("passed", True)
     if job.gates:
-        told["context"] = _compared_gates(job, subject, asked, answered)
-        passed = passed and told["context"]["passed"]
+        told["context"] = compared_gates(job, subject, asked, answered)
+    return report_of(job, asked, replayed, entries, factors, told)
+
+
+def report_of(
+    job: Job,
+    asked: Prompts,
+    replayed: Mapping[str, Any],
+    entries: list[dict[str, Any]],
+    factors: Mapping[str, Any],
+    told: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The report of what has been compared, passed if all of it did; `told` are more parts."""
+    parts = (replayed, *entries, *factors.values(), *told.values())
     return {
         "oracle": DEQUANTIZED * bool(job.quantized)
         + oracle_name(job.oracle, gated=bool(job.gates), apart=True),
@@ -129,8 +137,14 @@ def _report(job: Job, progress: Progress, scratch: Path) -> dict[str, Any]:
         "replay": replayed,
         "adapters": factors,
         **told,
-        "passed": bool(passed),
+        "passed": all(bool(part.get("passed", True)) for part in parts),
     }
+
+
+def slots_of(job: Job) -> list[Slot]:
+    """The slots of a graph, of rows or not."""
+    facts = facts_of(job)
+    return [Slot.from_dict(entry) for entry in facts.get("slots") or facts.get("row_slots") or ()]
 
 
 def _float_activations(
@@ -188,7 +202,7 @@ def row_values(job: Job, facts: Mapping[str, Any], name: str) -> dict[str, Any]:
     return values
 
 
-def _nothing() -> dict[str, Any]:
+def nothing_replayed() -> dict[str, Any]:
     worst = {"tensor": "", "ulps": 0.0}
     return {
         "tensors": 0, "elements": 0, "changed": 0, "worst": worst, "failed": 0, "failures": [],
@@ -215,7 +229,7 @@ def _compared_twin(
     return entries
 
 
-def _compared(
+def compared(
     job: Job,
     cases: Sequence[Case],
     subject: SwitchableSubject,
@@ -260,7 +274,7 @@ def _mixed(
     return found
 
 
-def _compared_gates(
+def compared_gates(
     job: Job, subject: SwitchableSubject, asked: Prompts, answered: Sequence[Answers]
 ) -> dict[str, Any]:
     """The report's `context`: the graph's function nodes, and each adapter's own gates.
