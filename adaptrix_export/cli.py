@@ -17,6 +17,7 @@ import click
 
 from adaptrix_export import __version__
 from adaptrix_export.commands.add_adapter import add_adapter
+from adaptrix_export.commands.batch import batch
 from adaptrix_export.commands.build import build
 from adaptrix_export.commands.compare import compare
 from adaptrix_export.commands.conflicts import conflicts
@@ -76,8 +77,8 @@ def main() -> None:
 
 
 COMMANDS = (
-    build, add_adapter, inspect, convert, redistribute, validate, conflicts, drift, verify, run,
-    report, compare, schema,
+    build, batch, add_adapter, inspect, convert, redistribute, validate, conflicts, drift, verify,
+    run, report, compare, schema,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

@@ -6,7 +6,7 @@ open base and adapters -> passes, each followed by the invariants
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from adaptrix_export.prove.proof import ProofRequest, proof_of, require_passed
 from adaptrix_export.prove.report import save
 from adaptrix_export.recipe import Recipe
 from adaptrix_export.recipe.words import ParityLevel, Target
-from adaptrix_export.save.hashes import InputHashes, hash_file
+from adaptrix_export.save.hashes import FileHash, InputHashes, hash_file
 from adaptrix_export.save.staging import publish, staging
 from adaptrix_export.show.write import stage_page
 from adaptrix_export.targets import TARGETS
@@ -55,8 +55,14 @@ class Outcome:
     measured: Mapping[str, Any] = field(default_factory=dict)  # by passes: sections of the report
 
 
-def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
+def build(
+    recipe: Recipe,
+    progress: Progress | None = None,
+    hasher: Callable[[Path], FileHash] = hash_file,
+) -> Outcome:
     """Build, prove and publish one artifact; nothing is published if anything fails.
+
+    `hasher` may know the hashes of inputs that several builds share.
 
     Raises InputError for what cannot be built, ParityError (with `.report`) for what was built
     and is not right, MachineError for a machine that gave up.
@@ -75,7 +81,7 @@ def build(recipe: Recipe, progress: Progress | None = None) -> Outcome:
         check_finite(opened, progress)
         plan = run_passes(passes_of(recipe, opened, context), opened)
         target.admit(plan)
-        inputs = InputHashes(opened)
+        inputs = InputHashes(opened, hasher)
         options = lower_options(recipe, plan)
         artifact = target.lower(plan, stage, progress, options)
         write_package(artifact, plan, tokenizer.folder)

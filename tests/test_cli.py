@@ -88,6 +88,7 @@ def test_the_module_runs() -> None:
 def test_the_commands_are_these() -> None:
     assert COMMANDS == [
         "add-adapter",
+        "batch",
         "build",
         "compare",
         "conflicts",

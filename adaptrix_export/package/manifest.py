@@ -93,7 +93,7 @@ def build_manifest(
             for i in inputs
         ],
         "outputs": {name: h.as_dict() for name, h in _read_back(artifact).items()},
-        "versions": {name: v for name in LIBRARIES if (v := _version(name)) is not None},
+        "versions": library_versions(),
         "history": list(plan.history),
         **({"composition": plan.composition.as_dict()} if plan.composition else {}),
         **({"fidelity": plan.measured["fidelity"]} if "fidelity" in plan.measured else {}),
@@ -228,6 +228,11 @@ def _read_back(artifact: Artifact) -> dict[str, FileHash]:
                 "check the disk and build again",
             )
     return found
+
+
+def library_versions() -> dict[str, str]:
+    """Of those libraries that decide what an artifact is, and that are installed."""
+    return {name: v for name in LIBRARIES if (v := _version(name)) is not None}
 
 
 def _version(distribution: str) -> str | None:

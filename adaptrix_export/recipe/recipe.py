@@ -55,6 +55,7 @@ from adaptrix_export.recipe.words import (
 )
 from adaptrix_export.recipe.yaml_reader import parse
 
+MATRIX = "matrix"  # the key of several builds; see `matrix.py`
 MAX_BYTES = 1_000_000  # of a recipe file; a long one is a few hundred
 
 
@@ -265,10 +266,14 @@ def make_recipe(
 
     `place` names the document in errors. Raises RecipeError.
     """
+    if MATRIX in document:
+        raise RecipeError(
+            f"{place}: {MATRIX}", "several builds", "one", f"run `adaptrix-export batch {place}`"
+        )
     changed = deepcopy(dict(document))
     origins: dict[str, str] = {}
     for key, value in (flags or {}).items():
-        _assign(changed, key, value)
+        assign(changed, key, value)
         origins[key] = f"--{key.partition('.')[0].removesuffix('s').replace('_', '-')}"
     settings = list(overrides)
     changed = with_overrides(changed, settings)
@@ -309,7 +314,7 @@ def with_overrides(document: Mapping[str, Any], assignments: Iterable[str]) -> d
         key = key.strip()
         if not equals or not key:
             raise RecipeError(f"--set {text}", "no key and value", "key=value")
-        _assign(changed, key, parse(value, f"--set {key}"))
+        assign(changed, key, parse(value, f"--set {key}"))
     return changed
 
 
@@ -325,12 +330,20 @@ def recipe_schema() -> dict[str, Any]:
         "anyOf": [{"type": "string"}, properties["compose"]],
         "description": "What becomes of several adapters: a method by name, or a section.",
     }
+    properties[MATRIX] = {
+        "type": "object",
+        "minProperties": 1,
+        "additionalProperties": {"type": "array", "minItems": 1},
+        "description": "For `batch`: one build for each combination of values, by key: "
+        "{precision: [fp32, int4], layers: [3, 5]}.",
+    }
     schema["required"].remove("adapters")
-    schema["oneOf"] = [{"required": ["adapters"]}, {"required": ["adapter"]}]
+    named: list[dict[str, Any]] = [{"required": ["adapters"]}, {"required": ["adapter"]}]
+    schema["oneOf"] = [*named, {"required": [MATRIX], "not": {"anyOf": named}}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:
+def assign(document: dict[str, Any], dotted: str, value: Any) -> None:
     """Set a value by its dotted key, in place; a number goes into a list."""
     *parents, last = dotted.split(".")
     if (parents or [last])[0] in ("adapter", "adapters"):
