@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 from click.testing import CliRunner
@@ -11,8 +10,9 @@ from click.testing import CliRunner
 from adaptrix_export import pipeline
 from adaptrix_export.cli import main
 from adaptrix_export.commands.batch import build_cell
-from adaptrix_export.manage.batch import BUILT, FAILED, THERE, Result, run_batch
+from adaptrix_export.manage.batch import BUILT, FAILED, THERE, run_batch
 from adaptrix_export.recipe.matrix import cells
+from tests.manage.dying import dies_the_first_time
 from tests.tiny import save_adapter, save_base
 
 
@@ -95,15 +95,6 @@ def test_two_builds_at_one_place_are_refused_before_any(model, tmp_path):
     done = CliRunner().invoke(main, ["batch", str(recipe), str(recipe)])
     assert done.exit_code == 2 and "a folder of its own" in done.output
     assert not (tmp_path / "out").exists()
-
-
-def dies_the_first_time(label, content):
-    """A `Work` for a process of a pool: it kills that process once for each label."""
-    marker = f"{content['out']}.tried"
-    if "always" in label or not os.path.exists(marker):
-        open(marker, "w").close()
-        os._exit(9)
-    return Result(label, str(content["out"]), BUILT)
 
 
 @pytest.mark.slow
