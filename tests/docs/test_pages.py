@@ -21,6 +21,7 @@ import yaml
 from adaptrix_export.cli import main
 from adaptrix_export.errors import RecipeError
 from adaptrix_export.recipe import load_recipe, make_recipe, recipe_schema
+from adaptrix_export.recipe.matrix import MATRIX, cells
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "pages"
@@ -146,6 +147,9 @@ def check_yaml(block: Block) -> None:
     method = document.get("compose", {})
     if isinstance(method, dict) and "calibration" in method:
         whole["adapters"] = sorted(method["calibration"])
+    if MATRIX in whole:
+        assert len(cells(whole, str(block))) > 1
+        return
     make_recipe(whole, str(block))
 
 

@@ -18,11 +18,11 @@ from adaptrix_export.errors import (
     UnsupportedError,
     VerificationError,
 )
-from adaptrix_export.manage import add_adapter as module
 from adaptrix_export.manage.add_adapter import add_adapter
 from adaptrix_export.manage.verify_artifact import verify_artifact
 from adaptrix_export.package import check_hashes
 from adaptrix_export.pipeline import build
+from adaptrix_export.prove import proof
 from adaptrix_export.runtime import Session
 from tests.artifacts import save_base_with_tokenizer
 from tests.switchable import recipe, save_three
@@ -129,7 +129,7 @@ def test_a_failed_proof_adds_nothing(built, out, monkeypatch):
     base, late, _ = built
     before, manifest = listing(out), (out / "manifest.json").read_bytes()
     failing = {"passed": False, "cases": [], "adapters": {}, "replay": {"passed": True}}
-    monkeypatch.setattr(module, "prove", lambda job, progress: {"oracle": "", **failing})
+    monkeypatch.setattr(proof, "prove", lambda job, progress: {"oracle": "", **failing})
     with pytest.raises(ParityError):
         add_adapter(out, str(late), "late", base=str(base))
     assert listing(out) == before and (out / "manifest.json").read_bytes() == manifest
