@@ -310,7 +310,7 @@ def test_the_schema_describes_every_field() -> None:
     schema = recipe_schema()
     assert schema["additionalProperties"] is False
     assert set(schema["required"]) == {"base", "target", "out"}
-    assert {*Recipe.model_fields, "adapter"} == set(schema["properties"])
+    assert {*Recipe.model_fields, "adapter", "matrix"} == set(schema["properties"])
     for section in (Recipe, AdapterSpec, Parity):
         for name, field in section.model_fields.items():
             assert field.description, f"{section.__name__}.{name}"
