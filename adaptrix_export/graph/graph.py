@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from adaptrix_export.graph.expression import Expression
+
+if TYPE_CHECKING:
+    import onnx_ir as ir  # with sympy, which takes longer to import than all that a merge needs
 
 
 @dataclass(frozen=True)
