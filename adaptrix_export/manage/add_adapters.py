@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from adaptrix_export import errors
 from adaptrix_export.errors import (
     AdaptrixError,
@@ -156,7 +158,7 @@ def _written(
         for source in group:
             name = source
             try:
-                spec = AdapterSpec.model_validate({"source": source})
+                spec = _named(source)
                 name = spec.name
                 if name in taken:
                     raise OutputError(
@@ -173,19 +175,20 @@ def _written(
                 yield _Candidate(spec, plan, folders, entry, inputs)
             except MachineError:
                 raise  # the next one would meet it, too
-            except (AdaptrixError, ValueError) as error:
-                outcome.left_out.append(LeftOut(name, source, _named(source, error)))
+            except AdaptrixError as error:
+                outcome.left_out.append(LeftOut(name, source, error))
             advance(1)
 
 
-def _named(source: str, error: AdaptrixError | ValueError) -> AdaptrixError:
-    """A source that has no name for an adapter fails pydantic's pattern: said in our words."""
-    if isinstance(error, AdaptrixError):
-        return error
-    return SourceError(
-        source, "no name for an adapter", "letters, digits, '.', '_' and '-'",
-        "add it by itself, with --name",
-    )  # fmt: skip
+def _named(source: str) -> AdapterSpec:
+    """The adapter of a source, named after it. Raises SourceError where that is no name."""
+    try:
+        return AdapterSpec.model_validate({"source": source})
+    except ValidationError as error:
+        raise SourceError(
+            source, "no name for an adapter", "letters, digits, '.', '_' and '-'",
+            "add it by itself, with --name",
+        ) from error  # fmt: skip
 
 
 def _proved(
