@@ -25,6 +25,8 @@ from adaptrix_export.commands.convert import convert
 from adaptrix_export.commands.drift import drift
 from adaptrix_export.commands.inspect import inspect
 from adaptrix_export.commands.options import AS_JSON, VERBOSITY, examples
+from adaptrix_export.commands.pull import pull
+from adaptrix_export.commands.push import push
 from adaptrix_export.commands.redistribute import redistribute
 from adaptrix_export.commands.report import report
 from adaptrix_export.commands.run import run
@@ -78,7 +80,7 @@ def main() -> None:
 
 COMMANDS = (
     build, batch, add_adapter, inspect, convert, redistribute, validate, conflicts, drift, verify,
-    run, report, compare, schema,
+    run, report, compare, push, pull, schema,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

@@ -17,8 +17,10 @@ from adaptrix_export.load.base_weights import note_of, open_bases
 from adaptrix_export.load.files.finite import check_finite
 from adaptrix_export.load.fit.invariants import verify
 from adaptrix_export.load.fit.mismatch import fitted
+from adaptrix_export.load.source import commit_of
 from adaptrix_export.measure.energy import energy
 from adaptrix_export.package import build_manifest, write_manifest, write_package
+from adaptrix_export.package.layout import laid_out
 from adaptrix_export.package.redistributed import keep_redistributed
 from adaptrix_export.package.tokenizer import choose_tokenizer
 from adaptrix_export.passes.context import pass_context
@@ -84,6 +86,7 @@ def build(
         inputs = InputHashes(opened, hasher)
         options = lower_options(recipe, plan)
         artifact = target.lower(plan, stage, progress, options)
+        artifact = laid_out(artifact, recipe.layout.value, opened.base.task)
         write_package(artifact, plan, tokenizer.folder)
         keep_redistributed(plan, artifact)
         report = prove_build(recipe, opened, plan, artifact, progress, options.quantization)
@@ -96,6 +99,7 @@ def build(
             parity="proved" if report else "unverified",
             report_sha256=hash_file(stage / REPORT).sha256 if report else None,
         )
+        manifest["revisions"] = revisions(opened)
         manifest["energy"] = energy(opened, plan)
         if recipe.report:
             manifest = stage_page(stage, manifest, report)
@@ -190,3 +194,10 @@ def notes(opened: Plan, plan: Plan, artifact: Artifact) -> tuple[str, ...]:
     adjustments = (str(adjustment) for adjustment in plan.adjustments)
     losses = map(str, plan.losses)
     return (*read_so, *losses, *note_of(plan.base), *untied, *beyond, *floats, *adjustments)
+
+
+def revisions(plan: Plan) -> dict[str, str]:
+    """The commit of every source that came from the hub, by how the recipe names it."""
+    sources = [(plan.base.spec, plan.base.folder), *((a.spec, a.folder) for a in plan.adapters)]
+    found = ((spec, commit_of(spec, folder)) for spec, folder in sources)
+    return {spec: commit for spec, commit in found if commit is not None}

@@ -95,6 +95,8 @@ def test_the_commands_are_these() -> None:
         "convert",
         "drift",
         "inspect",
+        "pull",
+        "push",
         "redistribute",
         "report",
         "run",
@@ -119,6 +121,7 @@ def test_each_flag_of_build_tells_the_words_it_takes() -> None:
         ("target", recipe_words.Target),
         ("frontend", recipe_words.Frontend),
         ("task", recipe_words.Task),
+        ("layout", recipe_words.Layout),
         ("provider", recipe_words.Provider),
         ("parity", recipe_words.ParityLevel),
         ("adaptrix_scaling", recipe_words.AdaptrixScaling),
@@ -310,7 +313,7 @@ class FakeSession:
         self.used = adapter
 
     def stats(self) -> dict[str, Any]:
-        return {"adapter": self.used, "provider": self.provider}
+        return {"adapter": self.used, "provider": self.provider, "tokens": {}}
 
     def stream(self, asked: Any, *rest: Any, **how: Any) -> Any:
         if isinstance(asked, str):
@@ -331,14 +334,17 @@ def test_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert invoke("run", "art", "--prompt", "hi").stdout == "a b\n"
     done = invoke("run", "art", "--prompt", "hi", "--max-new-tokens", "3", "--json")
     answer = {"prompt": "hi", "text": "<2><2><2>", "tokens": [2, 2, 2]}
-    assert json.loads(done.stdout) == {**answer, "stats": {"adapter": {}, "provider": "auto"}}
+    assert json.loads(done.stdout) == {
+        **answer,
+        "stats": {"adapter": {}, "provider": "auto", "tokens": {}},
+    }
     mix = ("--adapter", "a=0.5", "--adapter", "b", "--provider", "cpu")
     drawn = invoke(
         "run", "art", "--prompt", "hi", "--max-new-tokens", "1", "--json", *mix,
         "--temperature", "0.7", "--seed", "9",
     )  # fmt: skip
     assert json.loads(drawn.stdout)["tokens"] == [2, 9]
-    used = {"adapter": {"a": 0.5, "b": 1.0}, "provider": "cpu"}
+    used = {"adapter": {"a": 0.5, "b": 1.0}, "provider": "cpu", "tokens": {}}
     assert json.loads(drawn.stdout)["stats"] == used
     assert invoke("run", "art", "--prompt", "hi", "--adapter", "a=x").exit_code == 2
     assert invoke("run", "art", "--prompt", "hi", "--max-new-tokens", "0").exit_code == 2
@@ -437,3 +443,50 @@ def test_bars_on_a_terminal() -> None:
         ("count", True),
         ("wait", True),
     ]
+
+
+class Talker:
+    """A session that answers with the prompt, backwards."""
+
+    def __init__(self, folder: object, provider: str = "auto") -> None:
+        self.made = 0
+
+    def use(self, chosen: object) -> None:
+        pass
+
+    def stats(self) -> dict[str, Any]:
+        return {"tokens": {"merged": self.made}}
+
+    def stream(self, prompt: str, count: int, chat: bool, sampling: object) -> list[str]:
+        self.made += len(prompt)
+        return list(reversed(prompt))
+
+    def generate(self, prompt: str, count: int, chat: bool, sampling: object) -> str:
+        return "".join(self.stream(prompt, count, chat, sampling))
+
+
+@pytest.fixture
+def talker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adaptrix_export.runtime.Session", Talker)
+
+
+@pytest.mark.usefixtures("talker")
+def test_run_asks_until_an_empty_line() -> None:
+    done = CliRunner().invoke(main, ["run", "x"], input="abc\nde\n\nnever\n")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.split() == ["cba", "ed"]
+    assert CliRunner().invoke(main, ["run", "x"], input="abc\n").stdout.split() == ["cba"]
+
+
+@pytest.mark.usefixtures("talker")
+def test_run_takes_prompts_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("abc\n\nde\n", encoding="utf-8")
+    done = invoke("run", "x", "--prompts", str(file))
+    assert done.stdout.splitlines() == ["> abc", "cba", "> de", "ed"]
+    told = json.loads(invoke("run", "x", "--prompts", str(file), "--json").stdout)
+    assert [answer["text"] for answer in told["answers"]] == ["cba", "ed"]
+    file.write_text("\n")
+    assert invoke("run", "x", "--prompts", str(file)).exit_code == 2
+    assert invoke("run", "x", "--prompts", str(file), "--prompt", "y").exit_code == 2
+    assert invoke("run", "x", "--json").exit_code == 2

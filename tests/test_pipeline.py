@@ -50,7 +50,9 @@ def test_a_right_build_is_published_whole(tmp_path, llama, target):
     assert cases == {"prefill", "greedy decode"} | (padded if target == "onnx" else set())
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest == outcome.manifest and manifest["parity"]["verdict"] == "proved"
-    assert {*manifest["outputs"], "manifest.json"} == set(listing(tmp_path / "out"))
+    files = (p for p in (tmp_path / "out").rglob("*") if p.is_file())
+    names = {p.relative_to(tmp_path / "out").as_posix() for p in files}
+    assert {*manifest["outputs"], "manifest.json"} == names
     assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()
     assert listing(tmp_path) == ["out"]
 
@@ -164,10 +166,10 @@ def test_verify_finds_what_changed(tmp_path, llama):
     with pytest.raises(VerificationError, match="another file than the artifact was built from"):
         verify_artifact(out, base=str(llama[0]), adapters=[str(other)])
     assert verify_artifact(out)["note"].startswith("parity was not checked again")
-    data = bytearray((out / "model.onnx.data").read_bytes())
+    data = bytearray((out / "onnx/model.onnx_data").read_bytes())
     data[len(data) // 2] ^= 1
-    (out / "model.onnx.data").write_bytes(data)
-    with pytest.raises(VerificationError, match=r"model.onnx.data: sha256"):
+    (out / "onnx/model.onnx_data").write_bytes(data)
+    with pytest.raises(VerificationError, match=r"onnx/model.onnx_data: sha256"):
         verify_artifact(out)
 
 

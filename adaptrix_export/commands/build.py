@@ -46,6 +46,7 @@ from adaptrix_export.show import failures
 @click.option(
     "--pooling", metavar="none|auto|mean|cls|lasttoken|...", help="One vector a text, for encoders."
 )
+@click.option("--layout", metavar="hub|flat", help="Where the graphs lie in the folder.")
 @click.option("--provider", metavar="cpu", help="Execution provider that the graph is made for.")
 @click.option("--precision", metavar="auto|fp32|int8|int4", help="Number format of the weights.")
 @click.option(

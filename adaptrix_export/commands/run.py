@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adaptrix_export.commands.options import examples, shared_options
 from adaptrix_export.show import failures
+
+if TYPE_CHECKING:
+    from adaptrix_export.runtime import Sampling, Session
+
+log = logging.getLogger("adaptrix_export.run")
 
 
 @click.command(
@@ -19,10 +27,20 @@ from adaptrix_export.show import failures
         'run build/switchable --adapter sql --temperature 0.7 --seed 1 --prompt "Show all"',
         'run ./clamped --prompt "The with statement" --context-stats',
         'run build/smollm2-pydoc --prompt "What does yield do?" --chat --max-new-tokens 100',
+        "run build/smollm2-pydoc --prompts questions.txt --json",
+        "run build/smollm2-pydoc --chat",
     ),
 )
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--prompt", required=True, help="The text to continue, or to answer with --chat.")
+@click.option(
+    "--prompt", help="The text to continue, or to answer with --chat; without it, one is asked for."
+)
+@click.option(
+    "--prompts",
+    "file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A file with a prompt in each line, answered one after the other.",
+)
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
 @click.option(
     "--context-stats", is_flag=True, help="Show how far the gates were open, site by site."
@@ -43,20 +61,83 @@ from adaptrix_export.show import failures
 )  # fmt: skip
 @shared_options
 def run(
-    artifact: Path, prompt: str, max_new_tokens: int, context_stats: bool, chat: bool,
-    adapters: tuple[str, ...], provider: str, as_json: bool, **sampling: Any,
+    artifact: Path, prompt: str | None, file: Path | None, max_new_tokens: int,
+    context_stats: bool, chat: bool, adapters: tuple[str, ...], provider: str, as_json: bool,
+    **sampling: Any,
 ) -> None:  # fmt: skip
-    """Generate text from a published ARTIFACT on ONNX Runtime, greedily or drawn."""
+    """Generate text from a published ARTIFACT on ONNX Runtime, greedily or drawn.
+
+    Without a prompt it asks for one, again and again, until an empty line or Ctrl-D. -v tells how
+    many tokens a second were made.
+    """
     from adaptrix_export.runtime import Sampling, Session
 
+    if prompt is not None and file is not None:
+        raise click.UsageError("--prompt and --prompts exclude each other.")
     how = Sampling(**sampling)
     session = Session(artifact, provider=provider)
     session.use(_selection(adapters))
-    if not as_json and not context_stats:
-        for piece in session.stream(prompt, max_new_tokens, chat, sampling=how):
-            click.echo(piece, nl=False)  # click flushes
-        click.echo()
+    one = prompt if file is None else None
+    if one is None and (as_json or context_stats) and file is None:
+        raise click.UsageError("--json and --context-stats need --prompt or --prompts.")
+    if one is not None and (as_json or context_stats):
+        _one_whole(session, one, max_new_tokens, chat, how, as_json, context_stats)
         return
+    prompts = [one] if one is not None else _lines(file) if file is not None else _asked()
+    if as_json:
+        answers = [
+            {"prompt": text, "text": session.generate(text, max_new_tokens, chat, sampling=how)}
+            for text in prompts
+        ]
+        failures.print_json({"answers": answers, "stats": session.stats()})
+        return
+    for text in prompts:
+        if file is not None:
+            click.echo(f"> {text}")
+        _spoken(session, text, max_new_tokens, chat, how)
+
+
+def _lines(file: Path) -> list[str]:
+    """The prompts of a file; empty lines are none."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"{file} is not UTF-8 ({error})", param_hint="--prompts") from None
+    found = [line for line in text.splitlines() if line.strip()]
+    if not found:
+        raise click.BadParameter(f"{file} has no prompt in it", param_hint="--prompts")
+    return found
+
+
+def _asked() -> Iterator[str]:
+    """What a person types, until an empty line or the end of the input."""
+    while True:
+        try:
+            text = click.prompt(">", prompt_suffix=" ", default="", show_default=False, err=True)
+        except click.Abort:  # Ctrl-D, or the end of a pipe
+            return
+        if not text.strip():
+            return
+        yield text
+
+
+def _spoken(session: Session, prompt: str, count: int, chat: bool, how: Sampling) -> None:
+    """One answer, piece by piece, and its speed in the log."""
+    before = sum(session.stats()["tokens"].values())
+    start = time.perf_counter()
+    for piece in session.stream(prompt, count, chat, sampling=how):
+        click.echo(piece, nl=False)  # click flushes
+    click.echo()
+    seconds = time.perf_counter() - start
+    made = sum(session.stats()["tokens"].values()) - before
+    log.info("%d tokens in %.2f s, %.1f a second", made, seconds, made / seconds)
+
+
+def _one_whole(
+    session: Session, prompt: str, max_new_tokens: int, chat: bool, how: Sampling, as_json: bool,
+    context_stats: bool,
+) -> None:  # fmt: skip
+    """One answer with its tokens and, if asked for, the statistics of its gates."""
     words = session.tokenizer
     asked = words.encode_chat(prompt) if chat else words.encode(prompt)
     tokens = session.generate_ids(asked, max_new_tokens, sampling=how)

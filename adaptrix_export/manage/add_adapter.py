@@ -91,7 +91,7 @@ def add_adapter(
         entry, _ = add_adapter_file(stage, slots, plan.adapters[0], version, shares)
         report = _prove(folder, stage, manifest, plan, level, progress)
         entry["parity"] = "proved" if report else "unverified"
-        names = [entry["file"]]
+        names = [entry["file"], entry["safetensors"]]
         if report:
             names.append(f"{FOLDER}/{spec.name}.report.json")
             save(report, stage / names[-1])

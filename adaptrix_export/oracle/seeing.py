@@ -17,6 +17,7 @@ from adaptrix_export.arch.inputs import drawn
 from adaptrix_export.arch.pieces import DECODER, EMBEDDING, VISION
 from adaptrix_export.oracle.compare import Logits
 from adaptrix_export.oracle.translated import Source
+from adaptrix_export.runtime.layout import located
 
 BEFORE, AFTER = 5, 12  # tokens of text on either side of an image
 IMAGE_TOKEN = "image_token"  # noqa: S105  # the name of an array, no password
@@ -84,7 +85,9 @@ class OnnxSeeing:
         if threads is not None:
             options.intra_op_num_threads = threads
         self._embedding, self._vision, self._decoder = (
-            ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
+            ort.InferenceSession(
+                str(located(folder, file)), options, providers=["CPUExecutionProvider"]
+            )
             for file in (EMBEDDING, VISION, DECODER)
         )
 

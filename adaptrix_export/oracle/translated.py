@@ -20,6 +20,7 @@ from adaptrix_export.errors import ParityError
 from adaptrix_export.oracle.compare import Logits
 from adaptrix_export.oracle.encoded import padded_rows
 from adaptrix_export.oracle.prompts import Prompts
+from adaptrix_export.runtime.layout import located
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
 _PAST = "past_key_values."
@@ -101,7 +102,9 @@ class OnnxTranslator:
         if threads is not None:
             options.intra_op_num_threads = threads
         self._encoder, self._decoder = (
-            ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
+            ort.InferenceSession(
+                str(located(folder, file)), options, providers=["CPUExecutionProvider"]
+            )
             for file in (ENCODER, DECODER)
         )
 

@@ -17,6 +17,7 @@ from adaptrix_export.arch.inputs import drawn
 from adaptrix_export.arch.pieces import Piece, pieces_of
 from adaptrix_export.oracle.compare import Logits
 from adaptrix_export.oracle.translated import Source
+from adaptrix_export.runtime.layout import located
 
 ROWS = 3  # of a batch
 
@@ -86,7 +87,9 @@ class OnnxWhole:
 
         if piece.file not in self._sessions:
             self._sessions[piece.file] = ort.InferenceSession(
-                str(self._folder / piece.file), self._options, providers=["CPUExecutionProvider"]
+                str(located(self._folder, piece.file)),
+                self._options,
+                providers=["CPUExecutionProvider"],
             )
         session = self._sessions[piece.file]
         known = {value.name for value in session.get_inputs()}

@@ -10,11 +10,15 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from adaptrix_export.arch.tasks import FEATURES
+from adaptrix_export.arch.tasks import GENERATION as GENERATES
 from adaptrix_export.load.tokenizer_files import PROCESSOR_FILES, TOKENIZER, TOKENIZER_CONFIG
+from adaptrix_export.package.browser import browser_config
 from adaptrix_export.package.genai import GRAPH, genai_config, token_ids
 from adaptrix_export.package.model_config import portable_config
 from adaptrix_export.package.sentence import copy_sentence_files
 from adaptrix_export.package.tokenizer import tokenizer_files
+from adaptrix_export.package.tokenizer_config import make_tokenizer_portable
+from adaptrix_export.runtime.layout import located
 
 if TYPE_CHECKING:
     from adaptrix_export.plan import Base, Plan
@@ -60,11 +64,14 @@ def write_package(artifact: Artifact, plan: Plan, tokenizer: Path | None = None)
             copy_sentence_files(base.folder, stage)
         if is_graph:
             _complete_tokenizer(tokenizer or base.folder, stage)
+    if is_graph:
+        make_tokenizer_portable(stage, decoder=base.task == GENERATES)
     if is_graph or base.gguf_file is not None:
         _write_generation(stage, base.config)
     _write_config(artifact, base, is_graph)
-    if is_graph and (stage / GRAPH).exists():
-        genai = genai_config(stage / GRAPH, _read(stage / CONFIG), _read(stage / GENERATION))
+    graph = located(stage, GRAPH)
+    if is_graph and graph.exists():
+        genai = genai_config(stage, graph, _read(stage / CONFIG), _read(stage / GENERATION))
         if genai is not None:
             _write(stage / GENAI, genai)
 
@@ -88,6 +95,7 @@ def _write_config(artifact: Artifact, base: Base, is_graph: bool) -> None:
     if is_graph or base.gguf_file is not None:
         dtype = DTYPES.get(artifact.precision)
         config = portable_config(base.config, dtype) | dict(artifact.config_changes)
+        config |= browser_config(artifact.folder)
         if base.gguf_file is not None:
             config = {k: v for k, v in config.items() if k not in _CONFIG_PATH_KEYS}
         _write(path, config)

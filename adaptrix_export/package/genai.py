@@ -54,12 +54,12 @@ _Shape = tuple[Any, ...]  # of ints and symbolic dimensions
 
 
 def genai_config(
-    graph: Path, config: Mapping[str, Any], generation: Mapping[str, Any]
+    folder: Path, graph: Path, config: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """The configuration of the decoder in `graph`; None without a KV cache, or with `adapter_ids`.
 
-    `config` is the model's config.json, `generation` its generation_config.json. Input and output
-    names come from the graph itself.
+    `graph` lies in `folder`, which genai opens; `config` is the model's config.json, `generation`
+    its generation_config.json. Input and output names come from the graph itself.
     """
     inputs, outputs = _interface(graph)
     cache_shape = inputs.get(f"{_PAST}0.key")
@@ -70,7 +70,7 @@ def genai_config(
     names = {name: name for name in inputs if not name.startswith(_PAST)}
     _, kv_heads, _, head_size = cache_shape
     decoder = {
-        "filename": graph.name,
+        "filename": graph.relative_to(folder).as_posix(),
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "head_size": head_size,
         "hidden_size": _first(text, WIDTH_KEYS),

@@ -18,6 +18,7 @@ from adaptrix_export.oracle.reference import Reference
 from adaptrix_export.plan import clamp_slope
 from adaptrix_export.prove.cases import feed, padded_batch
 from adaptrix_export.prove.subject import OnnxSubject, Subject
+from adaptrix_export.runtime.layout import located
 
 _WIDEST = 2**18  # outputs of a module
 
@@ -124,7 +125,9 @@ def function_nodes(job: Job) -> dict[str, Any]:
     import onnx_ir as ir
 
     wanted = {gate.site: gate for gate in job.gates if gate.depends_on_data}
-    found = {n.name: n for n in ir.load(job.artifact / "model.onnx").graph if n.domain == DOMAIN}
+    found = {
+        n.name: n for n in ir.load(located(job.artifact, "model.onnx")).graph if n.domain == DOMAIN
+    }
     passed = wanted.keys() == found.keys() and all(
         _is_node_of(gate, found[site]) for site, gate in wanted.items()
     )

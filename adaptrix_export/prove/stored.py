@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptrix_export.errors import ParityError
+from adaptrix_export.runtime.layout import ONNX_FOLDER
 
 Stored = NDArray[Any]
 
@@ -77,7 +78,9 @@ def _open_onnx(folder: Path) -> StoredTensors:
             if constant is None:
                 raise ParityError(file, f"initializer {name!r} has no values")
             if isinstance(constant, ir.ExternalTensor):
-                _check_extent(inside(folder, str(constant.location)), constant, name)
+                _check_extent(
+                    inside((folder / file).parent, str(constant.location)), constant, name
+                )
                 place = (constant.location, constant.offset, tuple(constant.shape.numpy()))
                 if places.setdefault(name, place) != place:
                     raise ParityError(file, f"another initializer {name!r} than the other graph's")
@@ -87,7 +90,9 @@ def _open_onnx(folder: Path) -> StoredTensors:
 
 def _graphs(folder: Path) -> list[str]:
     """Every graph of an artifact: one, or one for each part of the model."""
-    return sorted(path.name for path in folder.glob("*.onnx")) or ["model.onnx"]
+    places = [*folder.glob("*.onnx"), *(folder / ONNX_FOLDER).glob("*.onnx")]
+    names = sorted(path.relative_to(folder).as_posix() for path in places)
+    return names or ["model.onnx"]
 
 
 def _check_extent(path: Path, tensor: Any, name: str) -> None:

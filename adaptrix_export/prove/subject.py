@@ -14,6 +14,7 @@ from adaptrix_export.oracle.compare import Ids, Logits
 from adaptrix_export.oracle.job import Job
 from adaptrix_export.runtime.adapters import FOLDER, SUFFIX
 from adaptrix_export.runtime.graph import ADAPTER_IDS, GRAPH
+from adaptrix_export.runtime.layout import located
 
 CONTEXT = "context."  # how the outputs begin that tell of gates
 _PAST = "past_key_values."
@@ -59,10 +60,11 @@ class OnnxSubject:
         options = ort.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
-        graph: str | bytes = str(folder / file)
+        path = located(folder, file)
+        graph: str | bytes = str(path)
         if accuracy_level is not None:
-            graph = with_accuracy_level(folder / file, accuracy_level)
-            options.add_session_config_entry(EXTERNAL_FOLDER, str(folder))
+            graph = with_accuracy_level(path, accuracy_level)
+            options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent))
         self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self.statistics: dict[str, list[float]] = {}  # of the gates, in the last step

@@ -39,6 +39,7 @@ from adaptrix_export.prove.replay import replay
 from adaptrix_export.prove.stored import open_stored
 from adaptrix_export.prove.subject import OnnxSubject, SwitchableSubject, adapter_values
 from adaptrix_export.runtime.graph import SLOTLESS
+from adaptrix_export.runtime.layout import located
 from adaptrix_export.runtime.stamps import FACTS
 
 BASE = "base alone"
@@ -185,7 +186,7 @@ def facts_of(job: Job) -> dict[str, Any]:
     """What the graph's metadata says of its slots."""
     import onnx_ir as ir
 
-    text = ir.load(job.artifact / "model.onnx").metadata_props.get(FACTS, "{}")
+    text = ir.load(located(job.artifact, "model.onnx")).metadata_props.get(FACTS, "{}")
     return dict(json.loads(text))
 
 

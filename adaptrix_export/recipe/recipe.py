@@ -44,6 +44,7 @@ from adaptrix_export.recipe.words import (
     AdaptrixScaling,
     BaseWeights,
     Frontend,
+    Layout,
     OnMismatch,
     Pooling,
     Precision,
@@ -110,6 +111,12 @@ class Recipe(Section):
         default=Pooling.NONE,
         description="For feature-extraction with onnx: one vector a row as a further output, "
         "sentence_embedding; by a name of sentence-transformers, or auto: as the base does it.",
+    )
+    layout: Layout = Field(
+        default=Layout.HUB,
+        description="Where graphs lie: hub, onnx/model.onnx with onnx/model.onnx_data, which "
+        "transformers.js, optimum, sentence-transformers and onnxruntime-genai open as it is; "
+        "flat, model.onnx with model.onnx.data in the folder itself.",
     )
     provider: Provider = Field(
         default=Provider.CPU, description="The execution provider that the graph is made for."

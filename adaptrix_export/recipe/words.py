@@ -72,6 +72,11 @@ class Pooling(_Word):
     LASTTOKEN = "lasttoken"
 
 
+class Layout(_Word):
+    HUB = "hub"
+    FLAT = "flat"
+
+
 class Provider(_Word):
     CPU = "cpu"
 

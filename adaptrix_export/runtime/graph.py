@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptrix_export.errors import SourceError
+from adaptrix_export.runtime.layout import located
 from adaptrix_export.runtime.providers import AUTO, absent, wanted
 from adaptrix_export.runtime.requirement import check_runtime
 from adaptrix_export.runtime.stamps import FACTS
@@ -59,7 +60,7 @@ class AdapterSlot:
 
 def _refuse_others(folder: Path) -> None:
     """Raise SourceError for what does something else than generate, whatever its outputs are."""
-    kind = "an encoder-decoder" if (folder / ENCODER).is_file() else None
+    kind = "an encoder-decoder" if located(folder, ENCODER).is_file() else None
     config = folder / "config.json"
     if kind is None and config.is_file():
         names = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
@@ -82,7 +83,7 @@ class DecoderGraph:
     def __init__(
         self, folder: Path, threads: int = 0, provider: str = AUTO, file: str = GRAPH
     ) -> None:
-        path = folder / file
+        path = located(folder, file)
         _refuse_others(folder)
         if not path.is_file():
             raise SourceError(

@@ -31,7 +31,7 @@ from adaptrix_export.runtime.providers import AUTO
 from adaptrix_export.runtime.running import Run
 from adaptrix_export.runtime.sampling import GREEDY, Sampler, Sampling
 from adaptrix_export.runtime.selection import Choice, Selection, resolved
-from adaptrix_export.runtime.statistics import Statistics
+from adaptrix_export.runtime.statistics import MERGED, Statistics
 from adaptrix_export.runtime.tokenizer import TextTokenizer
 
 
@@ -106,7 +106,7 @@ class Session:
 
     def stats(self) -> dict[str, Any]:
         """Requests, switch times and memory of adapters; see `Statistics.as_dict`."""
-        return self._statistics.as_dict(self._store.loaded, self._current.label)
+        return self._statistics.as_dict(self._store.loaded, self._label(self._current))
 
     def context(
         self, ids: Sequence[int], adapter: Selection | Current = CURRENT
@@ -232,12 +232,17 @@ class Session:
             return self._current
         return resolved(adapter, self._graph, self._store)
 
+    def _label(self, choice: Choice) -> str:
+        """What statistics call it: a graph without slots and rows never runs the base alone."""
+        switchable = self._graph.slots or self._graph.rows
+        return choice.label if switchable else MERGED
+
     def _start(self, choice: Choice, batch: int, capacity: int) -> tuple[Run, str]:
         ids = choice.row_ids(batch) if self._graph.takes_ids else None
-        self._statistics.request(choice.label)
+        self._statistics.request(self._label(choice))
         factors = choice.factors()
         graph = self._graph if factors or self._twin is None else self._twin
-        return Run(graph, batch, capacity, factors, ids), choice.label
+        return Run(graph, batch, capacity, factors, ids), self._label(choice)
 
     def _decode(
         self,

@@ -10,6 +10,7 @@ from typing import Any
 from adaptrix_export.runtime.adapters import Loaded, log
 
 BASE = "base"  # what requests without an adapter are counted under
+MERGED = "merged"  # and those of a graph that has its adapters in its weights
 
 
 class Statistics:

@@ -6,14 +6,18 @@ in the gaps between its fields. Schema: onnxruntime/lora/adapter_format/adapter_
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import flatbuffers
 import numpy as np
 
 from adaptrix_export.plan import Array
+from adaptrix_export.runtime.adapters import FOLDER
 from adaptrix_export.runtime.stamps import adapter_version
+from adaptrix_export.save.safetensors_file import write_safetensors
 from adaptrix_export.save.writer import HashingWriter
 
 FORMAT_VERSION = 1
@@ -45,6 +49,39 @@ def write_adapter(path: Path, values: Mapping[str, Array], model_version: int) -
     with HashingWriter(path) as out:
         out.write(bytes(builder.Output()))
         return version, out.hexdigest
+
+
+@dataclass(frozen=True)
+class _Values:
+    """A `Tensor` whose values are in memory already."""
+
+    name: str
+    values: Array
+    dtype: str = "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(size) for size in self.values.shape)
+
+    def read(self) -> Array:
+        return self.values
+
+    def rows(self, start: int, stop: int) -> Array:
+        return self.values[start:stop]
+
+
+def write_web_adapter(
+    folder: Path, name: str, values: Mapping[str, Array], model_version: int
+) -> str:
+    """The same tensors as safetensors, which a browser reads; returns the file's name in `folder`.
+
+    Its metadata is one key, because the order of several is not the same in every writer.
+    """
+    file = f"{FOLDER}/{name}.safetensors"
+    stamps = {"adapter_version": adapter_version(values), "model_version": model_version}
+    tensors = {key: _Values(key, np.asarray(v, "<f4")) for key, v in values.items()}
+    write_safetensors(folder / file, tensors, {"adaptrix": json.dumps(stamps, sort_keys=True)})
+    return file
 
 
 def _parameter(builder: flatbuffers.Builder, name: str, values: Array) -> int:

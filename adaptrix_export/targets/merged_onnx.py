@@ -20,6 +20,7 @@ from adaptrix_export.graph.rewrite.facts import state_facts
 from adaptrix_export.graph.rewrite.gates import Factor, wire_gates
 from adaptrix_export.graph.rewrite.opset import lower_opset
 from adaptrix_export.graph.rewrite.pooling import wire_pooling
+from adaptrix_export.graph.rewrite.portable import make_portable
 from adaptrix_export.load.files.tensors import DTYPES
 from adaptrix_export.merge.merge import merged, plain_blocks
 from adaptrix_export.passes.quantize.quantizing import quantizing
@@ -90,6 +91,7 @@ def write_model(model: ir.Model, base: Base, path: Path) -> str:
     """Write the graph, after `write_data`; returns the sha256."""
     model.graph.name = base.architecture.model_type
     lower_opset(model)
+    make_portable(model)
     with HashingWriter(path) as out:
         out.write(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
         return out.hexdigest

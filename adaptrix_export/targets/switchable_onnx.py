@@ -37,7 +37,7 @@ from adaptrix_export.progress import Progress
 from adaptrix_export.runtime.adapters import FOLDER, SUFFIX
 from adaptrix_export.runtime.graph import SLOTLESS
 from adaptrix_export.runtime.stamps import model_version
-from adaptrix_export.targets.adapter_file import write_adapter
+from adaptrix_export.targets.adapter_file import write_adapter, write_web_adapter
 from adaptrix_export.targets.artifact import Artifact
 from adaptrix_export.targets.merged_onnx import (
     DATA,
@@ -148,6 +148,7 @@ def add_adapter_file(
     stamp, digest = write_adapter(folder / file, values, version)
     entry = {
         "file": file,
+        "safetensors": write_web_adapter(folder, adapter.name, values, version),
         "version": stamp,
         "parameters": adapter.parameters,
         "values": sum(int(array.size) for array in values.values()),

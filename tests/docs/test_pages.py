@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "pages"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(PAGES.rglob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-LANGUAGES = {"sh", "python", "yaml", "text", "diff", "json"}
+LANGUAGES = {"sh", "python", "yaml", "text", "diff", "json", "js"}
 # What a recipe needs beside the section that a block shows.
 REST = {"base": "./base", "adapters": ["./lora"], "target": "onnx", "out": "./out"}
 

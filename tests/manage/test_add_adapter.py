@@ -24,6 +24,7 @@ from adaptrix_export.package import check_hashes
 from adaptrix_export.pipeline import build
 from adaptrix_export.prove import proof
 from adaptrix_export.runtime import Session
+from adaptrix_export.runtime.layout import located
 from tests.artifacts import save_base_with_tokenizer
 from tests.switchable import recipe, save_three
 from tests.tiny import live, save_adapter, save_base
@@ -54,7 +55,7 @@ def listing(folder):
 @pytest.mark.parametrize("level", ["off", pytest.param("fast", marks=pytest.mark.slow)])
 def test_an_adapter_is_added_beside_the_others(built, out, level):
     base, late, _ = built
-    graph = (out / "model.onnx").stat().st_mtime_ns
+    graph = located(out, "model.onnx").stat().st_mtime_ns
     before = listing(out)
     done = CliRunner().invoke(
         main, ["add-adapter", str(out), str(late), "--name", "late", "--parity", level,
@@ -76,7 +77,7 @@ def test_an_adapter_is_added_beside_the_others(built, out, level):
     )
     verdict = manifest["switchable"]["adapters"]["late"]
     assert verdict["parity"] == ("proved" if level == "fast" else "unverified")
-    assert (out / "model.onnx").stat().st_mtime_ns == graph
+    assert located(out, "model.onnx").stat().st_mtime_ns == graph
     assert not check_hashes(out)
     session = Session(out)
     assert session.adapters == ("all", "late", "mlp")
@@ -119,9 +120,9 @@ def test_another_base_or_a_damaged_artifact_is_refused(built, out, tmp_path):
     other = save_base("llama", tmp_path / "other", seed=5)
     with pytest.raises(VerificationError, match="another file than the artifact was built from"):
         add_adapter(out, str(late), "late", base=str(other), level="off")
-    with (out / "model.onnx.data").open("r+b") as file:
+    with (out / "onnx/model.onnx_data").open("r+b") as file:
         file.write(b"\1")
-    with pytest.raises(VerificationError, match=r"model.onnx.data"):
+    with pytest.raises(VerificationError, match=r"onnx/model.onnx_data"):
         add_adapter(out, str(late), "late", level="off")
 
 

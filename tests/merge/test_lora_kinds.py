@@ -17,6 +17,7 @@ from adaptrix_export.load.fit.invariants import verify
 from adaptrix_export.load.fit.replication import repeat_layers
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
+from adaptrix_export.runtime.layout import located
 from adaptrix_export.targets.merged_onnx import lower_merged_onnx
 from adaptrix_export.targets.merged_safetensors import lower_merged_safetensors
 from tests.tiny import live, save_adapter, save_base
@@ -69,7 +70,7 @@ def logits_of_safetensors(plan, folder):
 def logits_of_onnx(plan, folder):
     folder.mkdir()
     lower_merged_onnx(plan, folder, Silent())
-    session = ort.InferenceSession(folder / "model.onnx")
+    session = ort.InferenceSession(located(folder, "model.onnx"))
     given = {"input_ids": IDS.numpy(), "attention_mask": np.ones((2, 30), np.int64)}
     for value in session.get_inputs():
         if value.name == "position_ids":

@@ -17,6 +17,7 @@ from adaptrix_export.errors import RecipeError, UnsupportedError
 from adaptrix_export.pipeline import build
 from adaptrix_export.prove.report import summary
 from adaptrix_export.runtime.graph import SLOTLESS
+from adaptrix_export.runtime.layout import located
 from adaptrix_export.runtime.stamps import adapter_version
 from adaptrix_export.targets.adapter_file import write_adapter
 from tests.artifacts import plan_of
@@ -41,7 +42,7 @@ def feeds(session, ids=IDS):
 
 
 def opened(folder, file="model.onnx"):
-    return ort.InferenceSession(str(folder / file), providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(str(located(folder, file)), providers=["CPUExecutionProvider"])
 
 
 def test_base_alone_is_the_base_graph_bit_for_bit(llama, tmp_path):
@@ -58,7 +59,9 @@ def test_base_alone_is_the_base_graph_bit_for_bit(llama, tmp_path):
         ours = base.run(None, feeds(base))
         assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert not any("lora" in value.name for value in base.get_overridable_initializers())
-    files = [ir.load(llama.out / file).graph.initializers for file in ("model.onnx", SLOTLESS)]
+    files = [
+        ir.load(located(llama.out, file)).graph.initializers for file in ("model.onnx", SLOTLESS)
+    ]
     slots, alone = (
         {n: (t.offset, t.length) for n, v in found.items()
          if isinstance(t := v.const_value, ir.ExternalTensor)}

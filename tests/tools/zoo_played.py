@@ -19,6 +19,7 @@ from adaptrix_export.arch.inputs import drawn
 from adaptrix_export.arch.pieces import pieces_of
 from adaptrix_export.arch.task_table import VISION_LANGUAGE
 from adaptrix_export.arch.tasks import GENERATION, TASKS, TEXT, TWO_PARTS, has_row
+from adaptrix_export.runtime.layout import located
 
 Rows = Sequence[Sequence[int]]
 Case = tuple[str, Callable[[Any], np.ndarray], Callable[[], np.ndarray]]
@@ -50,7 +51,7 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self._run = onnxruntime.InferenceSession(
-            str(folder / file), options, providers=["CPUExecutionProvider"]
+            str(located(folder, file)), options, providers=["CPUExecutionProvider"]
         )
         self.inputs = {i.name: i for i in self._run.get_inputs()}
         self.outputs = [o.name for o in self._run.get_outputs()]

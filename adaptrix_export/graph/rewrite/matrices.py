@@ -39,6 +39,8 @@ class Matrices:
         self._whole: ir.Value | None = None
         self._into: dict[int, ir.Node] = {}  # id of a whole value: the Reshape of it to a matrix
         self._back: dict[int, ir.Node] = {}  # id of a whole value: the Reshape that made it
+        # id of a Reshape in `_back`: the shape and type that it restores
+        self._declared: dict[int, tuple[ir.Shape, ir.TypeProtocol]] = {}
         self._row_wise: set[int] = set()  # ids of whole values that have no shape of their own
 
     def is_whole(self, x: ir.Value) -> bool:
@@ -63,9 +65,15 @@ class Matrices:
             self._into[id(x)] = made
         return self._into[id(x)].outputs[0]
 
-    def whole(self, matrix: ir.Value, name: str) -> ir.Node:
-        """A node, not in the graph yet, that gives (batch, tokens, width) again."""
+    def whole(self, matrix: ir.Value, name: str, like: ir.Value) -> ir.Node:
+        """A node, not in the graph yet, that gives (batch, tokens, width) again.
+
+        The last axis of `like`, an activation or a weight, is as wide, and of the same type.
+        """
         made = ir.node("Reshape", [matrix, self._sizes()], name=name)
+        ids = self._ids.shape if self._ids is not None else None
+        if like.shape is not None and like.type is not None and ids is not None:
+            self._declared[id(made)] = ir.Shape([*ids, like.shape[-1]]), like.type
         made.outputs[0].name = name
         self._back[id(made.outputs[0])] = made
         return made
@@ -82,6 +90,16 @@ class Matrices:
             self._model.graph.insert_before(self._model.graph[0], [sizes, made])
             self._whole = made.outputs[0]
         return self._whole
+
+    def declare(self) -> None:
+        """State the shapes of what was made whole, after `settle`.
+
+        ONNX Runtime infers a width of 0 behind an attention node whose packed input has no width,
+        and its build for browsers refuses the graph.
+        """
+        for node in self._back.values():
+            if node.graph is not None and id(node) in self._declared:
+                node.outputs[0].shape, node.outputs[0].type = self._declared[id(node)]
 
     def settle(self) -> None:
         """Let what acts on each token by itself act on matrices, where that takes fewer Reshapes.
@@ -169,7 +187,7 @@ class Matrices:
         producer = value.producer()
         assert producer is not None
         if any(self._others(value, chosen)):
-            whole = self.whole(value, f"{value.name}.whole")
+            whole = self.whole(value, f"{value.name}.whole", value)
             self._model.graph.insert_after(producer, [whole])
             own = [*chosen.values(), whole, *filter(None, [self._into.get(id(value))])]
             replaced(self._model, value, whole.outputs[0], own)

@@ -45,6 +45,7 @@ def join(model: ir.Model, branches: Iterable[Branch], settle: bool = True) -> in
             _add(model, parts)
     if settle:
         products.matrices.settle()
+        products.matrices.declare()
     model.graph.sort()
     return sum(map(len, by_value.values()))
 
@@ -152,7 +153,9 @@ class _Products:
     def _join(self, product: ir.Node, nodes: list[ir.Node], name: str) -> None:
         """Put the nodes behind the product; the last one gives what is read in its place."""
         (*_, total), value = nodes, product.outputs[0]
-        whole = self.matrices.whole(total.outputs[0], f"{name}.lora_whole")
+        weight = product.inputs[1]
+        assert weight is not None  # of a MatMul
+        whole = self.matrices.whole(total.outputs[0], f"{name}.lora_whole", weight)
         self._model.graph.insert_after(product, [*nodes, whole])
         replaced(self._model, value, whole.outputs[0], [total])
         value.shape = None  # a matrix now

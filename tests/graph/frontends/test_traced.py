@@ -13,6 +13,7 @@ from adaptrix_export.prove.cases import padded_batch
 from adaptrix_export.prove.preflight.child import answer
 from adaptrix_export.prove.preflight.replica import shrunk
 from adaptrix_export.recipe import Recipe
+from adaptrix_export.runtime.layout import located
 from adaptrix_export.targets.merged_onnx import lower_merged_onnx
 from tests.artifacts import plan_of
 from tests.test_tasks import save_trained
@@ -46,7 +47,7 @@ def test_both_front_ends_have_one_interface_and_pass_one_proof(tmp_path, kind):
         assert len(outcome.report["cases"]) == 5
         assert max(case["max_abs"] for case in outcome.report["cases"]) <= 1e-4
         assert outcome.manifest["frontend"] == frontend
-        found[frontend] = interface(out / "model.onnx")
+        found[frontend] = interface(located(out, "model.onnx"))
     assert found["native"] == found["traced"]
 
 
@@ -57,7 +58,7 @@ def test_same_inputs_same_bytes_and_no_path_of_this_machine(tmp_path):
         (tmp_path / name).mkdir()
         hashes.append(lower_merged_onnx(plan, tmp_path / name, Silent(), "traced").hashes)
     assert hashes[0] == hashes[1]
-    data = (tmp_path / "one" / "model.onnx").read_bytes()
+    data = located(tmp_path / "one", "model.onnx").read_bytes()
     assert b"site-packages" not in data and str(tmp_path).encode() not in data
 
 

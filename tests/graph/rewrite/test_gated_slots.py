@@ -25,6 +25,7 @@ from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
 from adaptrix_export.prove.report import summary
 from adaptrix_export.runtime import Session
+from adaptrix_export.runtime.layout import located
 from adaptrix_export.targets.merged_onnx import lower_merged_onnx
 from tests.artifacts import plan_of, save_base_with_tokenizer
 from tests.switchable import recipe, switchable
@@ -94,7 +95,7 @@ def test_a_site_has_one_node_and_other_layers_none(gated, tmp_path):
         recipe(gated.base, gated.adapters, tmp_path / "out", context={"tau": {1: 0.1}}, **OFF)
     )
     for made, count in ((gated.outcome, 28), (few, 7)):
-        model = ir.load(made.out / "model.onnx")
+        model = ir.load(located(made.out, "model.onnx"))
         nodes = {node.name for node in model.graph if node.domain == DOMAIN}
         assert nodes == {gate["site"] for gate in made.manifest["context"]["gates"]}
         assert len(nodes) == count
@@ -149,7 +150,7 @@ def test_other_modes(gated, tmp_path, mode):
     plain = proof(made, gates=())
     assert plain["adapters"]["mlp"]["passed"] == (mode == "mask")
     assert plain["passed"] == (mode == "mask")  # which without padding lets all through
-    nodes = [n for n in ir.load(made.out / "model.onnx").graph if n.domain == DOMAIN]
+    nodes = [n for n in ir.load(located(made.out, "model.onnx")).graph if n.domain == DOMAIN]
     assert len(nodes) == (4 if mode == "mask" else 0)
 
 

@@ -1,0 +1,23 @@
+"""What config.json tells transformers.js: which file to open, and of what type its cache is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from adaptrix_export.package.layout import HUB_DATA
+from adaptrix_export.runtime.layout import ONNX_FOLDER
+
+# transformers.js' name for the file without a suffix, model.onnx, whatever its weights are. Without
+# it, it asks for model_quantized.onnx in a browser.
+PLAIN_FILE = "fp32"
+
+
+def browser_config(folder: Path) -> dict[str, Any]:
+    """The key `transformers.js_config`; nothing for what transformers.js cannot open."""
+    home = folder / ONNX_FOLDER
+    if not any(home.glob("*.onnx")):
+        return {}
+    external = any(home.glob(f"*{HUB_DATA}"))
+    told = {"dtype": PLAIN_FILE, "use_external_data_format": external}
+    return {"transformers.js_config": told}
