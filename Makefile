@@ -6,6 +6,7 @@
 #   make fidelity  what redistribution keeps, strategy by strategy; hours
 #   make docs      the pages of docs/ into build/docs, every warning an error
 #   make zoo       a random replica of every model type, built and compared
+#   make trust     malformed inputs, flipped bits, kills: what was tried against the promises
 #   make test-all  everything                                      make clean
 #   make test-versions  with the oldest and newest libraries, and the runtime on each Python
 
@@ -28,7 +29,7 @@ PROMPT := "The with statement is used to"
 export PYTHONDONTWRITEBYTECODE :=
 export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/byte-code
 
-.PHONY: demo test test-slow test-all lint type docs bench matrix fidelity zoo gates \
+.PHONY: demo test test-slow test-all lint type docs bench matrix fidelity zoo gates trust \
         test-versions test-newest clean
 .NOTPARALLEL:
 
@@ -83,6 +84,10 @@ fidelity: $(VENV)/.test
 
 zoo: $(VENV)/.test
 	$(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m tests.tools.zoo --jobs 2
+
+# What was tried to break the promises, and how often it succeeded.
+trust: $(VENV)/.test
+	$(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m tests.trust.table
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

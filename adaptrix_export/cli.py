@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 from io import TextIOWrapper
 from typing import Any
 
@@ -59,6 +61,18 @@ class Commands(click.Group):
             raise click.exceptions.Exit(code) from None
 
 
+def _interrupt_on_sigterm() -> None:
+    """A SIGTERM ends a command as Ctrl-C does: what it staged is removed."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    # Only the main thread may set handlers; and one that was set by others, or ignored, stays.
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, interrupt)
+
+
 @click.group(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -70,6 +84,7 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="adaptrix-export")
 def main() -> None:
     """Merge PEFT adapters into a base transformer, prove the result, publish it."""
+    _interrupt_on_sigterm()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes

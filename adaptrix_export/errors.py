@@ -112,6 +112,18 @@ _MACHINE = {
     errno.EIO: ("the disk failed to read or write", "check the disk"),
 }
 
+# errno -> what is wrong with a path that somebody named.
+_PATHS = {
+    errno.EACCES: "permission denied",
+    errno.EPERM: "not permitted",
+    errno.ENAMETOOLONG: "a name that is too long",
+    errno.ELOOP: "a link to itself",
+    errno.ENOTDIR: "a file where a folder should be",
+    errno.EISDIR: "a folder where a file should be",
+    errno.EROFS: "a file system that cannot be written",
+    errno.ENXIO: "no file",
+}
+
 # How libraries say it in errors of their own: torch's allocator, C++ below ONNX Runtime.
 _NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "Failed to allocate memory")
 
@@ -133,6 +145,13 @@ def known(error: BaseException) -> AdaptrixError | None:
     if isinstance(error, OSError) and error.errno in _MACHINE:
         found, remedy = _MACHINE[error.errno]
         return MachineError(str(error.filename or "this machine"), found, remedy=remedy)
+    if isinstance(error, OSError) and error.errno in _PATHS:
+        return SourceError(
+            str(error.filename or "a path"), _PATHS[error.errno], "one that can be used",
+            "check the path, and who may read and write it",
+        )  # fmt: skip
+    if isinstance(error, ValueError) and str(error).startswith("embedded null"):
+        return InputError("a path", "a NUL character in it", "a path", "check the spelling")
     if isinstance(error, ModuleNotFoundError):
         return _not_installed(str(error.name).partition(".")[0])
     return None

@@ -18,6 +18,7 @@ from adaptrix_export.load.files.finite import check_finite
 from adaptrix_export.load.fit.invariants import verify
 from adaptrix_export.load.fit.mismatch import fitted
 from adaptrix_export.load.source import commit_of
+from adaptrix_export.manage.places import remember
 from adaptrix_export.measure.energy import energy
 from adaptrix_export.package import build_manifest, write_manifest, write_package
 from adaptrix_export.package.layout import laid_out
@@ -106,6 +107,7 @@ def build(
         write_manifest(stage, manifest)
         with progress.stage("publish"):
             publish(stage, recipe.out)
+        remember(recipe.out, recipe.model_dump(mode="json"))
     known = (*notes(opened, plan, artifact), *tokenizer.notes)
     return Outcome(recipe.out, report, manifest, known, plan.measured)
 

@@ -198,8 +198,8 @@ def test_a_recipe_typo_is_one_line(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert done.stdout == ""
     assert done.stderr == (
-        f"error: {path}: parity.levle: unknown key, expected one of level, text, decode_steps; "
-        "did you mean 'level'?\n"
+        f"error: {path}: parity.levle: unknown key, expected one of level, long, text, "
+        "decode_steps; did you mean 'level'?\n"
     )
 
 
@@ -247,7 +247,8 @@ def test_a_failed_proof_shows_its_report(monkeypatch: pytest.MonkeyPatch, as_jso
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 3, "out of memory"),
         (OSError(errno.ENOSPC, "full", "o.staging"), 3, "o.staging: the disk is full"),
         (KeyError("x"), 3, "internal error: KeyError: 'x'; run again with -v"),
-        (PermissionError(errno.EACCES, "no", "o"), 3, "internal error: PermissionError"),
+        (PermissionError(errno.EACCES, "no", "o"), 2, "o: permission denied"),
+        (ZeroDivisionError("x"), 3, "internal error: ZeroDivisionError"),
         (KeyboardInterrupt(), 130, "interrupted; nothing was published"),
     ],
 )
@@ -277,7 +278,7 @@ def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
 
 def test_verify(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
-    found: dict[str, Any] = {"files": 9, "parity": REPORT, "note": None}
+    found: dict[str, Any] = {"files": 9, "proof": "re-proved", "parity": REPORT, "note": None}
 
     def verify_artifact(path: Path, telling: object, base: object, adapters: object) -> Any:
         asked.append((path, base, adapters))
@@ -286,11 +287,17 @@ def test_verify(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adaptrix_export.manage.verify_artifact.verify_artifact", verify_artifact)
     done = invoke("verify", "art", "--base", "b", "--adapter", "x", "--adapter", "y")
     assert "prefill" in done.stdout
-    assert done.stdout.endswith("verified art, 9 files\n")
+    assert done.stdout.endswith("verified art, 9 files: hashes, and parity proved again\n")
     assert asked == [(Path("art"), "b", ("x", "y"))]
     assert json.loads(invoke("verify", "art", "--json").stdout) == found
-    found.update(parity=None, note="parity was not checked again")
-    assert invoke("verify", "art").stdout.startswith("note: parity was not checked again\n")
+    found.update(parity=None, note="parity was not checked again", proof="hashes only")
+    done = invoke("verify", "art")
+    assert done.stdout.startswith("note: parity was not checked again\nunchanged art, 9 files")
+    assert done.exit_code == 0
+    assert invoke("verify", "art", "--require-parity").exit_code == 1
+    found.update(proof="never proved")
+    assert "UNVERIFIED art" in invoke("verify", "art").stdout
+    assert json.loads(invoke("verify", "art", "--json").stdout)["proof"] == "never proved"
 
 
 def test_verify_fails_with_1(monkeypatch: pytest.MonkeyPatch) -> None:

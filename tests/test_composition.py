@@ -14,6 +14,7 @@ from adaptrix_export.manage.verify_artifact import verify_artifact
 from adaptrix_export.merge import composed
 from adaptrix_export.oracle.job import Job
 from adaptrix_export.oracle.naming import EXECUTED
+from adaptrix_export.package.manifest import write_manifest
 from adaptrix_export.pipeline import build
 from adaptrix_export.prove.child import run
 from adaptrix_export.recipe import Recipe
@@ -159,7 +160,7 @@ def test_verify_proves_a_composed_artifact_again(tmp_path, llama):
     assert found["parity"]["passed"] and found["parity"]["oracle"] == EXECUTED
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     manifest["composition"]["weights"]["dora"]["default"] = 0.8  # not what was built
-    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(tmp_path / "out", manifest)
     with pytest.raises(ParityError):
         verify_artifact(tmp_path / "out", base=str(base), adapters=[str(a) for a in adapters])
 

@@ -20,6 +20,7 @@ from adaptrix_export.errors import (
     VerificationError,
 )
 from adaptrix_export.manage.verify_artifact import verify_artifact
+from adaptrix_export.package.manifest import read_manifest, write_manifest
 from adaptrix_export.pipeline import build
 from adaptrix_export.recipe import Recipe
 from tests.tiny import save_adapter, save_base
@@ -48,7 +49,7 @@ def test_a_right_build_is_published_whole(tmp_path, llama, target):
     cases = {case["name"] for case in outcome.report["cases"]}
     padded = {"chunked prefill", "left-padded batch", "right-padded batch"}
     assert cases == {"prefill", "greedy decode"} | (padded if target == "onnx" else set())
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest = read_manifest(tmp_path / "out")
     assert manifest == outcome.manifest and manifest["parity"]["verdict"] == "proved"
     files = (p for p in (tmp_path / "out").rglob("*") if p.is_file())
     names = {p.relative_to(tmp_path / "out").as_posix() for p in files}
@@ -186,6 +187,6 @@ def test_verify_proves_again_and_notices_a_forged_manifest(tmp_path, llama):
     path.write_bytes(data)
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["outputs"]["model.safetensors"] = hash_file(path).as_dict()
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(out, manifest)
     with pytest.raises(ParityError):
         verify_artifact(out, base=str(llama[0]), adapters=[str(llama[1])])

@@ -17,14 +17,26 @@ from adaptrix_export.show import failures
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--base", metavar="SOURCE", help="Where the base is now, if it was moved.")
 @click.option("--adapter", "adapters", multiple=True, metavar="SOURCE", help="The same; repeat it.")
+@click.option(
+    "--require-parity", is_flag=True, help="Fail unless parity is proved again, here and now."
+)
 @shared_options
-def verify(artifact: Path, base: str | None, adapters: tuple[str, ...], as_json: bool) -> None:
+def verify(
+    artifact: Path, base: str | None, adapters: tuple[str, ...], require_parity: bool, as_json: bool
+) -> None:
     """Check a published ARTIFACT: its hashes, and parity when base and adapters are at hand."""
-    from adaptrix_export.manage.verify_artifact import verify_artifact
+    from adaptrix_export.errors import VerificationError
+    from adaptrix_export.manage.verify_artifact import HASHES_ONLY, REPROVED, verify_artifact
     from adaptrix_export.show.terminal import progress
 
     with progress() as telling:
         found = verify_artifact(artifact, telling, base, adapters)
+    proof = found["proof"]
+    if require_parity and proof != REPROVED:
+        raise VerificationError(
+            str(artifact), f"{proof} ({found['note']})", REPROVED,
+            "name the originals with --base and --adapter",
+        )  # fmt: skip
     if as_json:
         failures.print_json(found)
         return
@@ -32,4 +44,10 @@ def verify(artifact: Path, base: str | None, adapters: tuple[str, ...], as_json:
         failures.print_table(found["parity"])
     if found["note"]:
         click.echo(f"note: {found['note']}")
-    click.echo(f"verified {artifact}, {found['files']} files")
+    files = f"{artifact}, {found['files']} files"
+    if proof == REPROVED:
+        click.echo(f"verified {files}: hashes, and parity proved again")
+    elif proof == HASHES_ONLY:
+        click.echo(f"unchanged {files}: hashes only; parity was proved when it was built")
+    else:
+        click.echo(f"UNVERIFIED {files}: hashes only; parity was never proved")

@@ -24,6 +24,7 @@ from adaptrix_export.errors import SourceError, UnsupportedError
 from adaptrix_export.load.adapters.adapter_config import adapter_config
 from adaptrix_export.load.adapters.folders import adapter_as_base
 from adaptrix_export.load.adapters.peft_keys import saved_by
+from adaptrix_export.load.config_fields import check_config, check_sizes
 from adaptrix_export.load.files.tensors import StoredTensor, read_json, read_safetensors
 from adaptrix_export.load.quantized.experts import stack_experts
 from adaptrix_export.load.quantized.quantized_base import dequantized
@@ -45,6 +46,7 @@ def open_checkpoint(source: Source, task: str = "auto", adapters: Iterable[str] 
     if error := adapter_as_base(source.spec, source.folder):
         raise error
     config = read_json(source.folder / "config.json")
+    check_config(source.spec, config)
     trained = [adapter_config(spec) for spec in adapters]
     task = choose_task(task, config, trained)
     _check_known_layout(source, config)
@@ -67,7 +69,7 @@ def open_checkpoint(source: Source, task: str = "auto", adapters: Iterable[str] 
         found = dequantized(source.spec, named, config, family)
         tensors, config, quantization = found.tensors, dict(found.config), found.quantization
     tensors = stack_experts(tensors, str(config.get("model_type")), source.spec)
-    base = make_base(source, files, config, tensors, task)
+    base = check_sizes(make_base(source, files, config, tensors, task))
     return replace(base, unseen=unseen, rebuilt=quantization is not None, quantization=quantization)
 
 

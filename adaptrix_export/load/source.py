@@ -38,7 +38,7 @@ def resolve(spec: str) -> Source:
     """Find what `spec` names. Raises SourceError when it is not there."""
     if spec.startswith("hf:"):
         return _from_hub(spec)
-    path = _in_package(spec) if spec.startswith("package:") else Path(spec).expanduser()
+    path = _in_package(spec) if spec.startswith("package:") else _expanded(spec)
     if not path.exists() and _HUB_ID.fullmatch(spec):
         raise SourceError(
             spec, "no such folder", FORMS, f"a repository of the hub is written hf:{spec}"
@@ -50,6 +50,13 @@ def resolve(spec: str) -> Source:
     if path.suffix == ".gguf":
         return Source(spec, path.parent, path.name)
     raise SourceError(spec, "a file of another kind", FORMS)
+
+
+def _expanded(spec: str) -> Path:
+    try:
+        return Path(spec).expanduser()
+    except RuntimeError as error:  # of pathlib, for a user that is unknown
+        raise SourceError(spec, str(error), FORMS, "check the spelling") from error
 
 
 def _in_package(spec: str) -> Path:

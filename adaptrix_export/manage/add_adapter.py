@@ -72,6 +72,21 @@ def add_adapter(
     or a base that is not the one of the manifest, ParityError for a failed proof.
     """
     progress = progress or Silent()
+    with addition(folder) as stage:  # two at once would each lose what the other wrote
+        return _added(folder, stage, adapter, name, base, level, progress, page)
+
+
+def _added(
+    folder: Path,
+    stage: Path,
+    adapter: str,
+    name: str | None,
+    base: str | None,
+    level: str,
+    progress: Progress,
+    page: PageWriter | None,
+) -> Added:
+    """The whole of it, under the lock of the artifact."""
     manifest = read_manifest(folder)
     switchable = switchable_part(folder, manifest)
     spec = AdapterSpec.model_validate({"source": adapter, **({"name": name} if name else {})})
@@ -84,24 +99,23 @@ def add_adapter(
     slots = [Slot.from_dict(entry) for entry in switchable["slots"]]
     shares = {gate.site: gate.weight for gate in gates_of(manifest) if gate.weight is not None}
     version = switchable["model_version"]
-    with addition(folder) as stage:
-        check_finite(plan, progress)
-        inputs = input_entries(manifest, plan, progress)
-        (stage / FOLDER).mkdir()
-        entry, _ = add_adapter_file(stage, slots, plan.adapters[0], version, shares)
-        report = _prove(folder, stage, manifest, plan, level, progress)
-        entry["parity"] = "proved" if report else "unverified"
-        names = [entry["file"], entry["safetensors"]]
-        if report:
-            names.append(f"{FOLDER}/{spec.name}.report.json")
-            save(report, stage / names[-1])
-        outputs = {file: hash_file(stage / file).as_dict() for file in names}
-        changed = extended(manifest, spec, plan, entry, outputs, inputs)
-        if page is not None:
-            changed, pages = page(stage, folder, changed)
-            names += pages
-        write_manifest(stage, changed)
-        install(stage, folder, [*names, MANIFEST])
+    check_finite(plan, progress)
+    inputs = input_entries(manifest, plan, progress)
+    (stage / FOLDER).mkdir()
+    entry, _ = add_adapter_file(stage, slots, plan.adapters[0], version, shares)
+    report = _prove(folder, stage, manifest, plan, level, progress)
+    entry["parity"] = "proved" if report else "unverified"
+    names = [entry["file"], entry["safetensors"]]
+    if report:
+        names.append(f"{FOLDER}/{spec.name}.report.json")
+        save(report, stage / names[-1])
+    outputs = {file: hash_file(stage / file).as_dict() for file in names}
+    changed = extended(manifest, spec, plan, entry, outputs, inputs)
+    if page is not None:
+        changed, pages = page(stage, folder, changed)
+        names += pages
+    write_manifest(stage, changed)
+    install(stage, folder, [*names, MANIFEST])
     return Added(spec.name, folder / entry["file"], entry, report)
 
 

@@ -11,6 +11,7 @@ from adaptrix_export.load import Reading, open_adapter
 from adaptrix_export.load.base_weights import AUTO, open_bases
 from adaptrix_export.load.fit.mismatch import fitted
 from adaptrix_export.load.text import read_text
+from adaptrix_export.manage.places import found_again
 from adaptrix_export.package import InputHashes, check_hashes, read_manifest
 from adaptrix_export.package.redistributed import PEFT, kept_plan, of_peft_folder
 from adaptrix_export.passes.approximate import Approximate
@@ -19,7 +20,9 @@ from adaptrix_export.passes.reference_plan import reference_plan
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress, Silent
 from adaptrix_export.prove.proof import ProofRequest, proof_of, require_passed
+from adaptrix_export.save.staging import finish_addition
 
+REPROVED, HASHES_ONLY, NEVER_PROVED = "re-proved", "hashes only", "never proved"
 READING = ("allow_pickle", "adaptrix_scaling")  # fields of a recipe
 
 
@@ -29,13 +32,16 @@ def verify_artifact(
     base: str | None = None,
     adapters: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """`{"files": n, "parity": report or None, "note": why there is no report}`.
+    """`{"files": n, "proof": words, "parity": report or None, "note": why there is no report}`.
 
-    `base` and `adapters` say where the originals are now; by default they are looked for where
-    the recipe in the manifest says. Parity is left out only if nothing was named and they are
-    not there. Raises VerificationError for bytes that changed, ParityError for a failed proof.
+    The words are `REPROVED`, `HASHES_ONLY` (parity was proved when it was built) or `NEVER_PROVED`.
+    `base` and `adapters` say where the originals are now; by default they are looked for where the
+    recipe in the manifest says, and where this machine remembers them. Parity is left out only if
+    nothing was named and they are not there. Raises VerificationError for bytes that changed,
+    ParityError for a failed proof.
     """
     progress = progress or Silent()
+    finish_addition(folder)
     manifest = read_manifest(folder)
     with progress.stage("hashes"):
         problems = check_hashes(folder)
@@ -45,9 +51,13 @@ def verify_artifact(
             f"{folder}: {first.file}", first.found, first.expected,
             f"{more} more such files; build it again" if more else "build it again",
         )  # fmt: skip
-    result: dict[str, Any] = {"files": len(manifest["outputs"]), "parity": None, "note": None}
+    proved_once = manifest["parity"]["verdict"] == "proved"
+    result: dict[str, Any] = {
+        "files": len(manifest["outputs"]), "proof": HASHES_ONLY if proved_once else NEVER_PROVED,
+        "parity": None, "note": None,
+    }  # fmt: skip
     try:
-        plan = _originals(manifest, base, adapters)
+        plan = _originals(manifest, base, adapters, folder)
     except SourceError as error:
         if base or adapters:
             raise
@@ -62,7 +72,7 @@ def verify_artifact(
         reference = reference_plan(kept, Approximate(slots.get("rank"), context)(kept))
         report = proof_of(request, reference, progress)
     require_passed(report, str(folder), "build it again")
-    return {**result, "parity": report}
+    return {**result, "proof": REPROVED, "parity": report}
 
 
 def _text(manifest: Mapping[str, Any]) -> str | None:
@@ -73,8 +83,10 @@ def _text(manifest: Mapping[str, Any]) -> str | None:
     return read_text(place, "parity.text")
 
 
-def _originals(manifest: dict[str, Any], base: str | None, adapters: Sequence[str]) -> Plan:
-    recipe = manifest["recipe"]
+def _originals(
+    manifest: dict[str, Any], base: str | None, adapters: Sequence[str], folder: Path
+) -> Plan:
+    recipe = found_again(manifest["recipe"], folder)
     named = [(a["name"], a["source"]) for a in recipe["adapters"]]
     if adapters:
         if len(adapters) != len(named):

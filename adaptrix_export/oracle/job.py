@@ -12,6 +12,7 @@ from adaptrix_export.arch.tasks import TASKS
 from adaptrix_export.errors import ParityError
 from adaptrix_export.graph.expression import Expression
 from adaptrix_export.oracle.naming import FROM_FILES, OracleFacts
+from adaptrix_export.oracle.thresholds import Threshold
 from adaptrix_export.plan import Gate
 
 
@@ -83,6 +84,7 @@ class Job:
     # Where `NAME.onnx_adapter` files are, if not in the artifact: one that is to be added to it.
     adapter_folder: Path | None = None
     oracle: OracleFacts = FROM_FILES  # what `adapters` are, for the report
+    crossings: tuple[Threshold, ...] = ()  # lengths that prompts are to go beyond
 
     def __post_init__(self) -> None:
         for name, found, known in (
@@ -122,6 +124,7 @@ class Job:
         document["gates"] = tuple(GateSpec(**gate) for gate in document["gates"])
         document["oracle"] = OracleFacts.from_dict(document["oracle"])
         document["loss_rows"] = tuple(map(tuple, document["loss_rows"]))
+        document["crossings"] = tuple(Threshold(**t) for t in document["crossings"])
         return cls(**document)
 
     def on_other(self) -> Job:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from adaptrix_export.errors import ParityError
 from adaptrix_export.oracle.job import Job
+from adaptrix_export.oracle.thresholds import AROUND, Threshold
 
 PREFILL = 128  # tokens of the long prompt
 PROMPT = 16  # tokens before greedy decoding starts
@@ -65,6 +66,10 @@ def prompts(job: Job, vocabulary: int, positions: int | None, pad: int | None = 
     Raises `ParityError` when the tokenizer makes ids that the model does not have, or when the
     model has too few positions to decode at all.
     """
+    # Beyond a length at which a model switches, a prefill in chunks is another thing than one at
+    # once, and a row alone than in a batch: those lengths have cases of their own.
+    limits = [t.at for t in job.crossings if t.switching]
+    positions = min([*limits, *([] if positions is None else [positions])], default=None)
     room = positions if positions is not None else PREFILL + job.steps + ROWS[0] + CACHED
     if room < 4:
         raise ParityError("model", f"{room} positions", "at least 4, to prefill and then decode")
@@ -82,6 +87,33 @@ def prompts(job: Job, vocabulary: int, positions: int | None, pad: int | None = 
         cached=cached,
         pad=pad,
         pooling=job.pooling,
+    )
+
+
+def crossing(
+    job: Job, threshold: Threshold, vocabulary: int, positions: int | None
+) -> Prompts | None:
+    """Prompts that go beyond a threshold; None where the model has no positions there.
+
+    A prefill of half as much again, so that `CHUNKED` of it lies below; decoding from just before
+    to just after; a ragged batch of which one row starts beyond and one crosses while it decodes.
+    """
+    at = threshold.at
+    longest, least = at + max(at // 2, 2 * AROUND), at + 2 * AROUND
+    if positions is not None and not threshold.switching:  # rotary embeddings know no end
+        if positions < least:
+            return None
+        longest = min(longest, positions)
+    before = max(1, at - AROUND // 2)
+    lengths = (at + AROUND // 2, before, max(1, at // 2))
+    source, ids = token_ids(job, vocabulary)
+    return Prompts(
+        source=source,
+        prefill=_rows(ids, [longest])[0],
+        decode=_rows(ids, [before])[0],
+        steps=AROUND,
+        rows=_rows(ids, [length + AROUND for length in lengths]),
+        cached=AROUND,
     )
 
 

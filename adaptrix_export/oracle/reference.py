@@ -38,6 +38,7 @@ from adaptrix_export.oracle.gated import LiveGates, Statistics
 from adaptrix_export.oracle.job import GateSpec, Job
 from adaptrix_export.oracle.live import live_parameter
 from adaptrix_export.oracle.seeing import LiveSeeing, seen_sources
+from adaptrix_export.oracle.thresholds import thresholds
 from adaptrix_export.oracle.translated import Chunks, LiveTranslator, Source
 from adaptrix_export.oracle.whole import LiveWhole, pieces_of_model
 
@@ -57,6 +58,8 @@ class Reference:
         self._plain: Any = model  # the transformers model, its modules replaced by PEFT's
         if isinstance(model, peft.PeftModel):
             self._plain = model.get_base_model()
+        found = thresholds(self._plain.config.to_dict())
+        self._switches = any(threshold.switching for threshold in found)
         self._gates = LiveGates(self._plain, gates) if gates else None
 
     @classmethod
@@ -150,6 +153,25 @@ class Reference:
     def pieces(self, task: str) -> tuple[Piece, ...]:
         """The graphs that an artifact of this model has."""
         return pieces_of_model(self._plain, task)
+
+    def step(self, ids: Ids, mask: Ids, positions: Ids, cache: Any) -> tuple[Logits, Any]:
+        """Feeds `ids` (batch, new) after `cache` (None at first), as transformers' generate does.
+
+        `mask` (batch, past + new) is 0 at pads. Returns logits (batch, new, vocabulary) and cache.
+        """
+        with torch.inference_mode():
+            if cache is None and self._switches:
+                # Rotary embeddings that follow the length remember the longest sequence so far,
+                # of any call; a short one makes them forget it.
+                self._model(input_ids=torch.tensor([[0]]), use_cache=False)
+            out = self._model(
+                input_ids=torch.from_numpy(ids),
+                attention_mask=torch.from_numpy(mask),
+                position_ids=torch.from_numpy(positions),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return cast(Logits, out.logits.float().numpy()), out.past_key_values
 
     def greedy(self, ids: list[int], steps: int) -> tuple[list[int], Logits]:
         """`steps` tokens after `ids`, each the argmax, through the cache; no end token stops it.

@@ -123,6 +123,9 @@ class ManifestDocument(Document):
     )
     switchable: SwitchableEntry | None = None
     parity: ParityEntry
+    checksum: str | None = Field(
+        default=None, description="sha256 of this file's text without this field."
+    )
 
 
 class ToleranceEntry(Document):

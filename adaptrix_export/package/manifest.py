@@ -6,6 +6,7 @@ and no path of the machine.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -14,8 +15,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from adaptrix_export import __version__
-from adaptrix_export.errors import MachineError, SourceError
+from adaptrix_export.errors import MachineError, SourceError, VerificationError
 from adaptrix_export.load.base_weights import how_read
+from adaptrix_export.load.files.regular import require_regular
 from adaptrix_export.package.documents import MANIFEST_FORMAT, ManifestDocument, check_document
 from adaptrix_export.package.runtime_needs import runtime_needs
 from adaptrix_export.save.hashes import (
@@ -24,6 +26,7 @@ from adaptrix_export.save.hashes import (
     files_under,
     hash_file,
     hash_folder,
+    odd_entries,
 )
 from adaptrix_export.save.machine_paths import without_machine_paths
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 FORMAT = MANIFEST_FORMAT
 TOOL = "adaptrix-export"
+CHECKSUM = "checksum"  # sha256 of the manifest's text without it
 
 # Whose versions decide the bytes. The two builds of ONNX Runtime exclude each other.
 LIBRARIES = (
@@ -124,15 +128,25 @@ def _context(plan: Plan) -> dict[str, Any] | None:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write manifest.json, keys sorted."""
-    text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    """Write manifest.json, keys sorted, with a checksum of itself."""
+    (folder / MANIFEST).write_text(_text(manifest), encoding="utf-8")
+
+
+def _text(manifest: Mapping[str, Any]) -> str:
+    """The one text that a manifest has."""
+    bare = {key: value for key, value in manifest.items() if key != CHECKSUM}
+    digest = hashlib.sha256(_dumped(bare).encode()).hexdigest()
+    return _dumped({**bare, CHECKSUM: digest})
+
+
+def _dumped(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a published artifact, its fields of the types that they should have.
 
-    Raises SourceError if there is none that we know.
+    Raises SourceError if there is none that we know, VerificationError for one that was edited.
     """
     manifest = _read_known(folder)
     check_document(ManifestDocument, manifest, str(folder / MANIFEST))
@@ -150,8 +164,10 @@ def _read_known(folder: Path) -> dict[str, Any]:
             "name a folder that `adaptrix-export build` made",
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        require_regular(path)
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise SourceError(str(path), f"not JSON ({error})", "a manifest", "build again") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
@@ -161,7 +177,12 @@ def _read_known(folder: Path) -> dict[str, Any]:
             f"format {FORMAT}",
             "use the adaptrix-export that built it, or build again",
         )
-    return dict(manifest)
+    if text != _text(manifest):
+        raise VerificationError(
+            str(path), f"not what its {CHECKSUM} says", "the manifest as it was written",
+            "it was edited or damaged; build again",
+        )  # fmt: skip
+    return {key: value for key, value in manifest.items() if key != CHECKSUM}
 
 
 def check_hashes(folder: Path) -> list[Problem]:
@@ -171,9 +192,23 @@ def check_hashes(folder: Path) -> list[Problem]:
     of the folder.
     """
     listed = dict(_listed(folder, _read_known(folder)))
-    present = {name: path for name, path in files_under(folder) if name != MANIFEST}
-    problems = []
+    odd = {
+        name: what
+        for name, what in odd_entries(folder)
+        if not any(file.startswith(f"{name}/") for file in listed)  # its files are missed below
+    }
+    present = {
+        name: path
+        for name, path in files_under(folder)
+        if name != MANIFEST and not any(name == o or name.startswith(f"{o}/") for o in odd)
+    }
+    problems = [
+        Problem(name, what, "a file" if name in listed else "nothing of that kind")
+        for name, what in sorted(odd.items())
+    ]
     for name in sorted(listed.keys() | present.keys()):
+        if name in odd:
+            continue
         if name not in present:
             problems.append(Problem(name, "missing", "a file"))
         elif name not in listed:

@@ -45,9 +45,16 @@ class Asked(Translating, Protocol):
     def forward(self) -> Logits: ...
     def images(self) -> Logits: ...
     def prefill(self, ids: list[int]) -> Logits: ...
+    def step(self, ids: Ids, mask: Ids, positions: Ids, cache: Any) -> tuple[Logits, Any]: ...
     def greedy(self, ids: list[int], steps: int) -> tuple[list[int], Logits]: ...
     def encode(self, ids: Ids, mask: Ids, types: Ids) -> Logits: ...
     def pool(self, ids: Ids, mask: Ids, types: Ids, kind: str) -> Logits: ...
+
+
+class Stepping(Protocol):
+    """What has a cache: a Subject, and the reference; `subject.Subject` says what `step` does."""
+
+    def step(self, ids: Ids, mask: Ids, positions: Ids, cache: Any) -> tuple[Logits, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -91,9 +98,17 @@ def play_prefill(subject: Subject, prompts: Prompts, answer: Answer) -> Logits:
     return feed(subject, [prompts.prefill])
 
 
-def play_chunked(subject: Subject, prompts: Prompts, answer: Answer) -> Logits:
+def _chunks(prompts: Prompts) -> list[tuple[int, ...]]:
     cut = max(1, len(prompts.prefill) * 3 // 5)  # uneven, so that no length fits by accident
-    return feed(subject, [prompts.prefill[:cut], prompts.prefill[cut:]])
+    return [prompts.prefill[:cut], prompts.prefill[cut:]]
+
+
+def ask_chunked(reference: Asked, prompts: Prompts) -> Answer:
+    return Answer(feed(reference, _chunks(prompts)))
+
+
+def play_chunked(subject: Subject, prompts: Prompts, answer: Answer) -> Logits:
+    return feed(subject, _chunks(prompts))
 
 
 def play_greedy(subject: Subject, prompts: Prompts, answer: Answer) -> Logits:
@@ -116,6 +131,33 @@ CASES: tuple[Case, ...] = (
     Case("greedy decode", ask_greedy, play_greedy),
     Case("left-padded batch", ask_rows, play_left_padded, onnx_only=True, full_only=True),
     Case("right-padded batch", ask_rows, play_right_padded, onnx_only=True, full_only=True),
+)
+
+
+# What is asked around a threshold, where a prefill in chunks may not be the prefill at once.
+CROSSING: tuple[Case, ...] = (
+    Case("prefill", ask_prefill, play_prefill),
+    Case("chunked prefill", ask_chunked, play_chunked, onnx_only=True),
+    Case("decode", ask_greedy, play_greedy),
+    Case("left-padded batch", ask_rows, play_left_padded, onnx_only=True),
+    Case("right-padded batch", ask_rows, play_right_padded, onnx_only=True),
+)
+
+# Where the longest row of a batch decides for all, PyTorch is asked the padded batch itself.
+SWITCHING: tuple[Case, ...] = (
+    *CROSSING[:3],
+    Case(
+        "left-padded batch",
+        lambda reference, prompts: Answer(_padded(reference, prompts, left=True)),
+        play_left_padded,
+        onnx_only=True,
+    ),
+    Case(
+        "right-padded batch",
+        lambda reference, prompts: Answer(_padded(reference, prompts, left=False)),
+        play_right_padded,
+        onnx_only=True,
+    ),
 )
 
 
@@ -206,6 +248,14 @@ def drawn_cases(images: bool) -> tuple[Case, ...]:
     return (*_DRAWN, *((_IMAGES,) if images else ()))
 
 
+def select_crossing(target: str, task: str, switching: bool) -> tuple[Case, ...]:
+    """The cases around a threshold; a model without a cache passes it in its usual cases."""
+    if task != GENERATION:
+        return ()
+    cases = SWITCHING if switching else CROSSING
+    return tuple(case for case in cases if target == "onnx" or not case.onnx_only)
+
+
 def ask_all(cases: Iterable[Case], reference: Asked, prompts: Prompts) -> dict[Ask, Answer]:
     """Every question once, however many cases share it."""
     answers: dict[Ask, Answer] = {}
@@ -237,7 +287,7 @@ def compare(
     }
 
 
-def feed(subject: Subject, chunks: Iterable[tuple[int, ...]]) -> Logits:
+def feed(subject: Stepping, chunks: Iterable[tuple[int, ...]]) -> Logits:
     """One unpadded row, chunk after chunk through the cache. Returns (tokens, vocabulary)."""
     logits: list[Logits] = []
     cache, past = None, 0
@@ -252,7 +302,7 @@ def feed(subject: Subject, chunks: Iterable[tuple[int, ...]]) -> Logits:
     return np.concatenate(logits)
 
 
-def _padded(subject: Subject, prompts: Prompts, *, left: bool) -> Logits:
+def _padded(subject: Stepping, prompts: Prompts, *, left: bool) -> Logits:
     """The ragged batch padded to one length, then one token a row and step through the cache.
 
     Pads are token 0, masked; positions count real tokens, as transformers feeds them. After right

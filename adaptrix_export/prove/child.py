@@ -22,6 +22,7 @@ from adaptrix_export.errors import known
 from adaptrix_export.oracle.job import Job, tolerance_of
 from adaptrix_export.oracle.naming import oracle_name
 from adaptrix_export.progress import Progress
+from adaptrix_export.prove.lifetime import end_with_parent
 
 
 class Lines:
@@ -66,6 +67,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     from adaptrix_export.oracle.whole import drawn_sources
     from adaptrix_export.prove.bases import compare_bases
     from adaptrix_export.prove.cases import ask_all, compare, drawn_cases, select
+    from adaptrix_export.prove.crossings import ask_crossings
     from adaptrix_export.prove.dense import open_dense
     from adaptrix_export.prove.gate_cases import ask_gates, compare_gates
     from adaptrix_export.prove.open_subject import open_subject
@@ -97,6 +99,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
                 )
     with progress.stage("reference: logits"):
         answers = ask_all(cases, reference, asked)
+        beyond = ask_crossings(job, reference)
     with progress.stage("replaying weights", len(job.weights), "tensors") as advance:
         stored = open_dense(job) if job.target == "peft" else open_stored(job.target, job.artifact)
         replayed, formats = replay(
@@ -120,6 +123,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         for case in cases:
             entries.append(compare(case, subject, asked, answers[case.ask], limits))
             advance(1)
+    for crossing in beyond:
+        entries += crossing.compare(subject, limits)
     if job.gates:
         compared["context"] = compare_gates(job, subject, asked, opened)
     return {
@@ -191,4 +196,5 @@ def main(
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.exit(main(sys.argv[1], sys.argv[2]))

@@ -22,10 +22,12 @@ from adaptrix_export import errors
 from adaptrix_export.errors import AdaptrixError, CheckerError, MachineError
 from adaptrix_export.oracle.job import Job
 from adaptrix_export.progress import Advance, Progress
+from adaptrix_export.prove.lifetime import PARENT
 
 CHILD = "adaptrix_export.prove.child"
 TIMEOUT_S = 2 * 3600.0  # a 7B model on a few cores takes tens of minutes
 LAST_LINES = 5
+
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 ROOM = 1 << 16  # bytes: with less in the temporary folder a report cannot be written
 
@@ -101,6 +103,7 @@ def _environment() -> dict[str, str]:
     # asked about, unless the user said so.
     env.setdefault("HF_HUB_OFFLINE", "1")
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    env[PARENT] = str(os.getpid())
     # The same search path in the same order, so that the child runs this very package.
     env["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
     return env

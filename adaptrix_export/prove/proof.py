@@ -21,6 +21,8 @@ from adaptrix_export.oracle.peft_folders import OracleFolders, oracle_folders
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress
 from adaptrix_export.prove.bases import other_base
+from adaptrix_export.prove.long_prompts import AUTO as LONG
+from adaptrix_export.prove.long_prompts import long_crossings
 from adaptrix_export.prove.parity import prove
 from adaptrix_export.prove.report import summary
 from adaptrix_export.recipe import Recipe
@@ -45,6 +47,7 @@ class ProofRequest:
     level: str = "full"
     decode_steps: int = 32
     text: str | None = None
+    long: str = LONG
     adapter_folder: Path | None = None
     quantized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     loss_rows: tuple[tuple[int, ...], ...] = ()
@@ -68,6 +71,7 @@ class ProofRequest:
             decode_steps=recipe.parity.decode_steps,
             text=read_text(text, "parity.text") if text else None,
             quantized=artifact.quantized,
+            long=recipe.parity.long.value,
         )
 
     @classmethod
@@ -94,6 +98,7 @@ class ProofRequest:
             decode_steps=parity["decode_steps"],
             text=text,
             quantized=manifest.get("quantized", {}),
+            long=parity.get("long", LONG),
         )
 
     def job(self, plan: Plan, folders: OracleFolders) -> Job:
@@ -122,6 +127,7 @@ class ProofRequest:
             gate_stats=self.gate_stats,
             adapter_folder=self.adapter_folder,
             drawn=plan.base.skeleton is not None,
+            crossings=long_crossings(plan.base, self.long),
             oracle=OracleFacts(
                 redistributed=plan.redistributed,
                 adjusted=bool(plan.adjustments),

@@ -25,6 +25,7 @@ from adaptrix_export.recipe.words import (
     ContextMode,
     ContextScope,
     Election,
+    LongPrompts,
     ParityLevel,
 )
 
@@ -84,6 +85,11 @@ class Parity(Section):
         default=ParityLevel.FULL,
         description="full: every case; fast: fewer and shorter cases; off: none, and the artifact "
         "is marked unverified.",
+    )
+    long: LongPrompts = Field(
+        default=LongPrompts.AUTO,
+        description="Whether prompts go beyond the smallest length at which the model computes "
+        "otherwise, a sliding window for example. auto: where it takes minutes at most.",
     )
     text: LinePath | None = Field(
         default=None, description="A UTF-8 text file to compare on, instead of the built-in text."

@@ -165,3 +165,9 @@ class ParityLevel(_Word):
 
 # What the section `quantize` goes with.
 QUANTIZED = (Precision.INT8, Precision.INT4)
+
+
+class LongPrompts(_Word):
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"

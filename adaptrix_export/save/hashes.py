@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,6 +50,20 @@ def files_under(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in folder.rglob("*"):
         if path.is_file():
             yield path.relative_to(folder).as_posix(), path
+
+
+def odd_entries(folder: Path) -> Iterator[tuple[str, str]]:
+    """What else lies under `folder` than regular files and folders of them, and what it is."""
+    for root, folders, files in os.walk(folder):
+        place = Path(root)
+        if place != folder and not folders and not files:
+            yield place.relative_to(folder).as_posix(), "an empty folder"
+        for path in (place / name for name in (*folders, *files)):
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                yield path.relative_to(folder).as_posix(), "a link"
+            elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                yield path.relative_to(folder).as_posix(), "no regular file"
 
 
 @dataclass(frozen=True)

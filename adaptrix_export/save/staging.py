@@ -23,6 +23,8 @@ from adaptrix_export.errors import MachineError, OutputError
 MARGIN_SHARE = 0.05
 MARGIN_BYTES = 16 * 2**20
 
+ORDER = ".order"  # in a commit folder: the names of its files, in the order of their moves
+
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 # rename(2) on a target that appeared meanwhile: a filled folder, a file, a name too busy.
 _OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EBUSY}
@@ -160,7 +162,7 @@ def _only_builder_of(out: Path) -> Iterator[None]:
 
 def _remove_stale(out: Path) -> None:
     """Delete what killed builds of `out` left: under the lock, no live build owns any of it."""
-    ours = re.compile(re.escape(f".{out.name}.staging-") + r"\d+")
+    ours = re.compile(re.escape(f".{out.name}.") + r"(staging-\d+|commit)")
     for path in sorted(out.parent.iterdir()):
         if ours.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -224,21 +226,51 @@ def addition(out: Path) -> Iterator[Path]:
     if not os.access(out, os.W_OK | os.X_OK):
         raise _not_writable(out)
     with _only_builder_of(out):
+        _complete(out)
         _remove_stale(out)
         yield from _new_folder(out)
 
 
-def install(stage: Path, out: Path, names: Sequence[str]) -> None:
-    """Move files of `stage` into the published folder, one after the other, each as a whole.
+def finish_addition(out: Path) -> None:
+    """Complete an addition to `out` that was killed while it moved its files."""
+    out = Path(os.path.abspath(out))
+    if _commit_of(out).is_dir():
+        with addition(out):
+            pass
 
-    The last one, the manifest, makes the others known: whoever reads meanwhile sees the folder as
-    it was or as it is to be. A file that stops short of its manifest is moved over the next time.
+
+def install(stage: Path, out: Path, names: Sequence[str]) -> None:
+    """Move files of `stage` into the published folder, in this order, each as a whole.
+
+    The last one, the manifest, makes the others known. The stage is renamed to a name that says
+    that all of it is there; from then on whoever comes next completes what a kill left undone, and
+    before it nothing of the published folder was touched.
     """
     out = Path(os.path.abspath(out))
     mode = _umask_mode(stage)
     for name in names:
-        path, place = stage / name, out / name
-        path.chmod(mode)
-        _fsync(path)
-        os.replace(path, place)
-        _fsync(place.parent)
+        (stage / name).chmod(mode)
+        _fsync(stage / name)
+    (stage / ORDER).write_text("\n".join(names), encoding="utf-8")
+    _fsync(stage / ORDER)
+    os.rename(stage, _commit_of(out))
+    _fsync(out.parent)
+    _complete(out)
+
+
+def _commit_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.commit")
+
+
+def _complete(out: Path) -> None:
+    """Move what is left in the commit folder of `out`, if there is one, and remove that."""
+    commit = _commit_of(out)
+    order = commit / ORDER
+    if order.is_file():
+        for name in order.read_text(encoding="utf-8").split("\n"):
+            path, place = commit / name, out / name
+            if path.is_file():  # else it was moved before the kill
+                os.replace(path, place)
+                _fsync(place.parent)
+        order.unlink()
+    shutil.rmtree(commit, ignore_errors=True)

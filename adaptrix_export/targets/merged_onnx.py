@@ -103,7 +103,7 @@ def _graphs(
     """File name -> graph. An initializer of a name means the same in all of them."""
     if plan.base.task not in TWO_PARTS and plan.base.skeleton is None:
         return {MODEL: draw(plan, provider, frontend, progress, trial)}
-    graphs = draw_parts(plan, provider, frontend, progress)
+    graphs = draw_parts(plan, provider, frontend, progress, trial)
     _part_constants(graphs)
     known: dict[str, Expression] = {}
     for file, graph in graphs.items():

@@ -124,7 +124,7 @@ def test_every_source_gives_a_valid_name(source: str) -> None:
         ),
         (
             {"parity": {"levle": "fast"}},
-            "parity.levle: unknown key, expected one of level, text, decode_steps; "
+            "parity.levle: unknown key, expected one of level, long, text, decode_steps; "
             "did you mean 'level'?",
         ),
         (
@@ -146,7 +146,7 @@ def test_every_source_gives_a_valid_name(source: str) -> None:
         ({"out": "a\nb"}, r"out: 'a\nb', expected a name on one line"),
         ({"adapter": 3}, "adapters.0: 3, expected a source, or {source: ..., name: ...}"),
         ({"adapter": {"source": "x", "name": "../y"}}, "adapters.0.name: '../y', expected"),
-        ({"parity": "fast"}, "parity: 'fast', expected the keys level, text, decode_steps"),
+        ({"parity": "fast"}, "parity: 'fast', expected the keys level, long, text, decode_steps"),
         ({"parity": {"decode_steps": 0}}, "parity.decode_steps: 0, expected greater than"),
         ({"parity": {"decode_steps": True}}, "parity.decode_steps: True, expected a valid integer"),
         ({"parity": {"decode_steps": "32"}}, "parity.decode_steps: '32', expected a valid integer"),

@@ -12,8 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from adaptrix_export.arch.task_table import VISION_LANGUAGE
+from adaptrix_export.arch.tasks import SEQ2SEQ
 from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.graph.frontends.faults import REMEDIES
 from adaptrix_export.graph.graph import Graph
+from adaptrix_export.graph.structure import check_structure
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress
 
@@ -56,39 +59,51 @@ def draw(
 ) -> Graph:
     """The graph of `plan` for an execution provider, by the front end of that name or by `auto`.
 
-    `native` is tried by `trial` first, if there is one; where it fails, `auto` traces instead.
+    Each is tried by `trial` first, if there is one; where `native` fails, `auto` traces instead.
     Raises UnsupportedError where the front end cannot draw it, or draws it wrongly.
     """
     if frontend not in (AUTO, "native"):
-        return FRONTENDS[frontend](plan, provider, progress)
+        _try(plan, provider, frontend, progress, trial)
+        return _drawn(frontend, plan, provider, progress)
+    from adaptrix_export.graph.frontends.native import check_known
+
     try:
-        if trial is not None:
-            _check_native(plan, provider, progress, trial)
-        return FRONTENDS["native"](plan, provider, progress)
+        check_known(plan)
+        _try(plan, provider, "native", progress, trial)
+        return _drawn("native", plan, provider, progress)
     except UnsupportedError as error:
         if frontend != AUTO:
             raise
         reason = f"native: {error.found}"
     progress.note(f"front end traced, not {reason}")
-    return replace(FRONTENDS["traced"](plan, provider, progress), reason=reason)
+    _try(plan, provider, "traced", progress, trial)
+    return replace(_drawn("traced", plan, provider, progress), reason=reason)
 
 
-def _check_native(plan: Plan, provider: str, progress: Progress, trial: Trial) -> None:
-    """Raise UnsupportedError where the native front end cannot be trusted with this plan."""
-    from adaptrix_export.graph.frontends.native import REMEDY, check_known
+def _drawn(frontend: str, plan: Plan, provider: str, progress: Progress) -> Graph:
+    """What a front end gives, its structure checked before a weight is read."""
+    graph = FRONTENDS[frontend](plan, provider, progress)
+    check_structure(graph.model, graph.weights, plan, frontend)
+    return graph
 
-    check_known(plan)
-    with progress.stage("trying the native front end on a small replica"):
-        verdict = trial(plan, provider, "native", progress)
+
+def _try(plan: Plan, provider: str, frontend: str, progress: Progress, trial: Trial | None) -> None:
+    """Raise UnsupportedError where a front end draws a small replica of the model wrongly."""
+    if trial is None or frontend not in REMEDIES:
+        return  # the process of the trial does not know a front end added at run time
+    with progress.stage(f"trying the {frontend} front end on a small replica"):
+        verdict = trial(plan, provider, frontend, progress)
     if not verdict.passed:
         kind = plan.base.architecture.model_type
         raise UnsupportedError(
-            f"{plan.base.spec}: front end native, model type {kind!r}", verdict.why,
-            "what PyTorch computes", REMEDY,
+            f"{plan.base.spec}: front end {frontend}, model type {kind!r}", verdict.why,
+            "what PyTorch computes", REMEDIES[frontend],
         )  # fmt: skip
 
 
-def draw_parts(plan: Plan, provider: str, frontend: str, progress: Progress) -> dict[str, Graph]:
+def draw_parts(
+    plan: Plan, provider: str, frontend: str, progress: Progress, trial: Trial | None = None
+) -> dict[str, Graph]:
     """The graphs of an encoder-decoder, or of a model whose names were read off its class, by file
     name; only the traced front end draws them.
 
@@ -109,7 +124,12 @@ def draw_parts(plan: Plan, provider: str, frontend: str, progress: Progress) -> 
         from adaptrix_export.graph.frontends.traced_parts import traced_parts
 
         trace, kind = traced_parts, "an encoder-decoder"
+        # Of models with other inputs than tokens there are no replicas yet: the proof judges them.
+        if plan.base.task == SEQ2SEQ:
+            _try(plan, provider, "traced", progress, trial)
     parts = trace(plan, provider, progress)
+    for graph in parts.values():
+        check_structure(graph.model, graph.weights, plan, graph.frontend)
     if frontend == AUTO:
         reason = f"{kind}, which the native front end does not draw"
         parts = {file: replace(graph, reason=reason) for file, graph in parts.items()}

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from adaptrix_export.arch.tasks import FEATURES, GENERATION
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.graph.expression import Expression, names
+from adaptrix_export.graph.frontends.faults import REMEDIES, raised_by
 from adaptrix_export.graph.frontends.live_config import live_config
 from adaptrix_export.graph.graph import Graph
 from adaptrix_export.graph.rewrite.fold import fold, share_equal
@@ -24,7 +25,7 @@ from adaptrix_export.plan import Plan
 
 # What mobius-onnx can build here: encoders are tried by the type that was measured to be exact.
 TASKS: dict[str, tuple[str, ...] | None] = {GENERATION: None, FEATURES: ("bert",)}
-REMEDY = "build with --frontend traced, or use --target safetensors"
+REMEDY = REMEDIES["native"]
 
 
 def native(plan: Plan, provider: str) -> Graph:
@@ -93,7 +94,10 @@ def _native_module(plan: Plan, module_class: Any) -> tuple[Any, Any]:
 
 @contextmanager
 def _native_faults(plan: Plan) -> Iterator[None]:
-    """What mobius raises for a config it cannot build, as a refusal that names the model type."""
+    """What mobius raises for a config it cannot build, as a refusal that names the model type.
+
+    A fault of ours on the way there is none of a model's, and stays what it is.
+    """
     from adaptrix_export.errors import AdaptrixError
 
     try:
@@ -101,6 +105,8 @@ def _native_faults(plan: Plan) -> Iterator[None]:
     except AdaptrixError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+        if raised_by(error) is None:
+            raise
         raise UnsupportedError(
             f"{plan.base.spec}: model type {plan.base.architecture.model_type!r}",
             f"mobius-onnx cannot build it ({type(error).__name__}: {error})", "a supported config",

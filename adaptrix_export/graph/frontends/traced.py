@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.graph.expression import names
+from adaptrix_export.graph.frontends.faults import raised_by
 from adaptrix_export.graph.frontends.live_config import live_config
 from adaptrix_export.graph.frontends.trace_patches import exactly_matched, traceable
 from adaptrix_export.graph.frontends.traced_interface import OUTPUTS, name_interface
@@ -93,6 +94,10 @@ def _simplify(model: ir.Model, weights: dict[str, Any], provider: str) -> None:
         fuse_for_onnxruntime(model, provider)
     for name in sorted(set(weights) - set(model.graph.initializers)):
         del weights[name]  # read by an output that was dropped
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:  # fusions say [] of a value of shape [1]
+            value.shape = ir.Shape(value.const_value.shape.numpy())
+            value.dtype = value.const_value.dtype
 
 
 def _forget_traces(model: ir.Model) -> None:
@@ -140,9 +145,11 @@ def traced_faults(place: str) -> Iterator[None]:
 
     try:
         yield
-    except AdaptrixError:
+    except (AdaptrixError, OSError, MemoryError):
         raise
     except Exception as error:  # the exporter raises whatever the model does
+        if raised_by(error) is None:
+            raise
         first = str(error).strip().split("\n")[0][:300]
         raise UnsupportedError(
             place, f"torch.export cannot trace it ({type(error).__name__}: {first})",

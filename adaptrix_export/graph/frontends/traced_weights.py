@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 
+import numpy as np
 import onnx_ir as ir
 
 from adaptrix_export.errors import UnsupportedError
@@ -14,8 +15,10 @@ from adaptrix_export.plan import Plan
 def bind(plan: Plan, model: ir.Model, parameters: Set[str]) -> dict[str, Expression]:
     """Initializer name -> expression, for every parameter and every buffer that the base stores.
 
-    Their values are taken out of the graph: what is traced has none. Raises UnsupportedError for
-    a parameter without a tensor of its shape in the base, and for a change that is not read.
+    Their values are taken out of the graph: what is traced has none. A buffer that is no float (a
+    BERT checkpoint may store its position ids) keeps the values that the model computes for it.
+    Raises UnsupportedError for a parameter without a tensor of its shape in the base, for a change
+    that is not read, and for stored integers that are not those of the graph.
     """
     weights: dict[str, Expression] = {}
     for name, value in model.graph.initializers.items():
@@ -28,9 +31,22 @@ def bind(plan: Plan, model: ir.Model, parameters: Set[str]) -> dict[str, Express
         if source is None or not value.uses():
             continue
         _check_shape(plan, name, source, value)
+        if value.dtype is not None and not value.dtype.is_floating_point():
+            _check_integers(plan, name, source, value)
+            continue
         weights[name] = tensor(source)
         value.const_value = None
     return weights
+
+
+def _check_integers(plan: Plan, name: str, source: str, value: ir.Value) -> None:
+    stored = plan.base.tensors[plan.base.tied.get(source, source)]
+    computed = value.const_value
+    if computed is None or not np.array_equal(computed.numpy(), stored.read()):
+        raise UnsupportedError(
+            f"traced front end: {name}", f"{stored.dtype} values that the model does not compute",
+            "those that it computes", "save the base without this buffer",
+        )  # fmt: skip
 
 
 def _source(plan: Plan, name: str) -> str | None:

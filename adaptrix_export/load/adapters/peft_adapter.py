@@ -14,6 +14,7 @@ from typing import Any
 import regex
 
 from adaptrix_export.errors import AdapterError, SourceError, UnsupportedError
+from adaptrix_export.load.adapters.config_fields import check_adapter_config
 from adaptrix_export.load.adapters.expert_loras import take_experts
 from adaptrix_export.load.adapters.folders import CONFIG, PICKLED, WEIGHTS, check_is_adapter
 from adaptrix_export.load.adapters.new_embeddings import FILE as ROWS
@@ -39,6 +40,7 @@ from adaptrix_export.plan import (
 )
 
 __all__ = ["CONFIG", "OURS", "PICKLED", "WEIGHTS", "open_peft", "rank_and_scale"]
+LONGEST_PATTERN = 20_000  # characters; compiling takes some hundred bytes for each
 PATTERN_SECONDS = 1.0  # a rank_pattern key is a regex from a stranger
 
 # Fields of LoraConfig that the merge obeys, or that only matter while training.
@@ -106,6 +108,7 @@ def open_peft(source: Source, base: Base, place: str, reading: Reading) -> Adapt
     folder = source.folder
     check_is_adapter(place, folder)
     config = read_json(folder / CONFIG)
+    check_adapter_config(f"{place}: {CONFIG}", config)
     check_type(place, config)
     weights = stored_weights(place, folder, reading)
     if config.get("peft_type") != "LORA":
@@ -379,10 +382,15 @@ def rank_and_scale(place: str, path: str, config: Mapping[str, Any]) -> tuple[in
 def _by_pattern(place: str, path: str, patterns: Any, default: Any) -> Any:
     """The value of the first pattern that matches `(.*\\.)?(pattern)$`, else the default."""
     for pattern, value in (patterns or {}).items():
+        if len(pattern) > LONGEST_PATTERN or "(?R" in pattern:
+            raise AdapterError(
+                f"{place}: {CONFIG}", f"a pattern of {len(pattern)} characters, or a recursive one",
+                f"at most {LONGEST_PATTERN}", "name the modules plainly",
+            )  # fmt: skip
         try:
             if regex.match(rf"(.*\.)?({pattern})$", path, timeout=PATTERN_SECONDS):
                 return value
-        except (regex.error, TimeoutError) as error:
+        except (regex.error, TimeoutError, RecursionError, OverflowError) as error:
             raise AdapterError(
                 f"{place}: {CONFIG}", f"pattern {pattern!r} ({error or 'took too long'})",
                 "a regular expression", "name the modules plainly",

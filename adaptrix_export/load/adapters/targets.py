@@ -13,7 +13,7 @@ from typing import Any
 import regex
 
 from adaptrix_export.errors import AdapterError
-from adaptrix_export.load.adapters.peft_adapter import CONFIG, PATTERN_SECONDS
+from adaptrix_export.load.adapters.peft_adapter import CONFIG, LONGEST_PATTERN, PATTERN_SECONDS
 from adaptrix_export.plan import Base
 
 ALL_LINEAR = "all-linear"
@@ -82,9 +82,14 @@ def _matches(pattern: str, path: str, whole: bool) -> bool:
 
 
 def _timed(match: Any, pattern: str, path: str) -> Any:
+    if len(pattern) > LONGEST_PATTERN or "(?R" in pattern:  # seconds, and memory, to compile
+        raise AdapterError(
+            CONFIG, f"a pattern of {len(pattern)} characters, or a recursive one",
+            f"at most {LONGEST_PATTERN}", "name the modules plainly",
+        )  # fmt: skip
     try:
         return match(pattern, path, timeout=PATTERN_SECONDS)
-    except (regex.error, TimeoutError) as error:
+    except (regex.error, TimeoutError, RecursionError, OverflowError) as error:
         raise AdapterError(
             CONFIG, f"pattern {pattern!r} ({error or 'took too long'})", "a regular expression",
             "name the modules plainly",

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from adaptrix_export.errors import SourceError, UnsupportedError
+from adaptrix_export.load.files.regular import require_regular
 from adaptrix_export.plan import Array
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -42,6 +43,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 FLOATS = ("F64", "F32", "F16", "BF16")  # what a delta can be added to
 MAX_HEADER = 100 << 20  # the library's own limit, in bytes
+MAX_DIMENSIONS = 64  # of PyTorch and numpy
 
 
 class ByRows(ABC):
@@ -109,7 +111,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     duplicate names, gaps, overlaps, sizes that do not fit their shapes.
     """
     damaged = "fetch or save the file again"
-    size = path.stat().st_size
+    size = require_regular(path)
     with path.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
@@ -119,6 +121,8 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     try:
         entries = json.loads(header, object_pairs_hook=_no_duplicates)
         metadata = entries.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata that is no text")
         tensors = [_tensor(path, name, e, 8 + length) for name, e in entries.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(
@@ -144,6 +148,8 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredT
         raise UnsupportedError(
             f"{path.name}: {name}", f"dtype {dtype}", " ".join(DTYPES), "convert the file first"
         )
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{name!r} has {len(shape)} dimensions")
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"{name!r} has shape {shape} and offsets {begin}, {end}")
     tensor = StoredTensor(name, dtype, shape, path, start + begin)
@@ -171,8 +177,9 @@ def _check_bytes(path: Path, tensors: list[StoredTensor], start: int, size: int)
 def read_json(path: Path, limit: int = 32 << 20) -> dict[str, Any]:
     """A JSON object from a file of at most `limit` bytes; SourceError names what is wrong."""
     try:
-        if path.stat().st_size > limit:
-            raise SourceError(path.name, f"{path.stat().st_size} bytes", f"at most {limit}")
+        size = require_regular(path)
+        if size > limit:
+            raise SourceError(path.name, f"{size} bytes", f"at most {limit}")
         value = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
         raise SourceError(

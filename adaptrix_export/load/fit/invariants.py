@@ -169,6 +169,12 @@ def _check_terms(
     path = delta.site.path
     vocabulary = _resized(base, adapter, path)
     for term in leaves(delta.terms):
+        scale = getattr(term, "scale", 1.0)
+        if not isfinite(scale):
+            yield AdapterError(
+                f"{adapter.name}: {path}", f"a scale of {scale}", "a finite number",
+                "correct lora_alpha and r, or save the adapter again",
+            )  # fmt: skip
         for what, found, expected in _sizes(term, outputs, inputs):
             if found != expected and found != vocabulary:
                 yield AdapterError(

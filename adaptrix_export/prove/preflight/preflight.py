@@ -2,7 +2,7 @@
 
 The replica goes the whole way: saved as a checkpoint, drawn, written, and compared with PyTorch in
 every case of the full proof. That happens in a child process, once: the verdict is kept in the
-user's cache by the replica's config and the versions of all that took part.
+user's cache by the replica's config, our own sources and the versions of all that took part.
 """
 
 from __future__ import annotations
@@ -13,23 +13,21 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from adaptrix_export import __version__
 from adaptrix_export.errors import CheckerError
 from adaptrix_export.graph.frontends.draw import Verdict
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress
 from adaptrix_export.prove.parity import run_child
 from adaptrix_export.prove.preflight.replica import shrunk
+from adaptrix_export.prove.preflight.sources import sources_hash, versions
 
 CHILD = "adaptrix_export.prove.preflight.child"
 TIMEOUT_S = 600.0
 CACHE = "ADAPTRIX_EXPORT_CACHE"
-FORMAT = 2  # of a verdict; another number asks all questions anew
-_VERSIONS = ("torch", "transformers", "mobius-onnx", "onnxruntime", "onnxruntime-gpu", "onnx-ir")
+FORMAT = 3  # of a verdict; another number asks all questions anew
 
 
 @dataclass(frozen=True)
@@ -80,19 +78,11 @@ def cache_folder() -> Path:
 
 
 def _entry(question: Question) -> Path:
-    asked = {**asdict(question), "versions": _versions(), "format": FORMAT}
+    asked = {
+        **asdict(question), "versions": versions(), "sources": sources_hash(), "format": FORMAT,
+    }  # fmt: skip
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "preflight" / f"{digest}.json"
-
-
-def _versions() -> dict[str, str]:
-    found = {"adaptrix-export": __version__}
-    for name in _VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue  # only one of the two ONNX Runtime packages is ever installed
-    return found
 
 
 def _kept(entry: Path) -> Verdict | None:

@@ -26,7 +26,10 @@ _AT_MOST: dict[str, int] = {
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), WIDTH // 2),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), EXPERTS),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token"), EXPERTS // 2),
-    **dict.fromkeys(("sliding_window", "attention_chunk_size", "local_attention"), WINDOW),
+    **dict.fromkeys(
+        ("sliding_window", "attention_chunk_size", "local_attention", "window_size"), WINDOW
+    ),
+    "relative_attention_max_distance": 40,  # T5: beyond, all distances share a bucket
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), POSITIONS),
     "vocab_size": VOCABULARY,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import mobius
 import pytest
 from click.testing import CliRunner
 from transformers import AutoConfig
@@ -88,25 +89,52 @@ def test_verdicts_are_kept_and_a_corrupt_entry_is_written_again(plan, cache, mon
     entry.write_text('{"passed": "yes"}')
     assert not preflight(plan, "cpu", "native", Silent()).passed and len(asked) == 2
     assert json.loads(entry.read_text()) == {"passed": False, "why": "prefill is off"}
-    monkeypatch.setattr(module, "__version__", "0.0.0-other")
+    monkeypatch.setattr(module, "versions", lambda: {"onnxscript": "0.0.0-other"})
     preflight(plan, "cpu", "native", Silent())
     assert len(asked) == 3 and len(list(cache.iterdir())) == 2
+    monkeypatch.setattr(module, "sources_hash", lambda: "sources that were changed")
+    preflight(plan, "cpu", "native", Silent())
+    assert len(asked) == 4 and len(list(cache.iterdir())) == 3
 
 
-def test_auto_traces_where_native_fails_and_native_refuses(plan, cache, monkeypatch):
+def test_auto_traces_where_native_fails_and_native_refuses(plan, cache, monkeypatch, tmp_path):
     told = []
 
     class Told(Silent):
         def note(self, text):
             told.append(text)
 
-    monkeypatch.setattr(module, "run_child", lambda *_: {"passed": False, "why": "off by 2"})
+    def verdict(_, job, *rest):
+        return {"passed": json.loads(job)["frontend"] == "traced", "why": "off by 2"}
+
+    monkeypatch.setattr(module, "run_child", verdict)
+    monkeypatch.setattr("adaptrix_export.graph.frontends.draw.check_structure", lambda *_: None)
     monkeypatch.setitem(FRONTENDS, "traced", lambda *_: Graph(None, {}, "traced", ()))
     graph = draw(plan, "cpu", "auto", Told(), preflight)
     assert graph.frontend == "traced" and graph.reason == "native: off by 2"
     assert told == ["front end traced, not native: off by 2"]
     with pytest.raises(UnsupportedError, match="model type 'llama': off by 2.*--frontend traced"):
         draw(plan, "cpu", "native", Silent(), preflight)
+    monkeypatch.setattr(module, "run_child", lambda *_: {"passed": False, "why": "off by 3"})
+    monkeypatch.setenv(module.CACHE, str(tmp_path / "another"))
+    with pytest.raises(UnsupportedError, match="front end traced, model type 'llama': off by 3"):
+        draw(plan, "cpu", "traced", Silent(), preflight)
+
+
+def test_a_fault_of_ours_is_no_verdict_and_one_of_mobius_is(plan, monkeypatch):
+    """Negative and positive control: the same exception, from our code and from theirs."""
+    monkeypatch.setattr(native, "_recorded", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        native.native(plan, "cpu")
+    monkeypatch.undo()
+    monkeypatch.setattr(native, "_recorded", lambda _: None + 1)
+    with pytest.raises(TypeError):
+        native.native(plan, "cpu")
+    monkeypatch.undo()
+    kinds = mobius.registry.get
+    monkeypatch.setattr("mobius.registry.get", lambda kind: kinds("whisper"))
+    with pytest.raises(UnsupportedError, match="mobius-onnx cannot build it"):
+        native.native(plan, "cpu")
 
 
 def test_native_by_name_ends_the_command_with_two_and_the_reason(

@@ -1,0 +1,59 @@
+"""What the fields of an adapter_config.json may be, after the config classes of PEFT 0.21."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from adaptrix_export.load.files.fields import (
+    FLAG,
+    LIST,
+    NUMBER,
+    OBJECT,
+    SIZE,
+    TEXT,
+    TEXTS,
+    WHOLE,
+    Kind,
+    check_fields,
+    list_of,
+    map_of,
+)
+
+_PATHS = TEXT | TEXTS
+ADAPTER_FIELDS: dict[str, Kind] = {
+    "alpha_pattern": map_of(NUMBER),
+    "auto_mapping": OBJECT,
+    "base_model_name_or_path": TEXT,
+    "bias": TEXT,
+    "exclude_modules": _PATHS,
+    "fan_in_fan_out": FLAG,
+    "inference_mode": FLAG,
+    "layer_replication": LIST,
+    "layers_pattern": _PATHS,
+    "layers_to_transform": WHOLE | list_of(WHOLE),
+    "lora_alpha": NUMBER,
+    "lora_bias": FLAG,
+    "lora_dropout": NUMBER,
+    "modules_to_save": _PATHS,
+    "peft_type": TEXT,
+    "peft_version": TEXT,
+    "r": SIZE,
+    "rank_pattern": map_of(SIZE),
+    "revision": TEXT,
+    "target_modules": _PATHS,
+    "target_parameters": TEXTS,
+    "task_type": TEXT,
+    "trainable_token_indices": list_of(WHOLE) | map_of(list_of(WHOLE)),
+    "use_dora": FLAG,
+    "use_rslora": FLAG,
+}
+
+
+def check_adapter_config(place: str, config: Mapping[str, Any]) -> None:
+    """Raise SourceError for a field of another type than PEFT writes."""
+    check_fields(place, config, ADAPTER_FIELDS)
+    pairs = config.get("layer_replication") or []
+    check_fields(
+        place, {"layer_replication": pairs}, {"layer_replication": list_of(list_of(WHOLE))}
+    )

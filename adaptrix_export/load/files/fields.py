@@ -1,0 +1,84 @@
+"""The types of fields in a JSON file that comes in, checked where it is read.
+
+What follows may then rely on them. A field that no table names is left to whoever reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from adaptrix_export.errors import SourceError
+
+LARGEST = 10**9  # of a size, a count or a token id
+SHOWN = 60  # characters of a value in an error
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`words` say what a value may be, `fits` whether it is."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+    def __or__(self, other: Kind) -> Kind:
+        return Kind(f"{self.words} or {other.words}", lambda v: self.fits(v) or other.fits(v))
+
+
+def _is_number(value: Any) -> bool:
+    return (type(value) is int and abs(value) < 2**63) or (type(value) is float and isfinite(value))
+
+
+def list_of(kind: Kind) -> Kind:
+    return Kind(
+        f"a list of ({kind.words})",
+        lambda value: isinstance(value, list) and all(kind.fits(item) for item in value),
+    )
+
+
+def map_of(kind: Kind) -> Kind:
+    return Kind(
+        f"an object of ({kind.words})",
+        lambda value: isinstance(value, Mapping) and all(kind.fits(v) for v in value.values()),
+    )
+
+
+NULL = Kind("null", lambda value: value is None)
+TEXT = Kind("text", lambda value: isinstance(value, str))
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+NUMBER = Kind("a finite number", _is_number)
+COUNT = Kind(
+    f"a whole number from 0 to {LARGEST}",
+    lambda value: type(value) is int and 0 <= value <= LARGEST,
+)
+SIZE = Kind(
+    f"a whole number from 1 to {LARGEST}", lambda value: type(value) is int and 0 < value <= LARGEST
+)
+WHOLE = Kind("a whole number", lambda value: type(value) is int and abs(value) <= LARGEST)
+OBJECT = Kind("an object", lambda value: isinstance(value, Mapping))
+LIST = Kind("a list", lambda value: isinstance(value, list))
+TEXTS = list_of(TEXT)
+
+
+def check_fields(place: str, document: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
+    """Raise SourceError at the first field whose value is of another kind than its row says.
+
+    A field that is missing or null is left to whoever needs it.
+    """
+    for key in sorted(kinds.keys() & document.keys()):
+        value = document[key]
+        if value is not None and not kinds[key].fits(value):
+            raise SourceError(
+                f"{place}: {key}",
+                _shown(value),
+                kinds[key].words,
+                "correct the file or save it again",
+            )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."

@@ -1,0 +1,23 @@
+"""Whether the whole model is asked beyond its smallest threshold, as its replica always is."""
+
+from __future__ import annotations
+
+from math import prod
+
+from adaptrix_export.arch.tasks import GENERATION
+from adaptrix_export.oracle.thresholds import Threshold, thresholds
+from adaptrix_export.plan import Base
+
+AUTO, ON, OFF = "auto", "on", "off"
+# Multiplications that `auto` spends on it: two minutes or so on two cores, both models together.
+BUDGET = 2e12
+_PASSES = 10  # over the threshold's tokens: five cases, in both models
+
+
+def long_crossings(base: Base, long: str) -> tuple[Threshold, ...]:
+    """The smallest threshold of the model, if `long` ("auto", "on" or "off") has it crossed."""
+    found = thresholds(base.config)[:1] if base.task == GENERATION else ()
+    if long == OFF or not found:
+        return ()
+    work = 2 * sum(prod(tensor.shape) for tensor in base.tensors.values()) * found[0].at * _PASSES
+    return found if long == ON or work <= BUDGET else ()
