@@ -63,7 +63,7 @@ def test_an_adapter_is_added_beside_the_others(built, out, level):
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)["report"]
-    added = ["adapters/late.onnx_adapter"]
+    added = ["adapters/late.onnx_adapter", "adapters/late.safetensors"]
     if level == "fast":
         cases = {c["name"] for c in report["cases"]}
         assert report["passed"] and cases == {"late: prefill", "late: greedy decode"}
