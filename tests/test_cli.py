@@ -131,7 +131,7 @@ def test_each_flag_of_build_tells_the_words_it_takes() -> None:
         assert shown[name] == "|".join(words), name
     possible = dict.fromkeys(p for facts in TARGET_FACTS.values() for p in facts.precisions)
     assert shown["precision"] == "|".join(possible)
-    sections = {"context", "quantize", "redistribute"}
+    sections = {"context", "quantize", "redistribute", "tokenizer"}
     assert set(recipe.Recipe.model_fields) - sections | {"tau", "layers"} <= set(shown)
 
 
@@ -269,7 +269,7 @@ def test_verbose_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Traceback" not in invoke("build", *FLAGS, "-v").stderr
 
 
-@pytest.mark.parametrize("arguments", [["bild"], ["build", "--bse", "x"], ["run", "x"]])
+@pytest.mark.parametrize("arguments", [["bild"], ["build", "--bse", "x"], ["run"]])
 def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
     done = invoke(*arguments)
     assert done.exit_code == 2

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-import adaptrix_export.merge.merge as merge
-from tests.tools.matrix import TARGETS, cells_of, main
+from adaptrix_export.merge import leaves
+from adaptrix_export.plan import LowRank
+from tests.tools.matrix import BUILT, cells_of, main
 from tests.tools.matrix_rows import KINDS, LORA, LORA_REFUSED, ROWS, TUNERS
 
 BY_NAME = {row.name: row for row in ROWS}
@@ -30,7 +31,7 @@ def test_rows_are_many_and_have_names_of_their_own():
     [("dora + rslora", "gpt2"), ("plain", "bert"), ("experts, ranks, rslora", "mixtral")],
 )
 def test_cells_are_exact(row, kind):
-    assert statuses(BY_NAME[row], kind) == dict.fromkeys(TARGETS, "exact")
+    assert statuses(BY_NAME[row], kind) == dict.fromkeys(BUILT, "exact")
 
 
 def test_cells_are_refused_by_name():
@@ -41,10 +42,10 @@ def test_cells_are_refused_by_name():
 def test_a_fault_is_seen(monkeypatch):
     """Negative controls: a term off by a thousandth, an adapter without effect, a lax compiler."""
     row = BY_NAME["plain"]
-    low_rank = merge._ADDED[merge.LowRank]
+    low_rank = leaves._ADDED[LowRank]
     louder = lambda c, t: low_rank(c, replace(t, scale=1.001 * t.scale))  # noqa: E731
-    monkeypatch.setitem(merge._ADDED, merge.LowRank, louder)
-    assert statuses(row, "llama") == dict.fromkeys(TARGETS, "wrong")
+    monkeypatch.setitem(leaves._ADDED, LowRank, louder)
+    assert statuses(row, "llama") == dict.fromkeys(BUILT, "wrong")
     monkeypatch.undo()
     assert set(statuses(replace(row, spread=0.0), "llama").values()) == {"wrong"}
     assert set(statuses(replace(row, must="refused"), "llama").values()) == {"wrong"}
@@ -60,12 +61,12 @@ def test_a_fault_is_seen(monkeypatch):
 def test_the_whole_matrix(tmp_path):
     assert main(["--jobs", "2", "--json", str(tmp_path / "cells.json")]) == 0
     cells = json.loads((tmp_path / "cells.json").read_text())
-    assert len(cells) == len(ROWS) * len(KINDS) * len(TARGETS)
+    assert len(cells) == len(ROWS) * len(KINDS) * len(BUILT)
     assert not any(cell["status"] == "wrong" for cell in cells)
     exact = Counter(
         cell["row"] for cell in cells if cell["status"] == "exact" and cell["kind"] == "llama"
     )
-    assert sum(exact[row.name] == len(TARGETS) for row in LORA) >= 25
-    assert sum(exact[row.name] == len(TARGETS) for row in TUNERS) >= 18
+    assert sum(exact[row.name] == len(BUILT) for row in LORA) >= 25
+    assert sum(exact[row.name] == len(BUILT) for row in TUNERS) >= 18
     refused = {cell["row"] for cell in cells if cell["status"] == "refused"}
     assert {row.name for row in LORA_REFUSED} <= refused

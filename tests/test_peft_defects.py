@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from adaptrix_export.pipeline import build
 from adaptrix_export.recipe import Recipe
 from tests.tiny import live, save_adapter, save_base
-from tests.tools.matrix import EXACT, IDS, LOUD, TARGETS, Trained, compare
+from tests.tools.matrix import BUILT, EXACT, IDS, LOUD, Trained, compare
 
 TIED = {"tie_word_embeddings": True}
 Q = "q_proj"
@@ -44,7 +44,7 @@ def test_peft_merges_wrongly_and_we_do_not(tmp_path, defect):
         merged.save_pretrained(tmp_path / "merged")
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert np.abs(answer(merged) - right).max() > wrong
-    for target in TARGETS:
+    for target in BUILT:
         error, failed = compare(Trained(base, (adapter,), right, 1.0), target, tmp_path / target)
         assert error <= EXACT and not failed, (target, error, failed)
 

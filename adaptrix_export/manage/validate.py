@@ -310,7 +310,9 @@ def _revision(base: Base) -> str | None:
 
 
 def _tokenizer(subject: Subject) -> Rows:
-    """Tokens that were added, and the tokenizer that knows them."""
+    """Tokens that were added, and the tokenizer that knows them; not of an adapter that misfits."""
+    if next(misfits(subject.plan), None) is not None:
+        return
     if text := missing_tokenizer(subject.plan):
         yield Finding(
             WARNING, "tokenizer", subject.adapter.name, text, "the tokenizer with the added tokens",
@@ -321,6 +323,8 @@ def _tokenizer(subject: Subject) -> Rows:
 
 
 def _tokenizer_fine(subject: Subject) -> str:
+    if next(misfits(subject.plan), None) is not None:
+        return "not looked at, because the adapter does not fit"
     return choose_tokenizer(subject.plan, AUTO).note or "that of the base"
 
 

@@ -19,7 +19,6 @@ from adaptrix_export.errors import MachineError, SourceError, VerificationError
 from adaptrix_export.load.base_weights import how_read
 from adaptrix_export.load.files.regular import require_regular
 from adaptrix_export.package.documents import MANIFEST_FORMAT, ManifestDocument, check_document
-from adaptrix_export.package.runtime_needs import runtime_needs
 from adaptrix_export.save.hashes import (
     FileHash,
     InputFile,
@@ -81,6 +80,8 @@ def build_manifest(
     `parity` is "proved" or "unverified"; `report_sha256` is the hash of report.json, if any.
     Raises MachineError if a file no longer holds what lowering wrote.
     """
+    from adaptrix_export.package.runtime_needs import runtime_needs  # imports onnx_ir
+
     return {
         "format": FORMAT,
         "tool": {"name": TOOL, "version": __version__},

@@ -61,8 +61,6 @@ def test_a_row_is_for_types_with_the_usual_names():
     llama = config("llama", "LlamaForCausalLM")
     assert has_row(llama, "text-generation") and has_row(config("t5"), "text2text-generation")
     assert not has_row(llama, "question-answering")
-    assert not has_row(config("bart", "BartForConditionalGeneration", is_encoder_decoder=True),
-                       "text2text-generation")  # fmt: skip
     assert not has_row(GEMMA, "image-text-to-text") and not has_row(VIT, "feature-extraction")
 
 

@@ -23,7 +23,7 @@ from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
 from adaptrix_export.targets.merged_safetensors import lower_merged_safetensors
 
-CONFIG = {"model_type": "own", "hidden_size": 16, "num_attention_heads": 4, "vocab_size": 10}
+CONFIG = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 4, "vocab_size": 10}
 
 
 class Mixed(nn.Module):

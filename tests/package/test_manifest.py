@@ -38,11 +38,11 @@ def staged(tmp_path):
     """Two files, one of them hashed by lowering."""
     stage = tmp_path / "out"
     (stage / "sub").mkdir(parents=True)
-    (stage / "model.onnx").write_bytes(b"graph")
+    (stage / "model.bin").write_bytes(b"graph")
     (stage / "sub" / "x").write_bytes(b"")
     digest = hashlib.sha256(b"graph").hexdigest()
     weights = {"w": ["transpose", [1, 0], ["tensor", "model.w"]]}
-    return Artifact(stage, "onnx", "fp32", {"model.onnx": digest}, weights, (), {}, "native")
+    return Artifact(stage, "onnx", "fp32", {"model.bin": digest}, weights, (), {}, "native")
 
 
 def manifest_of(artifact, sources, recipe=None):
@@ -72,7 +72,7 @@ def test_a_manifest_names_inputs_outputs_versions_and_verdict(staged, sources):
     entry = inputs["path:base", "model.safetensors"]
     assert entry["sha256"] == hashlib.sha256(weights).hexdigest()
     assert entry["bytes"] == len(weights)
-    assert sorted(manifest["outputs"]) == ["model.onnx", "sub/x"]
+    assert sorted(manifest["outputs"]) == ["model.bin", "sub/x"]
     assert {"torch", "transformers", "numpy", "mobius-onnx"} <= manifest["versions"].keys()
     assert manifest["parity"] == {"verdict": "proved", "report_sha256": "ab"}
     assert len(manifest["sites"]) == 28 and manifest["weights"]["w"][0] == "transpose"
@@ -149,7 +149,7 @@ def test_hash_file_reads_past_one_block(tmp_path):
 
 
 def test_bytes_that_read_back_differently_are_the_machines_fault(staged, sources):
-    (staged.folder / "model.onnx").write_bytes(b"Graph")
+    (staged.folder / "model.bin").write_bytes(b"Graph")
     with pytest.raises(MachineError, match=r"model.onnx: reads back as"):
         manifest_of(staged, sources)
 
@@ -157,13 +157,13 @@ def test_bytes_that_read_back_differently_are_the_machines_fault(staged, sources
 def test_check_finds_what_is_missing_extra_and_changed(staged, sources):
     write_manifest(staged.folder, manifest_of(staged, sources))
     assert check_hashes(staged.folder) == []
-    (staged.folder / "model.onnx").write_bytes(b"grapH")
+    (staged.folder / "model.bin").write_bytes(b"grapH")
     (staged.folder / "sub" / "x").unlink()
     (staged.folder / "extra").touch()
     found = {p.file: str(p) for p in check_hashes(staged.folder)}
-    assert set(found) == {"model.onnx", "sub/x", "extra"}
+    assert set(found) == {"model.bin", "sub/x", "extra"}
     assert "missing" in found["sub/x"] and "no such file" in found["extra"]
-    (staged.folder / "model.onnx").write_bytes(b"longer")
+    (staged.folder / "model.bin").write_bytes(b"longer")
     assert "model.onnx: 6 bytes, expected 5 bytes" in map(str, check_hashes(staged.folder))
 
 
@@ -172,8 +172,8 @@ def test_any_flipped_bit_is_found(staged, sources):
     for bit in range(8 * len(b"graph")):
         content = bytearray(b"graph")
         content[bit // 8] ^= 1 << bit % 8
-        (staged.folder / "model.onnx").write_bytes(content)
-        assert [p.file for p in check_hashes(staged.folder)] == ["model.onnx"]
+        (staged.folder / "model.bin").write_bytes(content)
+        assert [p.file for p in check_hashes(staged.folder)] == ["model.bin"]
 
 
 @pytest.mark.parametrize(

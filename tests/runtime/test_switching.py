@@ -16,6 +16,7 @@ from adaptrix_export.errors import SourceError
 from adaptrix_export.pipeline import build
 from adaptrix_export.runtime import Sampling, Session
 from adaptrix_export.runtime.graph import SLOTLESS
+from adaptrix_export.runtime.layout import located
 from adaptrix_export.runtime.stamps import adapter_version
 from tests.switchable import recipe, switchable
 from tests.tiny import VOCAB, live, save_adapter, save_base
@@ -164,7 +165,7 @@ def test_a_twin_serves_requests_without_an_adapter_and_no_others(made, session, 
     for mode in MODES:
         assert answer(twin, mode) == answer(session, mode)
     plain = session.logits([PROMPT])
-    model = ir.load(copy / SLOTLESS)  # it alone: logits of the other sign
+    model = ir.load(located(copy, SLOTLESS))  # it alone: logits of the other sign
     (logits,) = (value for value in model.graph.outputs if value.name == "logits")
     producer = logits.producer()
     turned = ir.node("Neg", [logits])
@@ -172,13 +173,13 @@ def test_a_twin_serves_requests_without_an_adapter_and_no_others(made, session, 
     logits.name, turned.outputs[0].name = "plain", "logits"
     turned.outputs[0].shape, turned.outputs[0].type = logits.shape, logits.type
     model.graph.outputs[0] = turned.outputs[0]
-    ir.save(model, copy / SLOTLESS)
+    ir.save(model, located(copy, SLOTLESS))
     changed = Session(copy, threads=1, twin=True)
     assert np.array_equal(changed.logits([PROMPT]), -plain)
     assert np.array_equal(changed.logits([PROMPT], adapter="mlp"),
                           session.logits([PROMPT], adapter="mlp"))  # fmt: skip
     assert np.array_equal(Session(copy, threads=1).logits([PROMPT]), plain)
-    (copy / SLOTLESS).unlink()
+    (located(copy, SLOTLESS)).unlink()
     with pytest.raises(SourceError, match="no slotless.onnx.*leave the twin out"):
         Session(copy, twin=True)
 

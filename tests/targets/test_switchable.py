@@ -136,10 +136,10 @@ def test_the_artifact_as_it_is_passes(llama):
 
 def test_a_wrong_graph_without_slots_fails_the_proof(llama, tmp_path):
     shutil.copytree(llama.out, tmp_path / "out")
-    model = ir.load(tmp_path / "out" / SLOTLESS)
+    model = ir.load(located(tmp_path / "out", SLOTLESS))
     norm = next(n for n in model.graph if "Norm" in n.op_type)
     norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-2)
-    ir.save(model, tmp_path / "out" / SLOTLESS)
+    ir.save(model, located(tmp_path / "out", SLOTLESS))
     report = replace(llama, out=tmp_path / "out").proof()
     wrong = {case["name"] for case in report["cases"] if not case["passed"]}
     assert not report["passed"] and len(wrong) == 2

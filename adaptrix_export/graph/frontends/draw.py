@@ -16,7 +16,6 @@ from adaptrix_export.arch.tasks import SEQ2SEQ
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.graph.frontends.faults import REMEDIES
 from adaptrix_export.graph.graph import Graph
-from adaptrix_export.graph.structure import check_structure
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress
 
@@ -83,6 +82,8 @@ def draw(
 def _drawn(frontend: str, plan: Plan, provider: str, progress: Progress) -> Graph:
     """What a front end gives, its structure checked before a weight is read."""
     graph = FRONTENDS[frontend](plan, provider, progress)
+    from adaptrix_export.graph.structure import check_structure
+
     check_structure(graph.model, graph.weights, plan, frontend)
     return graph
 
@@ -129,6 +130,8 @@ def draw_parts(
             _try(plan, provider, "traced", progress, trial)
     parts = trace(plan, provider, progress)
     for graph in parts.values():
+        from adaptrix_export.graph.structure import check_structure
+
         check_structure(graph.model, graph.weights, plan, graph.frontend)
     if frontend == AUTO:
         reason = f"{kind}, which the native front end does not draw"

@@ -38,7 +38,7 @@ ADAPTER_FIELDS: dict[str, Kind] = {
     "modules_to_save": _PATHS,
     "peft_type": TEXT,
     "peft_version": TEXT,
-    "r": SIZE,
+    "r": WHOLE,  # 0 in an OFT config, which counts blocks instead
     "rank_pattern": map_of(SIZE),
     "revision": TEXT,
     "target_modules": _PATHS,
@@ -53,7 +53,3 @@ ADAPTER_FIELDS: dict[str, Kind] = {
 def check_adapter_config(place: str, config: Mapping[str, Any]) -> None:
     """Raise SourceError for a field of another type than PEFT writes."""
     check_fields(place, config, ADAPTER_FIELDS)
-    pairs = config.get("layer_replication") or []
-    check_fields(
-        place, {"layer_replication": pairs}, {"layer_replication": list_of(list_of(WHOLE))}
-    )

@@ -128,7 +128,7 @@ def _task_hint(base: Base, adapter: Adapter, name: str) -> str:
         return ""
     trained = adapter.config.get("task_type")
     fitting = next((task for task, kind in TASKS.items() if kind.peft == trained), None)
-    if fitting in (None, base.task):
+    if trained is None or fitting in (None, base.task):
         return ""
     mismatch = f"it was trained with task_type {trained}, and the base was opened for {base.task}"
     return f"{mismatch}; use --task {fitting}"

@@ -125,7 +125,7 @@ def test_a_trace_tells_what_it_is_at_before_its_minutes_begin(tmp_path, monkeypa
             begun.append(name)
             return super().stage(name, total, unit)
 
-    def export(model, sample):
+    def export(*_):
         raise RuntimeError("cannot follow\nand more")
 
     monkeypatch.setattr(module, "export", export)

@@ -17,12 +17,13 @@ from adaptrix_export.cli import main
 from adaptrix_export.errors import AdapterError, ParityError, UnsupportedError
 from adaptrix_export.graph.rewrite.gate_functions import DOMAIN
 from adaptrix_export.manage.add_adapter import add_adapter
-from adaptrix_export.manage.verify_artifact import gates_of, verify_artifact
+from adaptrix_export.manage.verify_artifact import verify_artifact
 from adaptrix_export.oracle.job import Job
 from adaptrix_export.oracle.reference import Reference
 from adaptrix_export.pipeline import build
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
+from adaptrix_export.prove.proof import gates_of
 from adaptrix_export.prove.report import summary
 from adaptrix_export.runtime import Session
 from adaptrix_export.runtime.layout import located
