@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from adaptrix_export.merge import leaves
-from adaptrix_export.plan import LowRank
+from adaptrix_export.merge import merge
 from tests.tools.matrix import BUILT, cells_of, main
 from tests.tools.matrix_rows import KINDS, LORA, LORA_REFUSED, ROWS, TUNERS
 
@@ -42,9 +41,9 @@ def test_cells_are_refused_by_name():
 def test_a_fault_is_seen(monkeypatch):
     """Negative controls: a term off by a thousandth, an adapter without effect, a lax compiler."""
     row = BY_NAME["plain"]
-    low_rank = leaves._ADDED[LowRank]
-    louder = lambda c, t: low_rank(c, replace(t, scale=1.001 * t.scale))  # noqa: E731
-    monkeypatch.setitem(leaves._ADDED, LowRank, louder)
+    terms = merge._low_rank_terms
+    louder = lambda c: [replace(t, scale=1.001 * t.scale) for t in terms(c)]  # noqa: E731
+    monkeypatch.setattr(merge, "_low_rank_terms", louder)
     assert statuses(row, "llama") == dict.fromkeys(BUILT, "wrong")
     monkeypatch.undo()
     assert set(statuses(replace(row, spread=0.0), "llama").values()) == {"wrong"}

@@ -74,7 +74,7 @@ class SwitchableEntry(Document):
 
     model_version: int
     rows: bool
-    slots: list[dict[str, Any]]
+    slots: list[dict[str, Any]] = []
     adapters: dict[str, dict[str, Any]]
 
 

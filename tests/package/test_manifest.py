@@ -150,7 +150,7 @@ def test_hash_file_reads_past_one_block(tmp_path):
 
 def test_bytes_that_read_back_differently_are_the_machines_fault(staged, sources):
     (staged.folder / "model.bin").write_bytes(b"Graph")
-    with pytest.raises(MachineError, match=r"model.onnx: reads back as"):
+    with pytest.raises(MachineError, match=r"model.bin: reads back as"):
         manifest_of(staged, sources)
 
 
@@ -164,7 +164,7 @@ def test_check_finds_what_is_missing_extra_and_changed(staged, sources):
     assert set(found) == {"model.bin", "sub/x", "extra"}
     assert "missing" in found["sub/x"] and "no such file" in found["extra"]
     (staged.folder / "model.bin").write_bytes(b"longer")
-    assert "model.onnx: 6 bytes, expected 5 bytes" in map(str, check_hashes(staged.folder))
+    assert "model.bin: 6 bytes, expected 5 bytes" in map(str, check_hashes(staged.folder))
 
 
 def test_any_flipped_bit_is_found(staged, sources):
