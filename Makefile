@@ -6,7 +6,7 @@
 #   make fidelity  what redistribution keeps, strategy by strategy; hours
 #   make docs      the pages of docs/ into build/docs, every warning an error
 #   make zoo       a random replica of every model type, built and compared
-#   make trust     malformed inputs, flipped bits, kills: what was tried against the promises
+#   make trust     malformed inputs, mutations, flipped bits: what was tried against the promises
 #   make test-all  everything                                      make clean
 #   make test-versions  with the oldest and newest libraries, and the runtime on each Python
 

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,6 @@ from adaptrix_export.progress import Silent
 from adaptrix_export.recipe import Recipe
 from adaptrix_export.save.hashes import files_under, hash_folder
 from tests.trust.fixtures import Inputs, copied, make_inputs, rewrite
-from tests.trust.kills import KILLED, points, run
 from tests.trust.malformed import LIMIT_S, cases, play
 
 QUICK = 20  # divides how often things are tried
@@ -191,84 +190,12 @@ def determinism(place: Place) -> Row:
     return Row(tried, tuple(failures), f"{len(kinds)} kinds, {runs} runs of each")
 
 
-def build_kills(place: Place) -> Row:
-    """A build killed at many steps publishes all or nothing, and the next one succeeds."""
-    out = place.folder / "killed" / "out"
-    out.parent.mkdir()
-
-    def once() -> object:
-        return build(_recipe(place.inputs, out))
-
-    once()  # imports what it needs, so that a fork has only the build to do
-    shutil.rmtree(out)
-    failures, tried = [], 0
-    for point in list(_clean(points(once, max(4, 40 // place.divisor)), out)):
-        status, _ = run(once, point)
-        tried += 1
-        if status != KILLED:
-            failures.append(f"step {point}: ended with {status}")
-        if out.exists() and _is_found(out):
-            failures.append(f"step {point}: a damaged artifact")
-        shutil.rmtree(out, ignore_errors=True)
-        once()
-        left = sorted(path.name for path in out.parent.iterdir())
-        if left != ["out"] or _is_found(out):
-            failures.append(f"step {point}: the next build leaves {left}")
-        shutil.rmtree(out)
-    return Row(tried, tuple(failures))
-
-
-def _clean(numbers: Iterator[int], out: Path) -> Iterator[int]:
-    """The points, what the run that counted them published taken away."""
-    yield from numbers
-    shutil.rmtree(out, ignore_errors=True)
-
-
-def addition_kills(place: Place) -> Row:
-    """A killed `add-adapter` leaves an artifact that verifies and can be added to."""
-    from adaptrix_export.manage.add_adapter import add_adapter
-    from adaptrix_export.save.staging import finish_addition
-    from tests.tiny import save_adapter
-
-    made = place.folder / "switchable"
-    build(_recipe(place.inputs, made, "onnx-switchable", frontend="native"))
-    more = save_adapter(place.inputs.base, place.folder / "more", target_modules=["q_proj"], seed=3)
-    out = place.folder / "additions" / "out"
-    out.parent.mkdir()
-
-    def once() -> object:
-        return add_adapter(out, str(more), "more", str(place.inputs.base), "off")
-
-    shutil.copytree(made, out)
-    once()
-    shutil.rmtree(out)
-    shutil.copytree(made, out)
-    failures, tried = [], 0
-    for point in list(points(once, max(4, 40 // place.divisor))):
-        shutil.rmtree(out)
-        shutil.copytree(made, out)
-        run(once, point)
-        tried += 1
-        finish_addition(out)
-        if _is_found(out):
-            failures.append(f"step {point}: a damaged artifact")
-            continue
-        if "more" not in read_manifest(out)["switchable"]["adapters"]:
-            once()
-        left = sorted(path.name for path in out.parent.iterdir())
-        if left != ["out"] or _is_found(out):
-            failures.append(f"step {point}: then {left}")
-    return Row(tried, tuple(failures))
-
-
 ROWS: dict[str, Callable[[Place], Row]] = {
     "malformed inputs": malformed,
     "mutated bytes": mutations,
     "flipped bits": flips,
     "additions": additions,
     "determinism": determinism,
-    "kills of build": build_kills,
-    "kills of add-adapter": addition_kills,
 }
 
 
