@@ -108,7 +108,7 @@ def test_auto_traces_where_native_fails_and_native_refuses(plan, cache, monkeypa
         return {"passed": json.loads(job)["frontend"] == "traced", "why": "off by 2"}
 
     monkeypatch.setattr(module, "run_child", verdict)
-    monkeypatch.setattr("adaptrix_export.graph.frontends.draw.check_structure", lambda *_: None)
+    monkeypatch.setattr("adaptrix_export.graph.structure.check_structure", lambda *_: None)
     monkeypatch.setitem(FRONTENDS, "traced", lambda *_: Graph(None, {}, "traced", ()))
     graph = draw(plan, "cpu", "auto", Told(), preflight)
     assert graph.frontend == "traced" and graph.reason == "native: off by 2"
