@@ -11,6 +11,7 @@ from adaptrix_export.load.files.fields import (
     NUMBER,
     OBJECT,
     SIZE,
+    SIZE_OR_ZERO,
     TEXT,
     TEXTS,
     WHOLE,
@@ -38,7 +39,7 @@ ADAPTER_FIELDS: dict[str, Kind] = {
     "modules_to_save": _PATHS,
     "peft_type": TEXT,
     "peft_version": TEXT,
-    "r": WHOLE,  # 0 in an OFT config, which counts blocks instead
+    "r": SIZE_OR_ZERO,  # 0 in an OFT config that names the size of its blocks
     "rank_pattern": map_of(SIZE),
     "revision": TEXT,
     "target_modules": _PATHS,
@@ -53,3 +54,5 @@ ADAPTER_FIELDS: dict[str, Kind] = {
 def check_adapter_config(place: str, config: Mapping[str, Any]) -> None:
     """Raise SourceError for a field of another type than PEFT writes."""
     check_fields(place, config, ADAPTER_FIELDS)
+    if config.get("peft_type", "LORA") == "LORA":
+        check_fields(place, config, {"r": SIZE})

@@ -57,6 +57,10 @@ COUNT = Kind(
 SIZE = Kind(
     f"a whole number from 1 to {LARGEST}", lambda value: type(value) is int and 0 < value <= LARGEST
 )
+SIZE_OR_ZERO = Kind(
+    f"a whole number from 0 to {LARGEST}",
+    lambda value: type(value) is int and 0 <= value <= LARGEST,
+)
 WHOLE = Kind("a whole number", lambda value: type(value) is int and abs(value) <= LARGEST)
 OBJECT = Kind("an object", lambda value: isinstance(value, Mapping))
 LIST = Kind("a list", lambda value: isinstance(value, list))
