@@ -36,7 +36,8 @@ from adaptrix_export.prove.preflight.preflight import preflight
 from adaptrix_export.prove.proof import ProofRequest, proof_of, require_passed
 from adaptrix_export.prove.report import save
 from adaptrix_export.recipe import Recipe
-from adaptrix_export.recipe.words import ParityLevel, Target
+from adaptrix_export.recipe.targets import Target
+from adaptrix_export.recipe.words import ParityLevel
 from adaptrix_export.save.hashes import FileHash, InputHashes, hash_file
 from adaptrix_export.save.staging import publish, staging
 from adaptrix_export.show.write import stage_page

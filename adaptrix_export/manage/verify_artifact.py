@@ -13,13 +13,14 @@ from adaptrix_export.load.fit.mismatch import fitted
 from adaptrix_export.load.text import read_text
 from adaptrix_export.manage.places import found_again
 from adaptrix_export.package import InputHashes, check_hashes, read_manifest
-from adaptrix_export.package.redistributed import PEFT, kept_plan, of_peft_folder
+from adaptrix_export.package.redistributed import kept_plan, of_peft_folder
 from adaptrix_export.passes.approximate import Approximate
 from adaptrix_export.passes.context import pass_context
 from adaptrix_export.passes.reference_plan import reference_plan
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress, Silent
 from adaptrix_export.prove.proof import ProofRequest, proof_of, require_passed
+from adaptrix_export.recipe.targets import Form, facts_of
 from adaptrix_export.save.staging import finish_addition
 
 REPROVED, HASHES_ONLY, NEVER_PROVED = "re-proved", "hashes only", "never proved"
@@ -64,7 +65,7 @@ def verify_artifact(
         return {**result, "note": f"parity was not checked again: {error}"}
     _check_inputs(manifest, plan, progress)
     kept = kept_plan(plan, folder)
-    if manifest["target"] == PEFT:
+    if facts_of(manifest["target"]).form is Form.ADAPTER:
         kept = of_peft_folder(plan, manifest, folder)
     slots = manifest["recipe"].get("slots") or {}
     request = ProofRequest.of_manifest(folder, manifest, _text(manifest))

@@ -14,6 +14,7 @@ from adaptrix_export.graph.expression import Expression
 from adaptrix_export.oracle.naming import FROM_FILES, OracleFacts
 from adaptrix_export.oracle.thresholds import Threshold
 from adaptrix_export.plan import Gate
+from adaptrix_export.recipe.targets import Form, Target, TargetFacts, facts_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Job:
     base's weights are put through first; `other` is compared with the base in the report.
     """
 
-    target: str  # "onnx", "onnx-switchable", "safetensors" or "peft"
+    target: str  # a word of `recipe.targets.Target`
     artifact: Path
     base_folder: Path
     precision: str  # "fp32", "fp16", "bf16" or "base"
@@ -88,7 +89,7 @@ class Job:
 
     def __post_init__(self) -> None:
         for name, found, known in (
-            ("target", self.target, ("onnx", "onnx-switchable", "safetensors", "peft")),
+            ("target", self.target, tuple(map(str, Target))),
             ("task", self.task, tuple(TASKS)),
             ("level", self.level, ("full", "fast")),
             ("precision", self.precision, (*TOLERANCES, "base")),
@@ -137,6 +138,14 @@ class Job:
             simulated=self.other.simulated,
             other=None,
         )
+
+    @property
+    def facts(self) -> TargetFacts:
+        return facts_of(self.target)
+
+    @property
+    def is_graph(self) -> bool:
+        return self.facts.form is Form.GRAPH
 
     @property
     def steps(self) -> int:

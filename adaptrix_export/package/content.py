@@ -18,6 +18,7 @@ from adaptrix_export.package.model_config import portable_config
 from adaptrix_export.package.sentence import copy_sentence_files
 from adaptrix_export.package.tokenizer import tokenizer_files
 from adaptrix_export.package.tokenizer_config import make_tokenizer_portable
+from adaptrix_export.recipe.targets import Form, facts_of
 from adaptrix_export.runtime.layout import located
 
 if TYPE_CHECKING:
@@ -53,9 +54,10 @@ def write_package(artifact: Artifact, plan: Plan, tokenizer: Path | None = None)
     that sentence-transformers puts behind it.
     """
     stage, base = artifact.folder, plan.base
-    if artifact.target == "peft":
+    form = facts_of(artifact.target).form
+    if form is Form.ADAPTER:
         return  # an adapter's folder has no model in it
-    is_graph = artifact.target.startswith("onnx")
+    is_graph = form is Form.GRAPH
     if base.gguf_file is not None and tokenizer is None:
         _tokenizer_from_gguf(base, stage)
     else:

@@ -14,16 +14,16 @@ from typing import Any
 
 from adaptrix_export.load import open_adapter
 from adaptrix_export.plan import Plan
+from adaptrix_export.recipe.targets import Form, facts_of
 from adaptrix_export.targets.artifact import Artifact
 
-PEFT = "peft"  # the target that is the adapter itself
 KEPT = "redistributed"  # the folder in the artifact, with one folder for each adapter
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def keep_redistributed(plan: Plan, artifact: Artifact) -> None:
     """Copy the redistributed adapters into the artifact, which for target peft has them already."""
-    if not plan.redistributed or artifact.target == PEFT:
+    if not plan.redistributed or facts_of(artifact.target).form is Form.ADAPTER:
         return
     for adapter in plan.adapters:
         place = artifact.folder / KEPT / adapter.name

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from adaptrix_export.graph.expression import evaluate, names
 from adaptrix_export.oracle.compare import rounded
-from adaptrix_export.prove.stored import StoredTensors
+from adaptrix_export.targets.stored import StoredTensors
 
 NEAREST = 0.5 + 1e-4  # of a step: the quotient was taken in float32
 LEAST_COSINE = 0.8  # of a row with the live one; 4 bits leave .98 and more

@@ -35,6 +35,7 @@ from adaptrix_export.oracle.translated import (
     translate_states,
 )
 from adaptrix_export.prove.subject import Subject
+from adaptrix_export.recipe.targets import Form, facts_of
 
 
 class Asked(Translating, Protocol):
@@ -76,7 +77,7 @@ class Case:
     name: str
     ask: Ask
     play: Play
-    onnx_only: bool = False
+    graph_only: bool = False
     full_only: bool = False
 
 
@@ -127,20 +128,20 @@ def play_right_padded(subject: Subject, prompts: Prompts, answer: Answer) -> Log
 
 CASES: tuple[Case, ...] = (
     Case("prefill", ask_prefill, play_prefill),
-    Case("chunked prefill", ask_prefill, play_chunked, onnx_only=True, full_only=True),
+    Case("chunked prefill", ask_prefill, play_chunked, graph_only=True, full_only=True),
     Case("greedy decode", ask_greedy, play_greedy),
-    Case("left-padded batch", ask_rows, play_left_padded, onnx_only=True, full_only=True),
-    Case("right-padded batch", ask_rows, play_right_padded, onnx_only=True, full_only=True),
+    Case("left-padded batch", ask_rows, play_left_padded, graph_only=True, full_only=True),
+    Case("right-padded batch", ask_rows, play_right_padded, graph_only=True, full_only=True),
 )
 
 
 # What is asked around a threshold, where a prefill in chunks may not be the prefill at once.
 CROSSING: tuple[Case, ...] = (
     Case("prefill", ask_prefill, play_prefill),
-    Case("chunked prefill", ask_chunked, play_chunked, onnx_only=True),
+    Case("chunked prefill", ask_chunked, play_chunked, graph_only=True),
     Case("decode", ask_greedy, play_greedy),
-    Case("left-padded batch", ask_rows, play_left_padded, onnx_only=True),
-    Case("right-padded batch", ask_rows, play_right_padded, onnx_only=True),
+    Case("left-padded batch", ask_rows, play_left_padded, graph_only=True),
+    Case("right-padded batch", ask_rows, play_right_padded, graph_only=True),
 )
 
 # Where the longest row of a batch decides for all, PyTorch is asked the padded batch itself.
@@ -150,13 +151,13 @@ SWITCHING: tuple[Case, ...] = (
         "left-padded batch",
         lambda reference, prompts: Answer(_padded(reference, prompts, left=True)),
         play_left_padded,
-        onnx_only=True,
+        graph_only=True,
     ),
     Case(
         "right-padded batch",
         lambda reference, prompts: Answer(_padded(reference, prompts, left=False)),
         play_right_padded,
-        onnx_only=True,
+        graph_only=True,
     ),
 )
 
@@ -198,7 +199,7 @@ _DICTATED = (
         "chunked prefill",
         lambda reference, prompts: Answer(translate_prefill(reference, prompts)),
         lambda subject, prompts, answer: translate_chunked(cast(Translating, subject), prompts),
-        onnx_only=True,
+        graph_only=True,
         full_only=True,
     ),
     Case("greedy decode", _ask_translated, _play_translated),
@@ -235,11 +236,12 @@ def select(
     `pooling` says that the artifact makes one vector a row, too; without `batches` a classifier
     of sequences is asked row by row.
     """
+    graph = facts_of(target).form is Form.GRAPH
     cases = TASK_CASES[task] if task != SEQUENCES or batches else _BY_ROW
     return tuple(
         case
         for case in (*cases, *((_POOLED,) if pooling else ()))
-        if not (case.onnx_only and target != "onnx") and not (case.full_only and level != "full")
+        if (graph or not case.graph_only) and not (case.full_only and level != "full")
     )
 
 
@@ -253,7 +255,8 @@ def select_crossing(target: str, task: str, switching: bool) -> tuple[Case, ...]
     if task != GENERATION:
         return ()
     cases = SWITCHING if switching else CROSSING
-    return tuple(case for case in cases if target == "onnx" or not case.onnx_only)
+    graph = facts_of(target).form is Form.GRAPH
+    return tuple(case for case in cases if graph or not case.graph_only)
 
 
 def ask_all(cases: Iterable[Case], reference: Asked, prompts: Prompts) -> dict[Ask, Answer]:

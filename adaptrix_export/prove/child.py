@@ -23,6 +23,7 @@ from adaptrix_export.oracle.job import Job, tolerance_of
 from adaptrix_export.oracle.naming import oracle_name
 from adaptrix_export.progress import Progress
 from adaptrix_export.prove.lifetime import end_with_parent
+from adaptrix_export.recipe.targets import Form, facts_of
 
 
 class Lines:
@@ -53,7 +54,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     Order keeps one model in memory at a time: the reference answers every question and serves
     the replay, is dropped, and only then is the artifact loaded.
     """
-    if job.target == "onnx-switchable":
+    if not job.facts.composes:
         from adaptrix_export.prove.switched import run_switched
 
         return described(run_switched(job, progress), job)
@@ -74,11 +75,11 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     from adaptrix_export.prove.pieces import cases_of
     from adaptrix_export.prove.replay import coarsest, replay
     from adaptrix_export.prove.seeing import SEEING
-    from adaptrix_export.prove.stored import open_stored
+    from adaptrix_export.targets import open_stored
 
     with progress.stage("reference: loading base and adapters"):
         reference = (Executed if job.composition else Reference).open(job)
-        if job.drawn and job.target == "onnx":
+        if job.drawn and job.is_graph:
             pieces = reference.pieces(job.task)
             names = dict.fromkeys(name for piece in pieces for name in piece.inputs)
             sources = drawn_sources(names, reference.config)
@@ -101,7 +102,11 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         answers = ask_all(cases, reference, asked)
         beyond = ask_crossings(job, reference)
     with progress.stage("replaying weights", len(job.weights), "tensors") as advance:
-        stored = open_dense(job) if job.target == "peft" else open_stored(job.target, job.artifact)
+        stored = (
+            open_dense(job)
+            if job.facts.form is Form.ADAPTER
+            else open_stored(job.target, job.artifact)
+        )
         replayed, formats = replay(
             stored, dict(job.weights), reference.live, job.precision, advance, reference.room
         )
@@ -157,7 +162,7 @@ def _versions(target: str) -> dict[str, str]:
     names = ["numpy", "peft", "torch", "transformers"]
     names += (
         ["onnx-ir", "onnxruntime", "onnxruntime-gpu"]
-        if target.startswith("onnx")
+        if facts_of(target).form is Form.GRAPH
         else ["safetensors"]
     )
     found: dict[str, str] = {}

@@ -13,8 +13,8 @@ import numpy as np
 from adaptrix_export.merge.merge import merged
 from adaptrix_export.oracle.job import Job
 from adaptrix_export.plan import Plan
-from adaptrix_export.prove.stored import StoredTensors
 from adaptrix_export.prove.subject import TransformersSubject
+from adaptrix_export.targets.stored import StoredTensors
 
 
 def dense_plan(job: Job) -> Plan:

@@ -75,7 +75,7 @@ def compare_gates(
     entry["sites"] += [{"site": g.site, "mode": g.mode, "weight": g.weight} for g in blended]
     if not wanted:
         return entry
-    if job.target == "onnx":
+    if job.is_graph and job.facts.composes:
         entry["checks"].append(function_nodes(job))
     if isinstance(subject, OnnxSubject):
         entry["checks"] += _statistics(job, subject, asked, oracle, places)

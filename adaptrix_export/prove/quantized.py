@@ -34,8 +34,8 @@ from adaptrix_export.prove.blocks import replay_blocks, values_of
 from adaptrix_export.prove.cases import Case, ask_all, compare, feed, select
 from adaptrix_export.prove.loss import FloatAnswers
 from adaptrix_export.prove.replay import replay
-from adaptrix_export.prove.stored import open_stored
 from adaptrix_export.prove.subject import OnnxSubject
+from adaptrix_export.targets import open_stored
 
 DEQUANTIZED = "PyTorch running the dequantized weights; the loss is against "
 FLOAT = "float activations: "
@@ -133,7 +133,7 @@ def on_blocks(
     folder.mkdir()
     rows = loss_rows(job, reference, range(1, 17))
     answers = FloatAnswers(rows, lambda row: ask_row(reference, job, row), folder)
-    stored, replayed = open_stored("onnx", job.artifact), dict[str, Any]()
+    stored, replayed = open_stored(job.target, job.artifact), dict[str, Any]()
     if not own:
         with progress.stage("replaying weights", len(job.weights), "tensors") as advance:
             floats, _ = replay(stored, dict(job.weights), reference.live, "base", advance)

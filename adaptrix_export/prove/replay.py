@@ -13,7 +13,7 @@ from adaptrix_export.errors import ParityError
 from adaptrix_export.graph.expression import Expression, evaluate, names
 from adaptrix_export.oracle.compare import rounded
 from adaptrix_export.prove.floats import FORMATS, Float64, FloatFormat, format_of
-from adaptrix_export.prove.stored import StoredTensors
+from adaptrix_export.targets.stored import StoredTensors
 
 Live = Callable[[str], tuple[NDArray[np.float64], bool]]
 

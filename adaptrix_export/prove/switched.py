@@ -36,11 +36,11 @@ from adaptrix_export.prove.cases import (
 from adaptrix_export.prove.gate_cases import OracleGates, ask_gates, compare_gates, function_nodes
 from adaptrix_export.prove.quantized import DEQUANTIZED, FLOAT, OnBlocks, ask_row, on_blocks
 from adaptrix_export.prove.replay import replay
-from adaptrix_export.prove.stored import open_stored
 from adaptrix_export.prove.subject import OnnxSubject, SwitchableSubject, adapter_values
 from adaptrix_export.runtime.graph import SLOTLESS
 from adaptrix_export.runtime.layout import located
 from adaptrix_export.runtime.stamps import FACTS
+from adaptrix_export.targets import open_stored
 
 BASE = "base alone"
 TWIN = "base alone, without slots"
@@ -93,7 +93,7 @@ def _report(job: Job, progress: Progress, scratch: Path) -> dict[str, Any]:
             replayed = blocks[name].replayed
         elif name is None:
             with progress.stage("replaying weights", len(job.weights), "tensors") as advance:
-                stored = open_stored("onnx", job.artifact)
+                stored = open_stored(job.target, job.artifact)
                 replayed, _ = replay(
                     stored, dict(job.weights), reference.live, job.precision, advance
                 )
@@ -192,7 +192,7 @@ def facts_of(job: Job) -> dict[str, Any]:
 
 def row_values(job: Job, facts: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The factors of one adapter out of those that a graph with rows has side by side."""
-    stored = open_stored("onnx", job.artifact)
+    stored = open_stored(job.target, job.artifact)
     number = facts["rows"].index(name)
     values: dict[str, Any] = {}
     for slot in facts["row_slots"]:

@@ -38,7 +38,7 @@ from adaptrix_export.recipe.sections import (
     Section,
     Slots,
 )
-from adaptrix_export.recipe.targets import TARGET_FACTS
+from adaptrix_export.recipe.targets import TARGET_FACTS, Target
 from adaptrix_export.recipe.words import (
     QUANTIZED,
     AdaptrixScaling,
@@ -50,7 +50,6 @@ from adaptrix_export.recipe.words import (
     Precision,
     Provider,
     Simulate,
-    Target,
     Task,
     TokenizerFrom,
 )

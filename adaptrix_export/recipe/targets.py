@@ -1,7 +1,7 @@
 """What is known of each target before anything is built: one row a target.
 
-How a target is written is its row in `targets.TARGETS`; how it is read back and run, by its form,
-in `prove`.
+How a target is written and read back is its row in `targets.TARGETS`; what runs it in the proof
+follows from its form.
 """
 
 from __future__ import annotations
@@ -9,7 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from adaptrix_export.recipe.words import QUANTIZED, ContextMode, Precision, Target
+from adaptrix_export.recipe.words import QUANTIZED, ContextMode, Precision, Word
+
+
+class Target(Word):
+    ONNX = "onnx"
+    ONNX_SWITCHABLE = "onnx-switchable"
+    SAFETENSORS = "safetensors"
+    PEFT = "peft"
 
 
 class Form(Enum):
@@ -32,6 +39,11 @@ class TargetFacts:
     composes: bool
     context_modes: tuple[ContextMode, ...]
     precisions: tuple[Precision, ...]
+
+
+def facts_of(target: str) -> TargetFacts:
+    """The row of a target by its word, as manifests and proofs name it."""
+    return TARGET_FACTS[Target(target)]
 
 
 _GRAPHS = (Precision.AUTO, Precision.FP32, *QUANTIZED)

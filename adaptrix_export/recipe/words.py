@@ -5,27 +5,20 @@ from __future__ import annotations
 from enum import Enum
 
 
-class _Word(str, Enum):
+class Word(str, Enum):
     """One of a few words; prints as the word, on every Python."""
 
     def __str__(self) -> str:
         return str(self.value)
 
 
-class Target(_Word):
-    ONNX = "onnx"
-    ONNX_SWITCHABLE = "onnx-switchable"
-    SAFETENSORS = "safetensors"
-    PEFT = "peft"
-
-
-class Frontend(_Word):
+class Frontend(Word):
     AUTO = "auto"
     NATIVE = "native"
     TRACED = "traced"
 
 
-class Task(_Word):
+class Task(Word):
     """`auto`, and the rows of `arch/task_table.py`."""
 
     AUTO = "auto"
@@ -61,7 +54,7 @@ class Task(_Word):
     AS_SAVED = "as-saved"
 
 
-class Pooling(_Word):
+class Pooling(Word):
     NONE = "none"
     AUTO = "auto"
     MEAN = "mean"
@@ -72,28 +65,28 @@ class Pooling(_Word):
     LASTTOKEN = "lasttoken"
 
 
-class Layout(_Word):
+class Layout(Word):
     HUB = "hub"
     FLAT = "flat"
 
 
-class Provider(_Word):
+class Provider(Word):
     CPU = "cpu"
 
 
-class BaseWeights(_Word):
+class BaseWeights(Word):
     AUTO = "auto"
     DEQUANTIZED = "dequantized"
     ORIGINAL = "original"
 
 
-class Simulate(_Word):
+class Simulate(Word):
     NF4 = "nf4"
     NF4_DOUBLE = "nf4-double"
     FP4 = "fp4"  # known, and refused
 
 
-class Precision(_Word):
+class Precision(Word):
     AUTO = "auto"
     FP32 = "fp32"
     FP16 = "fp16"
@@ -102,62 +95,62 @@ class Precision(_Word):
     INT4 = "int4"
 
 
-class Method(_Word):
+class Method(Word):
     AUTO = "auto"
     GPTQ = "gptq"
     RTN = "rtn"
 
 
-class Scales(_Word):
+class Scales(Word):
     FP16 = "fp16"
     FP32 = "fp32"
 
 
-class Approximation(_Word):
+class Approximation(Word):
     SVD = "svd"
 
 
-class AdaptrixScaling(_Word):
+class AdaptrixScaling(Word):
     ALPHA_OVER_RANK = "alpha_over_rank"
     STORED = "stored"
     ONE = "one"
 
 
-class OnMismatch(_Word):
+class OnMismatch(Word):
     ERROR = "error"
     DROP = "drop"
 
 
-class TokenizerFrom(_Word):
+class TokenizerFrom(Word):
     AUTO = "auto"
     BASE = "base"
     ADAPTER = "adapter"
 
 
-class Strategy(_Word):
+class Strategy(Word):
     SELECT = "select"
     FOLD = "fold"
     FIT = "fit"
     DISTILL = "distill"
 
 
-class Election(_Word):
+class Election(Word):
     TOTAL = "total"
     FREQUENCY = "frequency"
 
 
-class ContextMode(_Word):
+class ContextMode(Word):
     CLAMP = "clamp"
     MASK = "mask"
     BLEND = "blend"
 
 
-class ContextScope(_Word):
+class ContextScope(Word):
     SITE = "site"
     LAYER = "layer"
 
 
-class ParityLevel(_Word):
+class ParityLevel(Word):
     FULL = "full"
     FAST = "fast"
     OFF = "off"
@@ -167,7 +160,7 @@ class ParityLevel(_Word):
 QUANTIZED = (Precision.INT8, Precision.INT4)
 
 
-class LongPrompts(_Word):
+class LongPrompts(Word):
     AUTO = "auto"
     ON = "on"
     OFF = "off"

@@ -18,6 +18,7 @@ from adaptrix_export.plan import Plan, Tensor
 from adaptrix_export.progress import Progress
 from adaptrix_export.targets.artifact import Artifact
 from adaptrix_export.targets.options import DEFAULTS, LowerOptions
+from adaptrix_export.targets.stored import StoredTensors, open_onnx, open_safetensors
 
 
 class Lower(Protocol):
@@ -29,10 +30,12 @@ class Lower(Protocol):
 @dataclass(frozen=True)
 class TargetRow:
     """`lower` writes the weight files, of a graph by the front end so named where there is one;
-    `estimate` says how many bytes that will take."""
+    `estimate` says how many bytes that will take. `stored` reads the weights back for the proof,
+    by none of the code that wrote them; None where they are no model's (an adapter's folder)."""
 
     lower: Lower
     estimate: Callable[[Plan], int]
+    stored: Callable[[Path], StoredTensors] | None
     admit: Callable[[Plan], None] = lambda plan: None  # refuses what the target cannot express
 
 
@@ -137,8 +140,18 @@ def _adapter_bytes(plan: Plan) -> int:
 
 
 TARGETS: dict[str, TargetRow] = {
-    "peft": TargetRow(_peft, _adapter_bytes),
-    "safetensors": TargetRow(_safetensors, _bytes),
-    "onnx": TargetRow(_onnx, lambda plan: _bytes(plan, width=4), _admit_graph),
-    "onnx-switchable": TargetRow(_switchable, _switchable_bytes, _admit_slots),
+    "peft": TargetRow(_peft, _adapter_bytes, None),
+    "safetensors": TargetRow(_safetensors, _bytes, open_safetensors),
+    "onnx": TargetRow(_onnx, lambda plan: _bytes(plan, width=4), open_onnx, _admit_graph),
+    "onnx-switchable": TargetRow(_switchable, _switchable_bytes, open_onnx, _admit_slots),
 }
+
+
+def open_stored(target: str, folder: Path) -> StoredTensors:
+    """The weights of an artifact, from its bytes."""
+    stored = TARGETS[target].stored
+    if stored is None:
+        raise UnsupportedError(
+            f"target {target}", "an artifact without a model's weights", "one with"
+        )
+    return stored(folder)

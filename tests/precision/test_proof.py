@@ -21,9 +21,9 @@ from adaptrix_export.prove.blocks import read_blocks, replay_blocks, values_of
 from adaptrix_export.prove.cases import CASES, compare
 from adaptrix_export.prove.quantized import FLOAT, run_quantized
 from adaptrix_export.prove.report import summary
-from adaptrix_export.prove.stored import open_stored
 from adaptrix_export.prove.subject import OnnxSubject
 from adaptrix_export.show.parity_tables import table
+from adaptrix_export.targets import open_stored
 from tests.precision.artifacts import TEXT, Made, quantized
 
 PREFILL = CASES[0]

@@ -16,7 +16,7 @@ from adaptrix_export.errors import ParityError
 from adaptrix_export.graph.expression import tensor
 from adaptrix_export.prove.floats import FORMATS, format_of
 from adaptrix_export.prove.replay import coarsest, replay
-from adaptrix_export.prove.stored import StoredTensors
+from adaptrix_export.targets.stored import StoredTensors
 
 NAMES = sorted(FORMATS)
 Replay = tuple[dict[str, Any], set[str]]

@@ -21,8 +21,8 @@ from adaptrix_export.recipe import (
     with_overrides,
 )
 from adaptrix_export.recipe.sections import AdapterSpec, Parity, default_name
-from adaptrix_export.recipe.targets import TARGET_FACTS
-from adaptrix_export.recipe.words import ParityLevel, Precision, Target
+from adaptrix_export.recipe.targets import TARGET_FACTS, Target
+from adaptrix_export.recipe.words import ParityLevel, Precision
 from adaptrix_export.recipe.yaml_reader import parse
 
 GOOD: dict[str, Any] = {"base": "./base", "adapter": "./lora", "target": "onnx", "out": "merged"}

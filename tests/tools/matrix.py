@@ -44,9 +44,8 @@ from adaptrix_export.progress import Silent
 from adaptrix_export.prove.open_subject import open_subject
 from adaptrix_export.prove.proof import ProofRequest
 from adaptrix_export.prove.replay import replay
-from adaptrix_export.prove.stored import open_stored
 from adaptrix_export.recipe import Recipe
-from adaptrix_export.targets import TARGETS
+from adaptrix_export.targets import TARGETS, open_stored
 from tests.tiny import VOCAB, save_base
 from tests.tools.matrix_rows import KINDS, NAMES, ROWS, Row, named
 

@@ -12,7 +12,8 @@ from adaptrix_export.precision.formats import PRECISIONS
 from adaptrix_export.precision.settings import GPTQ, RTN, Quantization
 from adaptrix_export.recipe import Recipe
 from adaptrix_export.recipe.quantize import Quantize
-from adaptrix_export.recipe.words import QUANTIZED, Method, Precision, Scales, Target
+from adaptrix_export.recipe.targets import Target
+from adaptrix_export.recipe.words import QUANTIZED, Method, Precision, Scales
 
 
 def quantization_of(recipe: Recipe, plan: Plan) -> Quantization | None:

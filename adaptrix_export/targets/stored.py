@@ -62,12 +62,8 @@ class StoredTensors:
         return np.asarray(self._tensors[name]())
 
 
-def open_stored(target: str, folder: Path) -> StoredTensors:
-    """`StoredTensors` of an artifact of that target."""
-    return {"onnx": _open_onnx, "safetensors": _open_safetensors}[target](folder)
-
-
-def _open_onnx(folder: Path) -> StoredTensors:
+def open_onnx(folder: Path) -> StoredTensors:
+    """The initializers of every graph in `folder`."""
     import onnx_ir as ir
 
     tensors: dict[str, Any] = {}
@@ -105,7 +101,8 @@ def _check_extent(path: Path, tensor: Any, name: str) -> None:
         )
 
 
-def _open_safetensors(folder: Path) -> StoredTensors:
+def open_safetensors(folder: Path) -> StoredTensors:
+    """The tensors of one file, or of the shards that an index names."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return StoredTensors(_shard(inside(folder, "model.safetensors")))

@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from adaptrix_export.errors import ParityError
-from adaptrix_export.prove.stored import inside, open_stored
+from adaptrix_export.targets import open_stored
+from adaptrix_export.targets.stored import inside
 
 
 def raw(path: Path, header: Any, data: bytes = b"") -> None:
