@@ -32,6 +32,7 @@ ROWS = (
     Example("tuner", ("tests/test_tuners.py", "-k", "HRA"), 1, True, (1,)),
     Example("family", ("tests/arch/test_families.py", "-k", "codegen"), 1, True, (NO_TESTS_RAN,)),
     Example("front-end", ("tests/graph/frontends/test_generic.py",), 2, False, (4,)),
+    Example("target", ("tests/targets/test_torch.py",), 3, False, (4,)),
 )
 
 
