@@ -16,15 +16,26 @@ OLDEST = "1.20"  # what a session asks for itself: the format of adapter files c
 
 
 def check_runtime(graph: Path, version: str) -> None:
-    """Raise SourceError where a graph's manifest asks for a newer ONNX Runtime than `version`.
+    """Raise SourceError where a graph needs a newer ONNX Runtime than `version`."""
+    minimum = minimum_runtime(graph)
+    if minimum is not None and _release(version) < _release(minimum):
+        raise SourceError(
+            f"onnxruntime {version}", "this ONNX Runtime is too old",
+            f"{minimum} or newer, which {graph} needs",
+            f"pip install --upgrade 'onnxruntime>={minimum}'",
+        )  # fmt: skip
 
-    A graph without a manifest in its folder or the one above asks for nothing, and so does one
-    whose manifest says nothing of it.
+
+def minimum_runtime(graph: Path) -> str | None:
+    """The oldest ONNX Runtime that a session loads a graph in, as its manifest says: `1.20`.
+
+    None without a manifest in the graph's folder or the one above, and for a manifest that says
+    nothing of it.
     """
     places = (graph.parent / MANIFEST, graph.parent.parent / MANIFEST)
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        return
+        return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -32,14 +43,8 @@ def check_runtime(graph: Path, version: str) -> None:
     needs = manifest.get("onnxruntime") if isinstance(manifest, dict) else None
     minimum = needs.get("minimum") if isinstance(needs, dict) else None
     if not isinstance(minimum, str) or not re.fullmatch(r"\d+\.\d+", minimum):
-        return
-    minimum = max(minimum, OLDEST, key=_release)
-    if _release(version) < _release(minimum):
-        raise SourceError(
-            f"onnxruntime {version}", "this ONNX Runtime is too old",
-            f"{minimum} or newer, which {graph} needs",
-            f"pip install --upgrade 'onnxruntime>={minimum}'",
-        )  # fmt: skip
+        return None
+    return max(minimum, OLDEST, key=_release)
 
 
 def _release(version: str) -> tuple[int, ...]:
