@@ -11,21 +11,18 @@ from pathlib import Path
 from adaptrix_export import __version__
 
 ROOT = Path(__file__).parents[2]
-# Folders of this package whose code draws a replica, writes it or compares it.
-FOLDERS = ("arch", "compat", "graph", "load", "merge", "oracle", "plan", "precision", "prove",
-           "runtime", "targets")  # fmt: skip
 LIBRARIES = (
-    "accelerate", "ml_dtypes", "mobius-onnx", "numpy", "onnx", "onnx-ir", "onnxruntime",
-    "onnxruntime-gpu", "onnxscript", "optimum", "peft", "safetensors", "torch", "transformers",
+    "accelerate", "ml_dtypes", "mobius-onnx", "numpy", "onnx", "onnx-ir", "onnx-shape-inference",
+    "onnxruntime", "onnxruntime-gpu", "onnxscript", "optimum", "peft", "safetensors", "sympy",
+    "torch", "transformers",
 )  # fmt: skip
 
 
 @cache  # once a process: sources do not change under it
 def sources_hash(root: Path = ROOT) -> str:
-    """sha256 of every module in `FOLDERS`, by path and content."""
+    """sha256 of every module of the package, by path and content."""
     digest = hashlib.sha256()
-    files = [path for name in FOLDERS for path in (root / name).rglob("*.py")]
-    for path in sorted(files):
+    for path in sorted(root.rglob("*.py")):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()}:{len(content)}\n".encode() + content)
     return digest.hexdigest()

@@ -20,6 +20,7 @@ from adaptrix_export.prove.preflight import preflight as module
 from adaptrix_export.prove.preflight.child import answer
 from adaptrix_export.prove.preflight.preflight import preflight
 from adaptrix_export.prove.preflight.replica import shrunk
+from adaptrix_export.prove.preflight.sources import sources_hash, versions
 from adaptrix_export.targets.artifact import Artifact
 from tests.artifacts import plan_of
 from tests.tiny import config_of, save_adapter, save_base
@@ -95,6 +96,26 @@ def test_verdicts_are_kept_and_a_corrupt_entry_is_written_again(plan, cache, mon
     monkeypatch.setattr(module, "sources_hash", lambda: "sources that were changed")
     preflight(plan, "cpu", "native", Silent())
     assert len(asked) == 4 and len(list(cache.iterdir())) == 3
+
+
+def test_a_verdict_depends_on_every_module_of_ours_and_on_what_draws(tmp_path):
+    def of(name, **files):
+        for file, content in files.items():
+            path = tmp_path / name / file.replace("__", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".py").write_text(content)
+        return sources_hash(tmp_path / name)
+
+    first = of("first", errors="a", graph__frontends__native="b")
+    assert first == of("same", errors="a", graph__frontends__native="b")
+    others = {
+        of("edited", errors="a", graph__frontends__native="c"),
+        of("moved", errors="a", graph__native="b"),
+        of("outside", errors="A", graph__frontends__native="b"),
+    }
+    assert len({first, *others}) == 4
+    assert sources_hash() != sources_hash(tmp_path / "first")
+    assert {"mobius-onnx", "onnxscript", "onnx-ir", "numpy", "torch", "python"} <= set(versions())
 
 
 def test_auto_traces_where_native_fails_and_native_refuses(plan, cache, monkeypatch, tmp_path):
