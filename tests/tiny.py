@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
@@ -72,8 +73,10 @@ def save_base(
 def save_adapter(base: Path, folder: Path, seed: int = 1, **options: Any) -> Path:
     """A LoRA on `base` with non-zero factors, saved as PEFT saves it."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    settings = {"r": 4, "lora_alpha": 7, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    kind = AutoConfig.from_pretrained(base).model_type
+    model = auto_of(kind).from_pretrained(base, dtype=torch.float32)
+    task = "FEATURE_EXTRACTION" if kind == "bert" else "CAUSAL_LM"
+    settings = {"r": 4, "lora_alpha": 7, "target_modules": "all-linear", "task_type": task}
     peft = get_peft_model(model, LoraConfig(**{**settings, **options}))
     for name, parameter in peft.named_parameters():
         if "lora_B" in name or "lora_embedding_A" in name:  # the factors that begin as zeros
