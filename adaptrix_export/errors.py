@@ -140,11 +140,11 @@ def known(error: BaseException) -> AdaptrixError | None:
     if isinstance(error, AdaptrixError):
         return error
     if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
-        found, remedy = _MACHINE[errno.ENOMEM]
-        return MachineError("this machine", found, remedy=remedy)
+        shortage, remedy = _MACHINE[errno.ENOMEM]
+        return MachineError("this machine", shortage, remedy=remedy)
     if isinstance(error, OSError) and error.errno in _MACHINE:
-        found, remedy = _MACHINE[error.errno]
-        return MachineError(str(error.filename or "this machine"), found, remedy=remedy)
+        shortage, remedy = _MACHINE[error.errno]
+        return MachineError(str(error.filename or "this machine"), shortage, remedy=remedy)
     if isinstance(error, OSError) and error.errno in _PATHS:
         return SourceError(
             str(error.filename or "a path"), _PATHS[error.errno], "one that can be used",

@@ -193,7 +193,7 @@ def notes(opened: Plan, plan: Plan, artifact: Artifact) -> tuple[str, ...]:
         f"{name} is adapted, and is not part of the graph, which ends before it"
         for name in sorted(set(plan.changes()) - read)
     )
-    floats = (f"{name} stays float: {why}" for name, why in artifact.kept.items())
+    floats = (f"{name} stays float: {why}" for name, why in artifact.kept_float.items())
     adjustments = (str(adjustment) for adjustment in plan.adjustments)
     losses = map(str, plan.losses)
     return (*read_so, *losses, *note_of(plan.base), *untied, *beyond, *floats, *adjustments)
@@ -202,5 +202,5 @@ def notes(opened: Plan, plan: Plan, artifact: Artifact) -> tuple[str, ...]:
 def revisions(plan: Plan) -> dict[str, str]:
     """The commit of every source that came from the hub, by how the recipe names it."""
     sources = [(plan.base.spec, plan.base.folder), *((a.spec, a.folder) for a in plan.adapters)]
-    found = ((spec, commit_of(spec, folder)) for spec, folder in sources)
-    return {spec: commit for spec, commit in found if commit is not None}
+    commits = ((spec, commit_of(spec, folder)) for spec, folder in sources)
+    return {spec: commit for spec, commit in commits if commit is not None}

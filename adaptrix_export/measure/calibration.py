@@ -63,13 +63,13 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Rows:
-    """Token ids (rows, length): `fit` to learn from, `held` to measure on; where they are from.
+    """Token ids (rows, length): `fit` to learn from, `held_out` to measure on; where they are from.
 
     `more` are rows beside `fit`, for a strategy that learns from each of them once.
     """
 
     fit: Ids
-    held: Ids
+    held_out: Ids
     source: str
     notes: tuple[str, ...] = field(default=())
     more: Ids = field(default_factory=lambda: np.zeros((0, 0), np.int64))
@@ -96,16 +96,16 @@ def calibration_rows(
     """
     source = calibration.source(base.task)
     length = min(calibration.length, room or calibration.length)
-    wanted = max(1, calibration.tokens // length)
-    more = max(0, more_tokens // length - wanted)
+    count = max(1, calibration.tokens // length)
+    more = max(0, more_tokens // length - count)
     if source == SELF:
-        rows = _generated(calibration, base, generate, wanted, length, more)
+        rows = _generated(calibration, base, generate, count, length, more)
     elif source == PYDOC:
-        rows = _pydoc(calibration, base, wanted, length, more)
+        rows = _pydoc(calibration, base, count, length, more)
     else:
         ids = _tokens(base, _texts(Path(source)), source)
-        rows = _divided(ids, calibration, wanted, length, Path(source).name, more)
-    top = max(int(ids.max(initial=0)) for ids in (rows.fit, rows.held, rows.more))
+        rows = _divided(ids, calibration, count, length, Path(source).name, more)
+    top = max(int(ids.max(initial=0)) for ids in (rows.fit, rows.held_out, rows.more))
     if top >= vocabulary:
         raise RecipeError(
             f"calibration.text: {rows.source}", f"token {top}", f"tokens below {vocabulary}",
@@ -115,38 +115,38 @@ def calibration_rows(
 
 
 def _generated(
-    calibration: Calibration, base: Base, generate: Generate, wanted: int, length: int, more: int
+    calibration: Calibration, base: Base, generate: Generate, count: int, length: int, more: int
 ) -> Rows:
     if base.task != GENERATION:
         raise RecipeError(
             "calibration.text", f"{SELF} with task {base.task}", f"a text file or {PYDOC}",
             "only a model that generates text can write its own",
         )  # fmt: skip
-    held = max(1, wanted // MEASURED)
-    ids = generate(wanted + held + more, length, calibration.seed)
-    fit, held_out, rest = np.split(ids, [wanted, wanted + held])
+    held_count = max(1, count // MEASURED)
+    ids = generate(count + held_count + more, length, calibration.seed)
+    fit, held_out, rest = np.split(ids, [count, count + held_count])
     return Rows(fit, held_out, "text that the adapted model wrote", (), rest)
 
 
-def _pydoc(calibration: Calibration, base: Base, wanted: int, length: int, more: int) -> Rows:
+def _pydoc(calibration: Calibration, base: Base, rows_to_fit: int, length: int, more: int) -> Rows:
     from pydoc_data.topics import topics
 
     names = sorted(topics)
     parts = []
     for chosen, count in (
-        ([n for i, n in enumerate(names) if i % EVERY], wanted),
-        (names[::EVERY], max(1, wanted // MEASURED)),
+        ([n for i, n in enumerate(names) if i % EVERY], rows_to_fit),
+        (names[::EVERY], max(1, rows_to_fit // MEASURED)),
     ):
         ids = _tokens(base, [topics[name] for name in chosen], PYDOC)
         rows = _shuffled(_cut(ids, length), calibration.seed)
         parts += [rows[:count], rows[count : count + more]]
-    fit, rest, held, _ = parts
+    fit, rest, held_out, _ = parts
     name = "pydoc_data.topics of the standard library"
-    return Rows(fit, held, name, _short(fit, wanted), rest)
+    return Rows(fit, held_out, name, _short(fit, rows_to_fit), rest)
 
 
 def _divided(
-    ids: Ids, calibration: Calibration, wanted: int, length: int, name: str, more: int
+    ids: Ids, calibration: Calibration, count: int, length: int, name: str, more: int
 ) -> Rows:
     """Rows of one text; a text of a single row is itself divided, four fifths and one."""
     if len(ids) < LEAST:
@@ -159,15 +159,16 @@ def _divided(
         note = f"only {len(ids)} tokens in {name}: {cut} fitted on, {len(ids) - cut} measured on"
         return Rows(ids[None, :cut][:, :length], ids[None, cut:][:, :length], name, (note,))
     rows = _shuffled(_cut(ids, length), calibration.seed)
-    held = min(max(1, wanted // MEASURED), max(1, len(rows) // (MEASURED + 1)))
-    held_out, fit, rest, _ = np.split(rows, [held, held + wanted, held + wanted + more])
-    return Rows(fit, held_out, name, _short(fit, wanted), rest)
+    held_count = min(max(1, count // MEASURED), max(1, len(rows) // (MEASURED + 1)))
+    cuts = [held_count, held_count + count, held_count + count + more]
+    held_out, fit, rest, _ = np.split(rows, cuts)
+    return Rows(fit, held_out, name, _short(fit, count), rest)
 
 
-def _short(fit: Ids, wanted: int) -> tuple[str, ...]:
-    if len(fit) >= wanted:
+def _short(fit: Ids, count: int) -> tuple[str, ...]:
+    if len(fit) >= count:
         return ()
-    return (f"the text gave {fit.size} calibration tokens of {wanted * fit.shape[1]}",)
+    return (f"the text gave {fit.size} calibration tokens of {count * fit.shape[1]}",)
 
 
 def _cut(ids: Ids, length: int) -> Ids:

@@ -22,7 +22,7 @@ values, a block of rows at a time. Overlaps of other tuners' deltas are not meas
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from math import sqrt
@@ -75,10 +75,10 @@ class Sums:
         return self.against[pair] / count if count else 0.0
 
     def overlap(self, pair: Pair) -> tuple[float | None, float | None]:
-        found = [o for o in self.overlaps.get(pair, []) if o is not None]
-        if not found or len(found) < len(self.overlaps[pair]):
+        known = [o for o in self.overlaps.get(pair, []) if o is not None]
+        if not known or len(known) < len(self.overlaps[pair]):
             return None, None
-        return sum(o[0] for o in found) / len(found), sum(o[1] for o in found) / len(found)
+        return sum(o[0] for o in known) / len(known), sum(o[1] for o in known) / len(known)
 
 
 def conflicts(plan: Plan, progress: Progress | None = None) -> dict[str, Any]:
@@ -88,19 +88,19 @@ def conflicts(plan: Plan, progress: Progress | None = None) -> dict[str, Any]:
     `sites`: the numbers of each parameter that two or more adapters change. Whole tensors that an
     adapter ships are no deltas; they are not part of it.
     """
-    found = shares_of(plan)
+    shares_by_name = shares_of(plan)
     changes = plan.changes()
     names = [adapter.name for adapter in plan.adapters]
     pairs = list(combinations(names, 2))
     by_site: dict[str, Sums] = {}
     with (
-        (progress or Silent()).stage("conflicts", len(found), "parameters") as advance,
+        (progress or Silent()).stage("conflicts", len(shares_by_name), "parameters") as advance,
         layers_freed(),
         threadpool_limits(limits=1, user_api="blas"),
     ):
-        for name, shares in sorted(found.items()):
+        for name, shares in sorted(shares_by_name.items()):
             parts = tuple(Part(a.name, tuple(leaves(d.terms))) for a, d in shares)
-            by_site[name] = _measured(matrices(changes[name], Composed("linear", name, parts)))
+            by_site[name] = _sums_over(matrices(changes[name], Composed("linear", name, parts)))
             advance(1)
     energy = {n: sum(s.energy.get(n, 0.0) for s in by_site.values()) for n in names}
     pooled = [_pooled(pair, by_site, energy) for pair in pairs]
@@ -124,15 +124,15 @@ def conflicts_between(
     names = [default_name(spec) for spec in adapters]
     twice = len(set(names)) < len(names)
     named = [f"{name}-{i}" if twice else name for i, name in enumerate(names, 1)]
-    found = tuple(open_adapter(s, opened, n) for s, n in zip(adapters, named, strict=True))
-    plan = verify(fitted(Plan(opened, found), "error"))
+    loaded = tuple(open_adapter(s, opened, n) for s, n in zip(adapters, named, strict=True))
+    plan = verify(fitted(Plan(opened, loaded), "error"))
     check_finite(plan, progress or Silent())
     return conflicts(plan, progress)
 
 
-def _measured(found: Any) -> Sums:
+def _sums_over(matrices_of_site: Iterable[Matrix]) -> Sums:
     sums = Sums()
-    for matrix in found:
+    for matrix in matrices_of_site:
         _add_products(sums, matrix)
         _add_signs(sums, matrix)
     return sums
@@ -226,10 +226,10 @@ def _average(values: Sequence[float | None], weights: Any) -> float | None:
 
 def _site(name: str, sums: Sums) -> dict[str, Any]:
     whole = sum(sums.energy.values())
-    found = []
+    pairs = []
     for pair in sums.inner:
         out, into = sums.overlap(pair)
-        found.append(
+        pairs.append(
             {
                 "adapters": list(pair),
                 "cosine": _short(sums.cosine(pair)),
@@ -240,7 +240,7 @@ def _site(name: str, sums: Sums) -> dict[str, Any]:
             }
         )
     shares = {n: _short(e / whole if whole else 0.0) for n, e in sums.energy.items()}
-    return {"site": name, "energy": shares, "pairs": found}
+    return {"site": name, "energy": shares, "pairs": pairs}
 
 
 def _short(value: float) -> float:

@@ -49,7 +49,7 @@ class Divergence:
             return
         for start in range(0, answers[ADAPTED].shape[1], POSITIONS):
             piece = slice(start, start + POSITIONS)
-            chances = {w: found[:, piece].double().log_softmax(-1) for w, found in answers.items()}
+            chances = {w: a[:, piece].double().log_softmax(-1) for w, a in answers.items()}
             self._compare_logits(chances)
             if self.task == GENERATION:
                 self._add_loss(chances, ids[:, start + 1 : start + POSITIONS + 1])
@@ -80,24 +80,24 @@ class Divergence:
     def _add_loss(self, chances: Mapping[str, Tensor], following: Tensor) -> None:
         """Negative log-likelihood of the tokens that follow; a row's last position has none."""
         self._predicted += following.numel()
-        for who, found in chances.items():
-            seen = found[:, : following.shape[1]].gather(-1, following[..., None])
-            self._loss[who] -= float(seen.sum())
+        for who, log_probs in chances.items():
+            of_next_token = log_probs[:, : following.shape[1]].gather(-1, following[..., None])
+            self._loss[who] -= float(of_next_token.sum())
 
     def _compare_logits(self, chances: Mapping[str, Tensor]) -> None:
-        wanted = chances[ADAPTED]
+        adapted = chances[ADAPTED]
         for who in self._kl:
-            found = chances[who]
-            self._kl[who] += float((wanted.exp() * (wanted - found)).sum())
-            self._agree[who] += float((wanted.argmax(-1) == found.argmax(-1)).sum())
+            other = chances[who]
+            self._kl[who] += float((adapted.exp() * (adapted - other)).sum())
+            self._agree[who] += float((adapted.argmax(-1) == other.argmax(-1)).sum())
 
     def _compare_features(self, answers: Mapping[str, Tensor]) -> None:
-        wanted = answers[ADAPTED].float()
+        adapted = answers[ADAPTED].float()
         for who in self._kl:
-            found = answers[who].float()
-            off = (found - wanted).square().sum(-1) / wanted.square().sum(-1)
+            other = answers[who].float()
+            off = (other - adapted).square().sum(-1) / adapted.square().sum(-1)
             self._kl[who] += float(off.sum())
-            self._agree[who] += float(cosine_similarity(found, wanted, dim=-1).sum())
+            self._agree[who] += float(cosine_similarity(other, adapted, dim=-1).sum())
 
 
 def rounded(value: float) -> float:

@@ -50,17 +50,17 @@ class Drift:
         count: dict[tuple[str, int | None], int] = {}
         for site in self.ratios:
             count[site.stack, site.layer] = count.get((site.stack, site.layer), 0) + 1
-        wanted = [
+        limits = [
             values * (sqrt(count[site.stack, site.layer]) if scope == "layer" else 1)
             for site, values in self.ratios.items()
         ]
-        found = float(np.quantile(np.max(wanted, axis=0), share, method="higher"))
-        if not isfinite(found):
+        limit = float(np.quantile(np.max(limits, axis=0), share, method="higher"))
+        if not isfinite(limit):
             raise RecipeError(
                 "context.tau", "calibrated, but the base's output at a site is zero", "a number",
                 "choose a tau, or a smaller share",
             )  # fmt: skip
-        return float(f"{found * ROUND:.4g}")
+        return float(f"{limit * ROUND:.4g}")
 
     def clamped(self, tau: float) -> float:
         """The share of tokens that a tau for every site clamps somewhere."""
@@ -105,10 +105,10 @@ def measure_apart(plan: Plan, progress: Progress, text: str | None = None) -> Dr
     """
     ratios: Ratios = {}
     for adapter in plan.adapters:
-        found = measure(replace(plan, adapters=(adapter,)), progress, text)
-        for site, values in found.ratios.items():
+        drift = measure(replace(plan, adapters=(adapter,)), progress, text)
+        for site, values in drift.ratios.items():
             ratios[site] = np.maximum(ratios[site], values) if site in ratios else values
-    return Drift(ratios, found.source)
+    return Drift(ratios, drift.source)
 
 
 def text_rows(
@@ -156,8 +156,8 @@ def _measure(job: Job, sites: Sequence[Site], progress: Progress) -> Drift:
     with progress.stage("drift: loading base and adapters"):
         reference = Reference.open(job)
     source, rows = _rows(job, reference.vocabulary, reference.positions)
-    seen: dict[Site, list[NDArray[np.float64]]] = {site: [] for site in sites}
-    hooks = [reference.watch(site.path, note_ratios(seen[site])) for site in sites]
+    ratios: dict[Site, list[NDArray[np.float64]]] = {site: [] for site in sites}
+    hooks = [reference.watch(site.path, note_ratios(ratios[site])) for site in sites]
     try:
         with progress.stage("drift: measuring", len(rows), "rows") as advance:
             for row in rows:
@@ -167,7 +167,7 @@ def _measure(job: Job, sites: Sequence[Site], progress: Progress) -> Drift:
         for hook in hooks:
             hook.remove()
         reference.close()
-    return Drift({site: np.concatenate(values) for site, values in seen.items()}, source)
+    return Drift({site: np.concatenate(values) for site, values in ratios.items()}, source)
 
 
 def note_ratios(values: list[NDArray[np.float64]]) -> Any:

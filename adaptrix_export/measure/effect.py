@@ -55,19 +55,19 @@ def measure(
     load. `rows` (rows, tokens) are token ids that no strategy has seen; None takes the text that
     gates are calibrated on.
     """
-    with _variants(original, plan, progress) as found:
+    with _variants(original, plan, progress) as variants:
         if rows is None:
-            source, asked = text_rows(original, *found.limits, text)
+            source, batches = text_rows(original, *variants.limits, text)
         else:
-            source, asked = "held-out calibration text", [row[None] for row in rows]
-        others = [name for name in found.models if name != ADAPTED]
+            source, batches = "held-out calibration text", [row[None] for row in rows]
+        others = [name for name in variants.models if name != ADAPTED]
         total = Divergence(others, original.base.task)
-        with progress.stage("effect beside the plain merge", len(asked), "rows") as advance:
-            for ids in asked:
-                answers = {name: one.ask(ids) for name, one in found.models.items()}
+        with progress.stage("effect beside the plain merge", len(batches), "rows") as advance:
+            for ids in batches:
+                answers = {name: one.ask(ids) for name, one in variants.models.items()}
                 total.add(torch.from_numpy(ids), answers)
                 advance(1)
-        figures = {name: _figures(name, one, total) for name, one in found.models.items()}
+        figures = {name: _figures(name, one, total) for name, one in variants.models.items()}
     return {
         "measure": total.measure,
         "agreement": total.agreement_name,
@@ -156,9 +156,9 @@ def _asking(model: Any, task: str) -> Ask:
     def ask(ids: Ids) -> torch.Tensor:
         mask = np.ones_like(ids)
         if task == SEQ2SEQ:
-            found = LiveTranslator(model).translate(one_row(ids[0].tolist()), [ids[0].tolist()])
+            logits = LiveTranslator(model).translate(one_row(ids[0].tolist()), [ids[0].tolist()])
         else:
-            found = encode(model, ids, mask, np.zeros_like(ids))
-        return torch.from_numpy(found)
+            logits = encode(model, ids, mask, np.zeros_like(ids))
+        return torch.from_numpy(logits)
 
     return ask

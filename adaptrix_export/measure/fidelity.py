@@ -82,7 +82,7 @@ def _answers(live: Live, row: int, ids: Tensor, states: dict[str, States]) -> di
 
 def _figures(total: Divergence, residuals: Residuals) -> dict[str, Any]:
     agreement = total.agreement_name
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "measure": total.measure,
         "tokens": total.tokens,
         "kl": total.kl(STUDENT),
@@ -93,8 +93,8 @@ def _figures(total: Divergence, residuals: Residuals) -> dict[str, Any]:
     }
     loss = total.loss()
     if loss:
-        found["loss"] = {who: rounded(value) for who, value in loss.items()}
-        found["gain"] = total.gain(STUDENT)
+        figures["loss"] = {who: rounded(value) for who, value in loss.items()}
+        figures["gain"] = total.gain(STUDENT)
     for name, who in (("residual_before", BASE), ("residual_after", STUDENT)):
-        found[name] = [rounded((value / total.tokens) ** 0.5) for value in residuals[who]]
-    return found
+        figures[name] = [rounded((value / total.tokens) ** 0.5) for value in residuals[who]]
+    return figures

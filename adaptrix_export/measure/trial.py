@@ -37,7 +37,7 @@ NOTHING = 1e-9  # nats: an adapter that does nothing on its text has nothing to 
 Rows = NDArray[np.int64]
 
 
-def measured(
+def compare_candidates(
     plan: Plan, candidates: Sequence[Pass], texts: Mapping[str, Path], progress: Progress
 ) -> tuple[int, dict[str, Any]]:
     """Which of `candidates` is best for an uncomposed plan, and what was measured of each.
@@ -58,8 +58,10 @@ def measured(
         entries = []
         for candidate in candidates:
             model = _composed(base, verify(candidate(plan)))
-            found = {name: _kl(alone[name], _logits(model, ids)) for name, ids in rows.items()}
-            entries.append(_entry(candidate, found, nothing))
+            divergences = {
+                name: _kl(alone[name], _logits(model, ids)) for name, ids in rows.items()
+            }
+            entries.append(_entry(candidate, divergences, nothing))
             advance(1)
     best = min(range(len(entries)), key=lambda i: (entries[i]["worst"], i))
     section = {"candidates": entries, "without": {n: _shown(kl) for n, kl in nothing.items()}}
@@ -140,16 +142,16 @@ def _kl(alone: Sequence[Logits], other: Sequence[Logits]) -> tuple[float, float]
 
 def _entry(
     candidate: Pass,
-    found: Mapping[str, tuple[float, float]],
+    divergences: Mapping[str, tuple[float, float]],
     nothing: Mapping[str, tuple[float, float]],
 ) -> dict[str, Any]:
     losses = {
         name: tuple(kl[i] / max(nothing[name][i], NOTHING) for i in (0, 1))
-        for name, kl in found.items()
+        for name, kl in divergences.items()
     }
     return {
         "compose": repr(candidate),
-        "kl": {name: _shown(kl) for name, kl in found.items()},
+        "kl": {name: _shown(kl) for name, kl in divergences.items()},
         "loss": {name: _digits(loss[0]) for name, loss in losses.items()},
         "held_out": {name: _digits(loss[1]) for name, loss in losses.items()},
         "worst": _digits(max(loss[0] for loss in losses.values())),

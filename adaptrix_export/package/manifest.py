@@ -109,7 +109,7 @@ def build_manifest(
         "untied": list(artifact.untied),
         "weights": {name: list(e) for name, e in artifact.weights.items()},
         **({"quantized": dict(artifact.quantized)} if artifact.quantized else {}),
-        **({"kept_float": dict(artifact.kept)} if artifact.quantized else {}),
+        **({"kept_float": dict(artifact.kept_float)} if artifact.quantized else {}),
         **({"switchable": dict(artifact.switchable)} if artifact.switchable else {}),
         "parity": {"verdict": parity, "report_sha256": report_sha256},
     }

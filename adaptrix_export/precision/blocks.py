@@ -81,10 +81,10 @@ class Blocks:
 
     def digest(self) -> str:
         """sha256 of codes, scales and zero points, however they are packed."""
-        found = sha256(f"{self.spec.bits} {self.spec.block} {self.shape}".encode())
+        digest = sha256(f"{self.spec.bits} {self.spec.block} {self.shape}".encode())
         for part in (self.codes, self.scales, self.zeros):
-            found.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
-        return found.hexdigest()
+            digest.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
 
 
 def stacked(parts: list[Blocks]) -> Blocks:
@@ -117,8 +117,8 @@ def in_blocks(matrix: NDArray[Any], block: int, fill: float = 0) -> NDArray[Any]
 def fp16_scales(scales: NDArray[Any]) -> NDArray[np.float16]:
     """Scales as they are stored: never zero, never subnormal, never infinite; signs are kept."""
     size = np.clip(np.abs(scales), TINY, LARGEST)
-    found: NDArray[np.float16] = np.copysign(size, scales).astype(np.float16)
-    return found
+    stored: NDArray[np.float16] = np.copysign(size, scales).astype(np.float16)
+    return stored
 
 
 def nearest(matrix: Float, spec: Spec, weight: Float | None = None) -> Blocks:
@@ -137,7 +137,7 @@ def nearest(matrix: Float, spec: Spec, weight: Float | None = None) -> Blocks:
 def _nearest_rows(
     values: NDArray[np.float32], spec: Spec, weights: Float | None, columns: int
 ) -> Blocks:
-    found: tuple[Any, Any, Any] | None = None
+    best: tuple[Any, Any, Any] | None = None
     least: Any = None
     for scales, zeros in candidates(values, spec):
         step = scales.astype(np.float32)[..., None]
@@ -148,19 +148,19 @@ def _nearest_rows(
         if weights is not None:
             error *= weights
         total = error.sum(axis=-1)
-        if found is None:
-            found, least = (codes.astype(np.uint8), scales, zeros), total
+        if best is None:
+            best, least = (codes.astype(np.uint8), scales, zeros), total
             continue
         better = total < least
         least = np.where(better, total, least)
-        found = (
-            np.where(better[..., None], codes.astype(np.uint8), found[0]),
-            np.where(better, scales, found[1]),
-            np.where(better, zeros, found[2]),
+        best = (
+            np.where(better[..., None], codes.astype(np.uint8), best[0]),
+            np.where(better, scales, best[1]),
+            np.where(better, zeros, best[2]),
         )
-    assert found is not None
-    codes = found[0].reshape(len(values), -1)[:, :columns]
-    return Blocks(spec, codes, found[1], None if spec.symmetric else found[2])
+    assert best is not None
+    codes = best[0].reshape(len(values), -1)[:, :columns]
+    return Blocks(spec, codes, best[1], None if spec.symmetric else best[2])
 
 
 def candidates(

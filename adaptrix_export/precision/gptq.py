@@ -45,9 +45,9 @@ def gptq(problem: Problem) -> Blocks:
     return state.blocks()
 
 
-def loss(weight: Tensor, found: Tensor, hessian: Tensor) -> float:
+def loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """(W - Q) H (W - Q)^T, summed over the rows."""
-    error = weight - found
+    error = weight - quantized
     return float(((error @ hessian) * error).sum())
 
 
@@ -147,17 +147,17 @@ def _solve_scales(state: _State, hessian: Tensor) -> None:
         span = state.span(number)
         products = (centred[:, span] @ hessian[span]) * centred
         normal[:, number] = _block_sums(products, block, count)
-    wanted = _block_sums((state.weight @ hessian) * centred, block, count)
+    target = _block_sums((state.weight @ hessian) * centred, block, count)
     diagonal = normal.diagonal(dim1=1, dim2=2)
     room = RIDGE * diagonal + 1e-12
     # a block of zeros has no say: its scale stays
-    wanted = wanted + room * state.scales
+    target = target + room * state.scales
     diagonal.add_(room)
-    solved = torch.linalg.solve(normal.double(), wanted.double()).float()
+    solved = torch.linalg.solve(normal.double(), target.double()).float()
     usable = torch.isfinite(solved) & (solved.abs() > 0.25 * state.scales.abs())
     usable &= solved.abs() < 4 * state.scales.abs()
-    kept = torch.where(usable, solved, state.scales)
-    state.scales = torch.from_numpy(fp16_scales(kept.numpy()).astype(np.float32))
+    scales = torch.where(usable, solved, state.scales)
+    state.scales = torch.from_numpy(fp16_scales(scales.numpy()).astype(np.float32))
 
 
 def _block_sums(values: Tensor, block: int, count: int) -> Tensor:

@@ -64,17 +64,17 @@ def weights_of(graph: Graph, known: Callable[[str], bool]) -> tuple[list[Weight]
 
     `known` says of a name in an expression that it is a tensor of the model, not of an adapter.
     """
-    found, kept = [], {}
+    weights, floats = [], {}
     for name, expression in sorted(graph.weights.items()):
         value = graph.model.graph.initializers[name]
         if value.shape is None or len(value.shape) < 2 or not all(map(known, names(expression))):
             continue
         weight = _weight(graph, name, expression, value)
         if isinstance(weight, str):
-            kept[name] = weight
+            floats[name] = weight
         else:
-            found.append(weight)
-    return found, kept
+            weights.append(weight)
+    return weights, floats
 
 
 def _weight(graph: Graph, name: str, expression: Expression, value: ir.Value) -> Weight | str:

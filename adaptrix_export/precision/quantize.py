@@ -74,12 +74,15 @@ class PieceStore:
 
 @dataclass(frozen=True)
 class Quantized:
-    """`graphs` with blocks in place; `entries`: name of the float initializer that is gone -> what
-    is stored instead, for the manifest and the proof; `kept`: matrices that stay float, and why."""
+    """Graphs whose weights are stored in blocks.
+
+    `entries`: name of the float initializer that was replaced -> its manifest entry;
+    `kept_float`: name of a matrix that stays float -> the reason.
+    """
 
     graphs: Mapping[str, Graph]
     entries: Mapping[str, Mapping[str, Any]]
-    kept: Mapping[str, str]
+    kept_float: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def quantize(
     nothing to quantize.
     """
     store = PieceStore(folder)
-    chosen, kept = _choose(graphs, plan, settings)
+    chosen, floats = _choose(graphs, plan, settings)
     if not chosen:
         raise UnsupportedError(
             plan.base.spec, f"no weight that can have {settings.bits} bits",
@@ -126,20 +129,20 @@ def quantize(
                 store.put(piece.key, nearest(read(piece.expression), piece.spec), "rtn")
                 advance(1)
     entries: dict[str, dict[str, Any]] = {}
-    made: dict[str, Stored] = {}
+    initializers: dict[str, Stored] = {}
     for name, one in chosen.items():
-        made[name], entries[name] = _stored(store, one, settings)
-    done = {}
+        initializers[name], entries[name] = _stored(store, one, settings)
+    rewritten = {}
     for file, graph in graphs.items():
-        found = {weight.name: weight for weight in weights_of(graph, _known(plan))[0]}
+        weights = {weight.name: weight for weight in weights_of(graph, _known(plan))[0]}
         for name, one in chosen.items():
-            if name in found:
-                put_blocks(graph.model, found[name], one.spec, made[name])
+            if name in weights:
+                put_blocks(graph.model, weights[name], one.spec, initializers[name])
         graph.model.graph.sort()
-        done[file] = replace(
+        rewritten[file] = replace(
             graph, weights={n: e for n, e in graph.weights.items() if n not in chosen}
         )
-    return Quantized(done, entries, kept)
+    return Quantized(rewritten, entries, floats)
 
 
 def _known(plan: Plan) -> Callable[[str], bool]:
@@ -151,26 +154,26 @@ def _choose(
     graphs: Mapping[str, Graph], plan: Plan, settings: Quantization
 ) -> tuple[dict[str, Chosen], dict[str, str]]:
     chosen: dict[str, Chosen] = {}
-    kept: dict[str, str] = {}
+    floats: dict[str, str] = {}
     for graph in graphs.values():
-        found, others = weights_of(graph, _known(plan))
-        kept |= others
-        for weight in found:
-            if weight.name in chosen or weight.name in kept:
+        weights, unfit = weights_of(graph, _known(plan))
+        floats |= unfit
+        for weight in weights:
+            if weight.name in chosen or weight.name in floats:
                 continue
             spec = _spec(plan, weight, settings)
             if isinstance(spec, str):
-                kept[weight.name] = spec
+                floats[weight.name] = spec
             else:
                 chosen[weight.name] = Chosen(weight, spec, _pieces(plan, weight, spec))
-    for name in [n for n in chosen if n in kept]:  # in another graph it is read otherwise
+    for name in [n for n in chosen if n in floats]:  # in another graph it is read otherwise
         del chosen[name]
-    return chosen, kept
+    return chosen, floats
 
 
 def _spec(plan: Plan, weight: Weight, settings: Quantization) -> Spec | str:
     modules = {module_of(piece) for piece in pieces(weight.expression)}
-    if any(map(settings.kept, modules)):
+    if any(map(settings.keeps_float, modules)):
         return "as asked for"
     embedding = plan.base.architecture.family.embedding
     if modules & {embedding, "lm_head"}:
@@ -186,11 +189,11 @@ def _spec(plan: Plan, weight: Weight, settings: Quantization) -> Spec | str:
 
 
 def _pieces(plan: Plan, weight: Weight, spec: Spec) -> tuple[Piece, ...]:
-    found = []
+    result = []
     for expression in pieces(weight.expression):
         rows = _rows(plan, expression, weight)
-        found.append(Piece(expression, spec, (rows, weight.shape[1]), weight.is_table))
-    return tuple(found)
+        result.append(Piece(expression, spec, (rows, weight.shape[1]), weight.is_table))
+    return tuple(result)
 
 
 def _rows(plan: Plan, expression: Expression, weight: Weight) -> int:
@@ -219,7 +222,7 @@ def _stored(
     blocks, spec = whole(), one.spec
     scale_type = ir.DataType.FLOAT16 if settings.fp16_scales else ir.DataType.FLOAT
     zeros = packed_zeros(blocks)
-    made = Stored(
+    stored = Stored(
         _lazy(lambda: packed_codes(whole()), ir.DataType.UINT8, packed_codes(blocks).shape),
         _lazy(
             lambda: whole().scales.astype(np.float16 if settings.fp16_scales else np.float32),
@@ -238,7 +241,7 @@ def _stored(
         "sha256": blocks.digest(),
         "bytes": spec.nbytes(*one.weight.shape),
     }
-    return made, entry
+    return stored, entry
 
 
 def _lazy(make: Callable[[], Array], dtype: ir.DataType, shape: tuple[int, ...]) -> ir.LazyTensor:

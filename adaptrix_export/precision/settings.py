@@ -37,13 +37,13 @@ class Quantization:
     calibration: Calibration | None = None
     max_kl: float | None = MAX_KL
 
-    def kept(self, module: str) -> bool:
+    def keeps_float(self, module: str) -> bool:
         return any(fnmatchcase(module, pattern) for pattern in self.keep)
 
     def bits_of(self, module: str) -> int:
         """Bits of the weight of a linear layer."""
-        found = (bits for pattern, bits in self.overrides if fnmatchcase(module, pattern))
-        return next(found, self.bits)
+        matches = (bits for pattern, bits in self.overrides if fnmatchcase(module, pattern))
+        return next(matches, self.bits)
 
     def spec(self, bits: int, columns: int, *, whole: bool = False) -> Spec | None:
         """How a matrix with so many columns is stored; None if no block fits.

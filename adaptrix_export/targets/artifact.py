@@ -37,4 +37,4 @@ class Artifact:
     # Of a switchable graph: its slots, its stamp and its adapters, as the manifest has them.
     switchable: Mapping[str, object] = field(default_factory=dict)
     quantized: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    kept: Mapping[str, str] = field(default_factory=dict)
+    kept_float: Mapping[str, str] = field(default_factory=dict)

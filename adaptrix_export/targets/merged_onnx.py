@@ -77,7 +77,7 @@ def lower_merged_onnx(
         hashes=hashes,
         weights=dict(sorted(w for graph in graphs.values() for w in graph.weights.items())),
         quantized=quantized.entries,
-        kept=quantized.kept,
+        kept_float=quantized.kept_float,
         untied=plan.untied(),
         config_changes=config_changes(plan),
         frontend=first.frontend,
@@ -142,10 +142,8 @@ def write_data(
 ) -> str:
     """Evaluate each initializer, write it once, and point the graphs at its bytes; returns the
     sha256. Equal expressions share their bytes, and so does a constant of several graphs."""
-    wanted = {(name, file): graph for file, graph in graphs.items() for name in graph.weights}
-    sizes = {
-        repr(g.weights[n]): _size(g.model.graph.initializers[n]) for (n, _), g in wanted.items()
-    }
+    uses = {(name, file): graph for file, graph in graphs.items() for name in graph.weights}
+    sizes = {repr(g.weights[n]): _size(g.model.graph.initializers[n]) for (n, _), g in uses.items()}
     placed: dict[str, tuple[int, int, tuple[int, ...]]] = {}
     with (
         HashingWriter(path) as out,
@@ -156,7 +154,7 @@ def write_data(
             out.align(ALIGNMENT)
             return out.position, out.write_array(array), array.shape
 
-        for (name, _), graph in sorted(wanted.items(), key=lambda item: item[0]):
+        for (name, _), graph in sorted(uses.items(), key=lambda item: item[0]):
             key = repr(graph.weights[name])
             if key not in placed:
                 placed[key] = write(values_of(graph.weights[name]))

@@ -43,7 +43,7 @@ class Entry:
     # (expert, first row, last row) of a stacked tensor `name` that this stored matrix is
     piece: tuple[int, int, int] | None = None
     new: bool = False  # a head that the base does not have
-    seen: bool = True  # part of the live model, so that the check can compare it
+    in_model: bool = True  # part of the live model, so that the check can compare it
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -105,7 +105,7 @@ def lower_merged_safetensors(plan: Plan, stage: Path, progress: Progress) -> Art
             e.stored_name: e.expression
             for f in files
             for e in f.entries
-            if e.seen and e.source.dtype in FLOATS
+            if e.in_model and e.source.dtype in FLOATS
         },
         untied=plan.untied(),
         config_changes=config_changes(plan),
@@ -134,7 +134,7 @@ def plan_files(plan: Plan) -> list[OutputFile]:
         by_path[stored.path].append(Entry(stored.name, name, source, changes.get(name)))
     for unseen in plan.base.unseen:
         assert isinstance(unseen, StoredTensor)
-        by_path[unseen.path].append(Entry(unseen.name, unseen.name, unseen, None, seen=False))
+        by_path[unseen.path].append(Entry(unseen.name, unseen.name, unseen, None, in_model=False))
     files = []
     for path, entries in by_path.items():
         original = read_safetensors(path)

@@ -75,8 +75,8 @@ def lower_switchable_onnx(
     if not rows:
         graphs[SLOTLESS] = replace(graph, model=graph.model.clone())
     with progress.stage("slots"):
-        found = taps(alone, graph, sites_of(plan.adapters))
-        places = packed_places_of(found) if rows else places_of(found)
+        tapped = taps(alone, graph, sites_of(plan.adapters))
+        places = packed_places_of(tapped) if rows else places_of(tapped)
         slots = [place.slot for place in places]
         owners: dict[str, Array] = {}
         if rows:
@@ -84,7 +84,7 @@ def lower_switchable_onnx(
             branches = row_branches(graph.model, places, values, owners)
         else:
             branches = slot_branches(graph.model, places)
-        join_gated(plan, graph.model, found, branches)
+        join_gated(plan, graph.model, tapped, branches)
     read = Values(alone)
     with quantizing(quantization, graphs, alone, read, progress) as quantized:
         graphs = dict(quantized.graphs)
@@ -121,7 +121,7 @@ def lower_switchable_onnx(
         hashes=hashes,
         weights=dict(sorted(graphs[MODEL].weights.items())),
         quantized=quantized.entries,
-        kept=quantized.kept,
+        kept_float=quantized.kept_float,
         untied=(),
         config_changes=config_changes(alone),
         frontend=graph.frontend,

@@ -39,8 +39,8 @@ def test_a_text_file_is_divided_and_no_row_is_in_both_parts(base, tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text(" ".join(f"{i} {WORDS}" for i in range(300)))
     found = rows_of(base, path)
-    assert found.fit.shape == (16, 32) and found.held.shape == (4, 32)
-    assert not as_set(found.fit) & as_set(found.held)
+    assert found.fit.shape == (16, 32) and found.held_out.shape == (4, 32)
+    assert not as_set(found.fit) & as_set(found.held_out)
     assert found.source == "mine.txt" and not found.notes
     again, other = rows_of(base, path), rows_of(base, path, seed=1)
     assert np.array_equal(found.fit, again.fit) and not np.array_equal(found.fit, other.fit)
@@ -54,7 +54,7 @@ def test_a_jsonl_file_is_the_text_of_its_lines(base, tmp_path):
     plain = tmp_path / "mine.txt"
     plain.write_text("".join(lines))
     as_text = rows_of(base, plain, tokens=10**6)
-    ends = (found.fit == 1).sum() + (found.held == 1).sum()  # an end token after each line
+    ends = (found.fit == 1).sum() + (found.held_out == 1).sum()  # an end token after each line
     assert 190 < ends <= 200 and abs(found.fit.size - as_text.fit.size) < 400
     assert "calibration tokens of" in found.notes[0]
 
@@ -85,8 +85,8 @@ def test_a_file_that_is_missing_or_no_text_is_refused(base, tmp_path):
 
 def test_pydoc_measures_on_topics_that_it_does_not_fit_on(base):
     found = rows_of(base, "pydoc", tokens=4096)
-    assert found.fit.shape == (128, 32) and found.held.shape == (32, 32)
-    assert not as_set(found.fit) & as_set(found.held)
+    assert found.fit.shape == (128, 32) and found.held_out.shape == (32, 32)
+    assert not as_set(found.fit) & as_set(found.held_out)
 
 
 @pytest.mark.parametrize("source", ["pydoc", "self", "mine.txt"])
@@ -99,16 +99,16 @@ def test_more_rows_change_nothing_of_the_others(base, tmp_path, source):
     assert plain.more.size == 0 and plain.tokens == 512
     assert found.more.shape == (48, 32) and found.tokens == 2048
     assert np.array_equal(plain.fit, found.fit) or source == "self"
-    parts = [as_set(rows) for rows in (found.fit, found.held, found.more)]
+    parts = [as_set(rows) for rows in (found.fit, found.held_out, found.more)]
     assert sum(map(len, parts)) == len(set.union(*parts))
     if source != "self":
-        assert np.array_equal(plain.held, found.held)
+        assert np.array_equal(plain.held_out, found.held_out)
         assert len(rows_of(base, source, more=10**9).more) > 48
 
 
 def test_self_is_what_the_model_writes(base):
     found = rows_of(base, "self")
-    assert np.array_equal(np.concatenate([found.fit, found.held]), written(20, 32, 0))
+    assert np.array_equal(np.concatenate([found.fit, found.held_out]), written(20, 32, 0))
     assert found.source == "text that the adapted model wrote"
 
 

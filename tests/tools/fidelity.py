@@ -131,7 +131,7 @@ class Bench:
         self.plan = Plan(self.base, (adapter,))
         stack, self.terms, _ = split_terms(self.plan, adapter)
         self.live = Live.open(self.base, ((model, adapter.folder),), stack)
-        self.held = Held(self.live, self.rows("pydoc", 0, 0).held, scratch, self.base.task)
+        self.held = Held(self.live, self.rows("pydoc", 0, 0).held_out, scratch, self.base.task)
         self.fitted: dict[tuple[Any, ...], tuple[Moved, float]] = {}
 
     @cache  # noqa: B019  # one bench a model, as long as the process

@@ -59,7 +59,7 @@ class Auto:
         progress = self.progress or Silent()
         report = plan.measured.get("conflicts") or conflicts(plan, progress)
         if self.calibration:
-            from adaptrix_export.measure.trial import measured  # PyTorch
+            from adaptrix_export.measure.trial import compare_candidates  # PyTorch
 
             missing = {a.name for a in plan.adapters} - {name for name, _ in self.calibration}
             if missing:
@@ -68,7 +68,7 @@ class Auto:
                     "add one, or leave calibration out",
                 )  # fmt: skip
             possible = candidates(plan, report)
-            best, choice = measured(plan, possible, dict(self.calibration), progress)
+            best, choice = compare_candidates(plan, possible, dict(self.calibration), progress)
             compose = possible[best]
         else:
             compose, why = by_rule(plan, report)

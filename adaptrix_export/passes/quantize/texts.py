@@ -34,7 +34,7 @@ def loss_text(base: Base, calibration: Calibration) -> LossText:
     positions = base.config.get("max_position_embeddings")
     size = base.architecture.vocab_size
     found = calibration_rows(calibration, base, size, positions, _no_text)
-    rows = found.held[:ROWS, :LENGTH]
+    rows = found.held_out[:ROWS, :LENGTH]
     return LossText(tuple(tuple(map(int, row)) for row in rows), found.source)
 
 

@@ -126,8 +126,8 @@ class Redistribute:
         given = self._strategy_input(plan, adapter, stack, terms, rank, live)
         moved = self._moved(given, adapter)
         _attach(live, given, moved.terms)
-        context.hold_out(given.rows.held)
-        found = measure(live, given.rows.held, plan.base.task, context.progress)
+        context.hold_out(given.rows.held_out)
+        found = measure(live, given.rows.held_out, plan.base.task, context.progress)
         folder = context.folder_for(adapter.name)
         write_redistributed(
             plan.base, adapter, stack, moved.terms, kept, folder, repr(self), found["retained"]
