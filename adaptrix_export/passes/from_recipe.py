@@ -71,25 +71,25 @@ def compose_of(spec: ComposeSpec, names: Sequence[str], progress: Progress | Non
     """
     if spec.method == AUTO:
         return Auto(tuple(sorted((spec.calibration or {}).items())), progress)
-    wanted = composition_of(spec, names)
-    return Compose(**{field.name: getattr(wanted, field.name) for field in fields(wanted)})
+    options = composition_of(spec, names)
+    return Compose(**{field.name: getattr(options, field.name) for field in fields(options)})
 
 
-def redistribution(wanted: Redistribution, context: PassContext) -> Redistribute:
+def redistribution(spec: Redistribution, context: PassContext) -> Redistribute:
     """The pass that a recipe's `redistribute` asks for."""
     from adaptrix_export.measure.calibration import Calibration
     from adaptrix_export.passes.redistribute.redistribute import Redistribute
 
-    text = wanted.calibration
+    text = spec.calibration
     return Redistribute(
-        layers=wanted.layers,
-        strategy=wanted.strategy.value,
-        rank=wanted.rank,
+        layers=spec.layers,
+        strategy=spec.strategy.value,
+        rank=spec.rank,
         calibration=Calibration(text.text, text.tokens, text.length, text.seed),
-        min_retained=wanted.min_retained,
-        steps=wanted.steps,
-        max_sites=wanted.max_sites,
-        max_bytes=wanted.max_bytes,
-        max_memory=wanted.max_memory,
+        min_retained=spec.min_retained,
+        steps=spec.steps,
+        max_sites=spec.max_sites,
+        max_bytes=spec.max_bytes,
+        max_memory=spec.max_memory,
         context=context,
     )

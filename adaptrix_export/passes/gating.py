@@ -27,7 +27,7 @@ class PreserveContext:
     adapters stay by themselves, in slots.
     """
 
-    wanted: Context
+    spec: Context
     on_mismatch: str
     apart: bool
     opened: Plan = field(repr=False, compare=False)
@@ -36,11 +36,11 @@ class PreserveContext:
     def __call__(self, plan: Plan) -> Plan:
         measured_on = plan if self.apart else reference_plan(self.opened, plan)
         wire = WireContext(
-            mode=self.wanted.mode.value,
+            mode=self.spec.mode.value,
             tau=self._tau(measured_on),
-            weight=_by_layer(self.wanted.weight),
-            scope=self.wanted.scope.value,
-            stats=self.wanted.stats,
+            weight=_by_layer(self.spec.weight),
+            scope=self.spec.scope.value,
+            stats=self.spec.stats,
             on_mismatch=self.on_mismatch,
         )
         gated = verify(wire(plan))
@@ -48,15 +48,15 @@ class PreserveContext:
 
     def _tau(self, measured_on: Plan) -> float | PerLayer | None:
         """As it is given, or measured on a plan whose adapters PEFT can load."""
-        tau = self.wanted.tau
+        tau = self.spec.tau
         if not isinstance(tau, str):
             return _by_layer(tau)
-        progress, scope = self.context.progress, self.wanted.scope.value
+        progress, scope = self.context.progress, self.spec.scope.value
         drift = (measure_apart if self.apart else measure)(measured_on, progress, self._text())
-        share = SHARE if self.wanted.share is None else self.wanted.share
-        found = drift.tau(share, scope)
-        progress.note(f"context: tau {found:g}, measured over {drift.tokens} tokens")
-        return found
+        share = SHARE if self.spec.share is None else self.spec.share
+        measured = drift.tau(share, scope)
+        progress.note(f"context: tau {measured:g}, measured over {drift.tokens} tokens")
+        return measured
 
     def _with_effect(self, gated: Plan) -> Plan:
         """The gated plan with what it makes of the adapters, beside their plain merge."""
@@ -68,7 +68,7 @@ class PreserveContext:
         return replace(gated, measured={**gated.measured, effect.EFFECT: section})
 
     def _text(self) -> str | None:
-        return read_text(self.wanted.text, "context.text") if self.wanted.text else None
+        return read_text(self.spec.text, "context.text") if self.spec.text else None
 
 
 def _by_layer(value: float | dict[int, float] | None) -> float | PerLayer | None:

@@ -21,5 +21,7 @@ def reference_plan(opened: Plan, plan: Plan) -> Plan:
     if not plan.losses:
         return opened
     replaced = {loss.adapter for loss in plan.losses}
-    kept = tuple(a for a in opened.adjustments if a.adapter not in replaced or a.kind == "dropped")
-    return replace(opened, adapters=plan.adapters, adjustments=kept, losses=plan.losses)
+    adjustments = tuple(
+        a for a in opened.adjustments if a.adapter not in replaced or a.kind == "dropped"
+    )
+    return replace(opened, adapters=plan.adapters, adjustments=adjustments, losses=plan.losses)

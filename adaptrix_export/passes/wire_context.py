@@ -44,21 +44,21 @@ class WireContext:
         that cannot be gated."""
         chosen = self.tau if self.mode == "clamp" else self.weight
         sites = list(self._sites(plan, chosen))
-        kept, dropped = [], []
+        gateable, dropped = [], []
         for site in sites:
             error = ungateable(plan, site, self.mode)
             if error is None:
-                kept.append(site)
+                gateable.append(site)
             elif self.on_mismatch == "drop":
                 text = f"not gated, merged instead: {error.found}"
                 dropped.append(Adjustment(plan.adapters[0].name, "ungated", site.path, text))
             else:
                 raise error
-        if not kept:
+        if not gateable:
             raise AdapterError(
                 "context", "no site that can be gated", "at least one", "build without context"
             )
-        gates = tuple(self._gate(site, chosen, kept) for site in kept)
+        gates = tuple(self._gate(site, chosen, gateable) for site in gateable)
         stats = self.stats and self.mode != "blend"
         adjustments = (*plan.adjustments, *dropped)
         return plan.after(self, gates=gates, gate_stats=stats, adjustments=adjustments)

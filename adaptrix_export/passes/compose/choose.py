@@ -102,12 +102,12 @@ def candidates(plan: Plan, report: Mapping[str, Any]) -> list[Compose]:
     """What `trial.py` measures, simplest first: it wins where nothing is better."""
     names = [adapter.name for adapter in plan.adapters]
     share = Weight(round(1 / len(names), 6))
-    found = [Compose("linear" if _other_tuners(plan) else "cat")]
+    methods = [Compose("linear" if _other_tuners(plan) else "cat")]
     if balanced(report):
-        found.append(Compose("linear", balanced(report)))
-    found.append(Compose("linear", tuple((name, share) for name in sorted(names))))
-    found += [Compose(method) for method in ("magnitude_prune", "ties", "knots", "tsv")]
-    return list(dict.fromkeys(found))
+        methods.append(Compose("linear", balanced(report)))
+    methods.append(Compose("linear", tuple((name, share) for name in sorted(names))))
+    methods += [Compose(method) for method in ("magnitude_prune", "ties", "knots", "tsv")]
+    return list(dict.fromkeys(methods))
 
 
 def balanced(report: Mapping[str, Any]) -> tuple[tuple[str, Weight], ...]:
@@ -119,8 +119,8 @@ def balanced(report: Mapping[str, Any]) -> tuple[tuple[str, Weight], ...]:
         i, j = (names.index(name) for name in pair["adapters"])
         gram[i, j] = gram[j, i] = pair["cosine"] * norms[i] * norms[j]
     # six digits are in the report: what is singular but for them shall count as singular
-    found = np.linalg.lstsq(gram, np.diag(gram), rcond=1e-5)[0].clip(0, 1)
-    weights = ((n, Weight(round(float(w), 3))) for n, w in zip(names, found, strict=True))
+    solution = np.linalg.lstsq(gram, np.diag(gram), rcond=1e-5)[0].clip(0, 1)
+    weights = ((n, Weight(round(float(w), 3))) for n, w in zip(names, solution, strict=True))
     return tuple(sorted((n, w) for n, w in weights if w != Weight()))
 
 

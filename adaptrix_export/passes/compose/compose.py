@@ -46,9 +46,10 @@ class Compose(Composition):
         for adapter in plan.adapters:
             self._check_adapter(adapter, several=len(plan.adapters) > 1)
         settled = self._settled(plan.adapters)
-        found = shares_of(plan)
-        made = {name: self._terms(plan, shares, settled.rank) for name, shares in found.items()}
-        deltas = [replace(found[name][0][1], terms=terms) for name, terms in made.items() if terms]
+        deltas = []
+        for shares in shares_of(plan).values():
+            if terms := self._terms(plan, shares, settled.rank):
+                deltas.append(replace(shares[0][1], terms=terms))
         composed = replace(
             plan.adapters[0],
             name="+".join(a.name for a in plan.adapters),

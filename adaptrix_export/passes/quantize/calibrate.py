@@ -112,12 +112,12 @@ def _open(base: Base, prefix: str) -> Live:
 
 
 def _by_module(pieces: Sequence[Piece]) -> dict[str, list[Piece]]:
-    found: dict[str, list[Piece]] = {}
+    by_module: dict[str, list[Piece]] = {}
     for piece in pieces:
         module, _, parameter = piece.tensor.rpartition(".")
         if parameter == "weight":
-            found.setdefault(module, []).append(piece)
-    return found
+            by_module.setdefault(module, []).append(piece)
+    return by_module
 
 
 class _Moments:
@@ -130,12 +130,12 @@ class _Moments:
 
     def hook(self, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any) -> None:
-            given = args[0]
-            if self._last is not None and self._last[0] is given:
+            inputs = args[0]
+            if self._last is not None and self._last[0] is inputs:
                 self.shared[name] = self.shared.get(self._last[1], self._last[1])
                 return
-            self._last = (given, name)
-            flat = given.reshape(-1, given.shape[-1]).float()
+            self._last = (inputs, name)
+            flat = inputs.reshape(-1, inputs.shape[-1]).float()
             if name not in self.of:
                 self.of[name] = torch.zeros(flat.shape[1], flat.shape[1])
             self.of[name].addmm_(flat.T, flat)
@@ -209,14 +209,14 @@ class _Run:
         for module in modules:
             for piece in self._pieces[module]:
                 by_spec.setdefault(piece.spec, []).append((module, piece))
-        for spec, found in by_spec.items():
-            values = [self._view(module, piece) for module, piece in found]
+        for spec, members in by_spec.items():
+            values = [self._view(module, piece) for module, piece in members]
             weight = torch.from_numpy(np.concatenate(values))
-            made = gptq(Problem(weight, hessian, spec))
+            blocks = gptq(Problem(weight, hessian, spec))
             start = 0
-            for (_, piece), view in zip(found, values, strict=True):
+            for (_, piece), view in zip(members, values, strict=True):
                 stop = start + len(view)
-                part = _rows(made, start, stop)
+                part = _rows(blocks, start, stop)
                 self._store.put(piece.key, part, GPTQ)
                 view[...] = part.dequantized()
                 start = stop

@@ -31,26 +31,26 @@ def quantization_of(recipe: Recipe, plan: Plan) -> Quantization | None:
     return quantization(recipe.precision, recipe.quantize or Quantize(), has_tokenizer(plan.base))
 
 
-def quantization(precision: Precision, wanted: Quantize, has_tokenizer: bool) -> Quantization:
+def quantization(precision: Precision, spec: Quantize, has_tokenizer: bool) -> Quantization:
     """The settings of int8 and int4; without a section, those of an empty one."""
     bits = PRECISIONS[precision.value].bits
     assert bits is not None
-    method = wanted.method.value
-    if wanted.method is Method.AUTO:
+    method = spec.method.value
+    if spec.method is Method.AUTO:
         method = GPTQ if bits == 4 else RTN
-    text = wanted.calibration
+    text = spec.calibration
     source = (PYDOC if has_tokenizer else SELF) if text.text == AUTO else text.text
-    embedding: Any = wanted.embedding
+    embedding: Any = spec.embedding
     return Quantization(
         precision=precision.value,
         bits=bits,
         method=method,
-        block=wanted.block,
-        symmetric=wanted.symmetric,
+        block=spec.block,
+        symmetric=spec.symmetric,
         embedding=None if embedding == "float" else embedding,
-        keep=wanted.keep,
-        overrides=tuple(wanted.bits.items()),
-        fp16_scales=wanted.scales is Scales.FP16,
+        keep=spec.keep,
+        overrides=tuple(spec.bits.items()),
+        fp16_scales=spec.scales is Scales.FP16,
         calibration=Calibration(source, text.tokens, text.length, text.seed),
-        max_kl=wanted.max_kl,
+        max_kl=spec.max_kl,
     )

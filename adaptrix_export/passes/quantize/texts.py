@@ -33,9 +33,9 @@ def loss_text(base: Base, calibration: Calibration) -> LossText:
         return LossText((), "the proof's own prompt")
     positions = base.config.get("max_position_embeddings")
     size = base.architecture.vocab_size
-    found = calibration_rows(calibration, base, size, positions, _no_text)
-    rows = found.held_out[:ROWS, :LENGTH]
-    return LossText(tuple(tuple(map(int, row)) for row in rows), found.source)
+    divided = calibration_rows(calibration, base, size, positions, _no_text)
+    rows = divided.held_out[:ROWS, :LENGTH]
+    return LossText(tuple(tuple(map(int, row)) for row in rows), divided.source)
 
 
 def _no_text(rows: int, length: int, seed: int) -> Ids:

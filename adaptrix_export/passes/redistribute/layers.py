@@ -31,19 +31,19 @@ def choose_layers(layers: Layers, count: int) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-def evenly_spread(wanted: int, count: int) -> tuple[int, ...]:
+def evenly_spread(budget: int, count: int) -> tuple[int, ...]:
     """floor(i n / (k + 1)), i = 1..k: 5 of 30 are 5, 10, 15, 20, 25. All n of n is all of them;
     otherwise layer 0 is never one of them, nor the last unless only one is left out."""
-    if wanted > count:
+    if budget > count:
         raise RecipeError(
-            "layers", f"{wanted} of {count}", f"at most {count}", f"the base has {count} layers"
+            "layers", f"{budget} of {count}", f"at most {count}", f"the base has {count} layers"
         )
-    if wanted == count:
+    if budget == count:
         return tuple(range(count))
-    return tuple(i * count // (wanted + 1) for i in range(1, wanted + 1))
+    return tuple(i * count // (budget + 1) for i in range(1, budget + 1))
 
 
-def best_layers(growth: Sequence[Sequence[float]], wanted: int) -> tuple[int, ...]:
+def best_layers(growth: Sequence[Sequence[float]], budget: int) -> tuple[int, ...]:
     """The `wanted` layers with the least error left over the whole depth, for `search`.
 
     `growth[s][l]` is the error after layer l when layer s - 1 was the last to be corrected (s = 0:
@@ -51,13 +51,13 @@ def best_layers(growth: Sequence[Sequence[float]], wanted: int) -> tuple[int, ..
     layers by dynamic programming over (last target, targets left).
     """
     count = len(growth) - 1
-    if wanted >= count:
+    if budget >= count:
         return tuple(range(count))
     # tail[s][k]: the least sum from layer s on, with s corrected up to and k targets to place
     tail: list[list[tuple[float, tuple[int, ...]]]] = [[] for _ in range(count + 1)]
     for start in range(count, -1, -1):
         row: list[tuple[float, tuple[int, ...]]] = [(float(sum(growth[start][start:])), ())]
-        for k in range(1, wanted + 1):
+        for k in range(1, budget + 1):
             options: list[tuple[float, tuple[int, ...]]] = []
             for target in range(start, count):
                 rest = tail[target + 1]
@@ -68,4 +68,4 @@ def best_layers(growth: Sequence[Sequence[float]], wanted: int) -> tuple[int, ..
                 break
             row.append(min(options))
         tail[start] = row
-    return tail[0][wanted][1]
+    return tail[0][budget][1]

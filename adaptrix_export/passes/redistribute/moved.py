@@ -66,8 +66,8 @@ def factors(terms: Sequence[LowRank]) -> Factors:
 
 def beside(pairs: Iterable[Factors]) -> Factors:
     """The sum of several pairs, exactly, with the sum of their ranks."""
-    found = list(pairs)
-    return np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found], axis=1)
+    all_a, all_b = zip(*pairs, strict=True)
+    return np.concatenate(all_a), np.concatenate(all_b, axis=1)
 
 
 def truncated(pair: Factors, rank: int) -> Factors:
@@ -87,8 +87,8 @@ def truncated(pair: Factors, rank: int) -> Factors:
 
 def common_dtype(terms: Mapping[Place, tuple[LowRank, ...]]) -> str:
     """The dtype of every factor where they agree on one of 16 bits, else F32."""
-    found = {x.dtype for held in terms.values() for t in held for x in t.tensors}
-    return found.pop() if found in ({"F16"}, {"BF16"}) else "F32"
+    dtypes = {x.dtype for site_terms in terms.values() for t in site_terms for x in t.tensors}
+    return dtypes.pop() if dtypes in ({"F16"}, {"BF16"}) else "F32"
 
 
 def as_term(place: Place, pair: Factors, dtype: str = "F32") -> LowRank:
@@ -111,7 +111,7 @@ def as_term(place: Place, pair: Factors, dtype: str = "F32") -> LowRank:
 
 def by_layer(terms: Mapping[Place, tuple[LowRank, ...]]) -> dict[int, Terms]:
     """The same terms, layer by layer."""
-    found: dict[int, Terms] = {}
-    for (layer, module), held in sorted(terms.items()):
-        found.setdefault(layer, {})[layer, module] = held
-    return found
+    layers: dict[int, Terms] = {}
+    for (layer, module), site_terms in sorted(terms.items()):
+        layers.setdefault(layer, {})[layer, module] = site_terms
+    return layers

@@ -106,39 +106,39 @@ class Redistribute:
         from adaptrix_export.oracle.layered import Live  # PyTorch
 
         assert self.context is not None  # the pipeline's, or a test's
-        stack, terms, kept = split_terms(plan, adapter)
+        stack, terms, outside = split_terms(plan, adapter)
         rank = self._rank(plan, terms)
         with _as_folders(plan) as folders, self.context.progress.stage("calibration: loading"):
             live = Live.open(plan.base, folders, stack, self.max_memory)
         try:
-            return self._on(plan, adapter, stack, terms, kept, rank, live)
+            return self._run_strategy(plan, adapter, stack, terms, outside, rank, live)
         finally:
             live.detach_all()
 
-    def _on(
+    def _run_strategy(
         self, plan: Plan, adapter: Adapter, stack: str, terms: Terms,
-        kept: tuple[Delta, ...], rank: int, live: Any,
+        outside: tuple[Delta, ...], rank: int, live: Any,
     ) -> tuple[Adapter, dict[str, Any]]:  # fmt: skip
         from adaptrix_export.measure.fidelity import measure
 
         context = self.context
         assert context is not None
-        given = self._strategy_input(plan, adapter, stack, terms, rank, live)
-        moved = self._moved(given, adapter)
-        _attach(live, given, moved.terms)
-        context.hold_out(given.rows.held_out)
-        found = measure(live, given.rows.held_out, plan.base.task, context.progress)
+        problem = self._strategy_input(plan, adapter, stack, terms, rank, live)
+        moved = self._apply_strategy(problem, adapter)
+        _attach(live, problem, moved.terms)
+        context.hold_out(problem.rows.held_out)
+        figures = measure(live, problem.rows.held_out, plan.base.task, context.progress)
         folder = context.folder_for(adapter.name)
         write_redistributed(
-            plan.base, adapter, stack, moved.terms, kept, folder, repr(self), found["retained"]
+            plan.base, adapter, stack, moved.terms, outside, folder, repr(self), figures["retained"]
         )
         opened = open_written(folder, plan.base, adapter)
-        section = self._section(given, moved, kept, found)
+        section = self._section(problem, moved, outside, figures)
         section |= {"bytes_before": _nbytes(adapter), "bytes_after": _nbytes(opened)}
-        if self.min_retained is not None and found["retained"] < self.min_retained:
+        if self.min_retained is not None and figures["retained"] < self.min_retained:
             failure = FidelityError(
-                f"{adapter.name} on layers {', '.join(map(str, given.targets))}",
-                f"{found['retained']:.3f} retained", f"at least {self.min_retained:g}",
+                f"{adapter.name} on layers {', '.join(map(str, problem.targets))}",
+                f"{figures['retained']:.3f} retained", f"at least {self.min_retained:g}",
                 "nothing was published; name more layers, another strategy or nearer text",
             )  # fmt: skip
             failure.report = {MEASURED: {adapter.name: section}}
@@ -159,7 +159,7 @@ class Redistribute:
         context = self.context
         assert context is not None
         targets: tuple[int, ...] = ()
-        if self.layers != SEARCH:  # before any work is done
+        if self.layers != SEARCH:  # refused before anything is computed
             targets = choose_layers(self.layers, len(live.layers))
         steps = self.steps or distill_steps(len(targets) or _SEARCHED)
         calibration = self.calibration
@@ -172,56 +172,59 @@ class Redistribute:
                 calibration, plan.base, live.vocabulary, live.positions, live.generate,
                 more_tokens=steps * STEP_TOKENS if self.strategy == "distill" else 0,
             )  # fmt: skip
-        given = StrategyInput(
+        problem = StrategyInput(
             base=plan.base, stack=stack, terms=terms, targets=targets, rank=rank,
             dtype=common_dtype(terms), steps=steps, seed=self.calibration.seed, live=live,
             rows=rows, scratch=context.folder_for(f"states of {adapter.name}"),
             progress=context.progress,
         )  # fmt: skip
         if self.layers == SEARCH:
-            return replace(given, targets=search(given, self.max_sites, self.max_bytes))
-        return given
+            return replace(problem, targets=search(problem, self.max_sites, self.max_bytes))
+        return problem
 
-    def _moved(self, given: StrategyInput, adapter: Adapter) -> Moved:
-        """What the strategy makes of it; nothing, where all of it is on the target layers."""
+    def _apply_strategy(self, problem: StrategyInput, adapter: Adapter) -> Moved:
+        """The strategy's terms; the adapter's own where only target layers have any."""
         from adaptrix_export.passes.redistribute.moved import Moved
         from adaptrix_export.passes.redistribute.strategies import STRATEGIES
 
-        if {layer for layer, _ in given.terms} <= set(given.targets):
+        if {layer for layer, _ in problem.terms} <= set(problem.targets):
             note = "the adapter touches the target layers only: it is left as it is"
-            return Moved(given.terms, {}, (note,))
-        moved = STRATEGIES[self.strategy](given)
+            return Moved(problem.terms, {}, (note,))
+        moved = STRATEGIES[self.strategy](problem)
         if not moved.terms:
             raise UnsupportedError(
-                f"{adapter.name}: layers {', '.join(map(str, given.targets))}", "no delta there",
+                f"{adapter.name}: layers {', '.join(map(str, problem.targets))}", "no delta there",
                 "a target layer that the adapter changes", "use the strategy fit",
             )  # fmt: skip
         return moved
 
     def _section(
-        self, given: StrategyInput, moved: Moved, kept: tuple[Delta, ...], found: dict[str, Any]
+        self,
+        problem: StrategyInput,
+        moved: Moved,
+        outside: tuple[Delta, ...],
+        figures: dict[str, Any],
     ) -> dict[str, Any]:
         """The report's section, but for the bytes."""
-        outside = {delta.site for delta in kept}
         return {
             "strategy": self.strategy,
-            "layers": list(given.targets),
-            "of_layers": len(given.live.layers),
-            "rank": given.rank,
+            "layers": list(problem.targets),
+            "of_layers": len(problem.live.layers),
+            "rank": problem.rank,
             "calibration": {
-                "text": given.rows.source, "tokens": given.rows.tokens,
-                "length": int(given.rows.fit.shape[1]), "seed": self.calibration.seed,
+                "text": problem.rows.source, "tokens": problem.rows.tokens,
+                "length": int(problem.rows.fit.shape[1]), "seed": self.calibration.seed,
             },
-            **found,
+            **figures,
             **moved.measured,
-            "sites_before": len(given.terms) + len(outside),
-            "sites_after": len(moved.terms) + len(outside),
-            "notes": [*given.rows.notes, *moved.notes],
+            "sites_before": len(problem.terms) + len({delta.site for delta in outside}),
+            "sites_after": len(moved.terms) + len({delta.site for delta in outside}),
+            "notes": [*problem.rows.notes, *moved.notes],
         }  # fmt: skip
 
     def _rank(self, plan: Plan, terms: Terms) -> int:
-        sizes = [min(t.a.shape[1], t.b.shape[0]) for held in terms.values() for t in held]
-        largest = max(sum(t.rank for t in held) for held in terms.values())
+        sizes = [min(t.a.shape[1], t.b.shape[0]) for ts in terms.values() for t in ts]
+        largest = max(sum(t.rank for t in site_terms) for site_terms in terms.values())
         if self.rank is None:
             return min(RANK_FACTOR * largest, min(sizes))
         if self.rank > plan.base.architecture.hidden_size:
@@ -233,7 +236,7 @@ class Redistribute:
 
 
 def split_terms(plan: Plan, adapter: Adapter) -> tuple[str, Terms, tuple[Delta, ...]]:
-    """(the stack, its low-rank terms by place, the deltas outside of it, which are kept).
+    """(the stack, its low-rank terms by place, the deltas outside of it, which stay as they are).
 
     Raises UnsupportedError for anything in a layer that is not plain LoRA on a weight.
     """
@@ -247,14 +250,14 @@ def split_terms(plan: Plan, adapter: Adapter) -> tuple[str, Terms, tuple[Delta, 
         if saved.site.layer is not None:
             raise _immovable(adapter, saved.site, f"a {saved.parameter} shipped whole")
     terms: dict[Place, tuple[LowRank, ...]] = {}
-    kept: list[Delta] = []
+    outside: list[Delta] = []
     for delta in adapter.deltas:
         low = tuple(t for t in delta.terms if isinstance(t, LowRank))
         if len(low) != len(delta.terms) or delta.parameter != "weight":
             other = next((t for t in delta.terms if not isinstance(t, LowRank)), delta.terms[0])
             raise _immovable(adapter, delta.site, f"a {type(other).__name__} term")
         if delta.site.layer is None:
-            kept.append(delta)
+            outside.append(delta)
         elif delta.site.stack == stack:
             terms[delta.site.layer, delta.site.module] = low
         else:
@@ -264,12 +267,12 @@ def split_terms(plan: Plan, adapter: Adapter) -> tuple[str, Terms, tuple[Delta, 
             adapter.name, "no delta in a layer", "LoRA on modules of layers",
             "there is nothing to redistribute",
         )  # fmt: skip
-    return stack, terms, tuple(kept)
+    return stack, terms, tuple(outside)
 
 
-def _immovable(adapter: Adapter, site: Site, found: str) -> UnsupportedError:
+def _immovable(adapter: Adapter, site: Site, content: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{adapter.name}: {site.path}", found, "plain LoRA on modules of layers",
+        f"{adapter.name}: {site.path}", content, "plain LoRA on modules of layers",
         "it cannot be moved to another layer; build without redistribution",
     )  # fmt: skip
 
@@ -286,22 +289,22 @@ def _as_folders(plan: Plan) -> Iterator[tuple[tuple[str, Path], ...]]:
             yield folders.adapters
         return
     with TemporaryDirectory(prefix="adaptrix-composed-") as scratch:
-        found: list[tuple[str, Path]] = []
+        folders: list[tuple[str, Path]] = []
         for number, adapter in enumerate(plan.adapters):
             folder = Path(scratch) / f"{number}"
             folder.mkdir()
             write_peft(with_one_term_a_site(adapter, plan.base), plan.base, folder)
-            found.append((adapter.name, folder))
-        yield tuple(found)
+            folders.append((adapter.name, folder))
+        yield tuple(folders)
 
 
-def _attach(live: Any, given: StrategyInput, terms: Terms) -> None:
+def _attach(live: Any, problem: StrategyInput, terms: Terms) -> None:
     """The student as it will be published: its factors rounded as the file rounds them."""
     from adaptrix_export.oracle.layered import factors_of
     from adaptrix_export.passes.redistribute.moved import factors
 
     live.detach_all()
-    pairs = {given.path(layer, module): factors(held) for (layer, module), held in terms.items()}
+    pairs = {problem.path(*place): factors(site_terms) for place, site_terms in terms.items()}
     for path, pair in factors_of(pairs, live.device).items():
         live.attach(path, pair)
 

@@ -16,46 +16,46 @@ if TYPE_CHECKING:
 ROWS = 8  # of calibration text: differences between layers are far larger than between rows
 
 
-def search(given: StrategyInput, max_sites: int | None, max_bytes: int | None) -> tuple[int, ...]:
+def search(problem: StrategyInput, max_sites: int | None, max_bytes: int | None) -> tuple[int, ...]:
     """As many layers as the budget allows, at the places where correcting pays most.
 
-    Sites and bytes are counted as `select` would have them at the rank of the given, which is the
-    most that any strategy writes. Raises RecipeError for a budget of less than one layer.
+    Sites and bytes are counted as `select` would have them at the rank of the problem, which
+    is the most that any strategy writes. Raises RecipeError for a budget of less than one layer.
     """
-    count = len(given.live.layers)
-    a_layer = max(sum(1 for layer, _ in given.terms if layer == n) for n in range(count))
-    wanted = count
+    count = len(problem.live.layers)
+    a_layer = max(sum(1 for layer, _ in problem.terms if layer == n) for n in range(count))
+    budget = count
     if max_sites is not None:
-        wanted = min(wanted, max_sites // a_layer)
+        budget = min(budget, max_sites // a_layer)
     if max_bytes is not None:
-        wanted = min(wanted, max_bytes // _layer_bytes(given))
-    if wanted < 1:
+        budget = min(budget, max_bytes // _layer_bytes(problem))
+    if budget < 1:
         raise RecipeError(
             "layers: search", f"{max_sites or max_bytes} as the budget",
-            f"at least {a_layer} sites, {_layer_bytes(given)} bytes", "one layer takes that",
+            f"at least {a_layer} sites, {_layer_bytes(problem)} bytes", "one layer takes that",
         )  # fmt: skip
-    if wanted >= count:
+    if budget >= count:
         return evenly_spread(count, count)
-    return best_layers(growth(given), wanted)
+    return best_layers(growth(problem), budget)
 
 
-def _layer_bytes(given: StrategyInput) -> int:
+def _layer_bytes(problem: StrategyInput) -> int:
     """Bytes of one target layer, each of its sites at the full rank, in fp32."""
     sizes: dict[str, int] = {}
-    for (_, module), held in given.terms.items():
-        sizes[module] = held[0].a.shape[1] + held[0].b.shape[0]
-    return 4 * given.rank * sum(sizes.values())
+    for (_, module), site_terms in problem.terms.items():
+        sizes[module] = site_terms[0].a.shape[1] + site_terms[0].b.shape[0]
+    return 4 * problem.rank * sum(sizes.values())
 
 
-def growth(given: StrategyInput) -> list[list[float]]:
+def growth(problem: StrategyInput) -> list[list[float]]:
     """[s][l]: what the adapter has added to the residual after layer l since layer s - 1.
 
     The mean over tokens of |D_l - D_(s-1)|^2 / |h_l|^2, D the difference of adapted and base
     residual and h the adapted one; D_(-1) is 0.
     """
-    live, count = given.live, len(given.live.layers)
+    live, count = problem.live, len(problem.live.layers)
     table = [[0.0] * count for _ in range(count + 1)]
-    rows = given.rows.fit[:ROWS]
+    rows = problem.rows.fit[:ROWS]
     for row in rows:
         ids = torch.from_numpy(row[None]).to(live.device)
         _, bare = live.base_answer(ids)

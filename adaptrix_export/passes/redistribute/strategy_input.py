@@ -1,4 +1,4 @@
-"""What a strategy is given to work on."""
+"""The input of a redistribution strategy."""
 
 from __future__ import annotations
 

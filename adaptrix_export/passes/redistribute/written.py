@@ -25,22 +25,22 @@ def write_redistributed(
     source: Adapter,
     stack: str,
     terms: Terms,
-    kept: tuple[Delta, ...],
+    outside: tuple[Delta, ...],
     folder: Path,
     step: str,
     retained: float,
 ) -> None:
-    """Write `terms` at the layers of `stack` and what is `kept` outside of it.
+    """Write `terms` at the layers of `stack` and the deltas `outside` of it.
 
     Terms that are the adapter's own keep their bytes and their scale. `step` and the share
     `retained` go into the file's metadata, beside the source's own metadata and config.
     """
     moved = [
-        Delta(Site(stack, layer, module), (_one_term((layer, module), held),))
-        for (layer, module), held in terms.items()
+        Delta(Site(stack, layer, module), (_one_term((layer, module), site_terms),))
+        for (layer, module), site_terms in terms.items()
     ]
-    outside = [replace(d, terms=(_one_term((-1, d.site.path), _low_rank(d)),)) for d in kept]
-    deltas = tuple(sorted([*moved, *outside], key=lambda d: (d.site.order, d.parameter)))
+    unmoved = [replace(d, terms=(_one_term((-1, d.site.path), _low_rank(d)),)) for d in outside]
+    deltas = tuple(sorted([*moved, *unmoved], key=lambda d: (d.site.order, d.parameter)))
     provenance: dict[str, Any] = {
         "step": step,
         "adapter": source.name,
@@ -85,9 +85,9 @@ def _low_rank(delta: Delta) -> tuple[LowRank, ...]:
     return tuple(term for term in delta.terms if isinstance(term, LowRank))
 
 
-def _one_term(place: Place, held: tuple[LowRank, ...]) -> LowRank:
+def _one_term(place: Place, site_terms: tuple[LowRank, ...]) -> LowRank:
     """PEFT has one term a site: the sum of several is one with their factors side by side."""
-    return held[0] if len(held) == 1 else as_term(place, factors(held))
+    return site_terms[0] if len(site_terms) == 1 else as_term(place, factors(site_terms))
 
 
 def _config(

@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     from adaptrix_export.passes.redistribute.strategy_input import StrategyInput
 
 
-def _select(given: StrategyInput) -> Moved:
-    return Moved(select(given.terms, given.targets))
+def _select(problem: StrategyInput) -> Moved:
+    return Moved(select(problem.terms, problem.targets))
 
 
-def _fold(given: StrategyInput) -> Moved:
-    return Moved(fold(given.terms, given.targets, given.rank, given.dtype))
+def _fold(problem: StrategyInput) -> Moved:
+    return Moved(fold(problem.terms, problem.targets, problem.rank, problem.dtype))
 
 
-def _fit(given: StrategyInput) -> Moved:
+def _fit(problem: StrategyInput) -> Moved:
     from adaptrix_export.passes.redistribute.strategies.fit import fit  # PyTorch
 
-    return fit(given)
+    return fit(problem)
 
 
-def _distill(given: StrategyInput) -> Moved:
+def _distill(problem: StrategyInput) -> Moved:
     from adaptrix_export.passes.redistribute.strategies.distill import distill  # PyTorch
 
-    return distill(given)
+    return distill(problem)
 
 
 STRATEGIES: dict[str, Callable[[StrategyInput], Moved]] = {

@@ -42,59 +42,61 @@ COOLING = 4  # what the rate is divided by each time
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _Teacher:
     """The adapted model's answers to one batch: TOP log-probabilities and tokens, or features."""
 
     values: Tensor
     tokens: Tensor | None
 
 
-def distill(given: StrategyInput, started: Moved | None = None) -> Moved:
+def distill(problem: StrategyInput, fitted: Moved | None = None) -> Moved:
     """Terms trained on all rows but the last fifth of those of the fit, which says when to stop.
 
-    `started` is what `fit` gives for the same given, if that is known already. Raises
+    `fitted` is the result of `fit` for the same problem, if it is known already. Raises
     UnsupportedError for a single row of calibration text.
     """
-    fitted = given.rows.fit
-    unseen = max(1, len(fitted) // CHOSEN_BY)
-    text = np.concatenate([given.rows.more.reshape(-1, fitted.shape[1]), fitted])
+    text_to_fit = problem.rows.fit
+    unseen = max(1, len(text_to_fit) // CHOSEN_BY)
+    text = np.concatenate([problem.rows.more.reshape(-1, text_to_fit.shape[1]), text_to_fit])
     rows = len(text)
     if rows < 2:
         raise UnsupportedError(
             "distill", "one row of calibration text", "at least two, one to stop by",
             "give a longer text or a smaller length, or use the strategy fit",
         )  # fmt: skip
-    started = started or fit(given)
-    pairs = _padded(given, started.terms)
-    live = given.live
+    fitted = fitted or fit(problem)
+    pairs = _padded(problem, fitted.terms)
+    live = problem.live
     for path, pair in pairs.items():
         live.attach(path, pair)
     batch = max(1, STEP_TOKENS // text.shape[1])
     ids = torch.from_numpy(text)
-    below = _below(given, ids)
-    seen = list(torch.split(torch.arange(rows - unseen), batch))
-    checked = list(torch.split(torch.arange(rows - unseen, rows), batch))
-    last = States(given.scratch, "last.f32", (*ids.shape, live.width))
-    with given.progress.stage("distilling: what to predict", rows, "rows") as advance:
-        wanted = {
-            int(b[0]): _answers(live, given, ids, b, last, advance) for b in (*seen, *checked)
+    below = _below(problem, ids)
+    training_batches = list(torch.split(torch.arange(rows - unseen), batch))
+    validation_batches = list(torch.split(torch.arange(rows - unseen, rows), batch))
+    last = States(problem.scratch, "last.f32", (*ids.shape, live.width))
+    with problem.progress.stage("distilling: what to predict", rows, "rows") as advance:
+        teacher = {
+            int(b[0]): _answers(live, problem, ids, b, last, advance)
+            for b in (*training_batches, *validation_batches)
         }
 
     def losses(batch: Tensor) -> tuple[Tensor, Tensor]:
         start, stop = int(batch[0]), int(batch[-1]) + 1
         hidden = below.read(start, stop, live.device)
-        for number in range(given.targets[0], len(live.layers)):
+        for number in range(problem.targets[0], len(live.layers)):
             hidden = live.trained(number, hidden)
-        apart = _apart(last.read(start, stop, live.device), hidden)
+        apart = _relative_error(last.read(start, stop, live.device), hidden)
         answer = live.leave(ids[start:stop].to(live.device), hidden)
-        return _distance(wanted[start], answer), apart
+        return _distance(teacher[start], answer), apart
 
-    training = _train(given, [x for pair in pairs.values() for x in pair], losses, seen, checked)
+    parameters = [x for pair in pairs.values() for x in pair]
+    training = _train(problem, parameters, losses, training_batches, validation_batches)
     terms: Terms = {
-        place: (as_term(place, _as_numpy(pairs[given.path(*place)]), given.dtype),)
-        for place in _places(given, started.terms)
+        place: (as_term(place, _as_numpy(pairs[problem.path(*place)]), problem.dtype),)
+        for place in _places(problem, fitted.terms)
     }
-    return Moved(terms, {**started.measured, "distilled": training}, started.notes)
+    return Moved(terms, {**fitted.measured, "distilled": training}, fitted.notes)
 
 
 def _as_numpy(pair: Pair) -> Factors:
@@ -102,19 +104,19 @@ def _as_numpy(pair: Pair) -> Factors:
     return a, b
 
 
-def _places(given: StrategyInput, terms: Terms) -> list[Place]:
-    modules = sorted({module for _, module in (*given.terms, *terms)})
-    return [(layer, module) for layer in given.targets for module in modules]
+def _places(problem: StrategyInput, terms: Terms) -> list[Place]:
+    modules = sorted({module for _, module in (*problem.terms, *terms)})
+    return [(layer, module) for layer in problem.targets for module in modules]
 
 
-def _padded(given: StrategyInput, terms: Terms) -> dict[str, Pair]:
+def _padded(problem: StrategyInput, terms: Terms) -> dict[str, Pair]:
     """Trainable pairs at every place, all of the largest rank among `terms`."""
-    rank = max(sum(t.rank for t in held) for held in terms.values())
-    generator = torch.Generator().manual_seed(given.seed)
-    found: dict[str, Pair] = {}
-    for place in _places(given, terms):
-        path = given.path(*place)
-        outputs, inputs = _shape(given, path)
+    rank = max(sum(t.rank for t in site_terms) for site_terms in terms.values())
+    generator = torch.Generator().manual_seed(problem.seed)
+    pairs: dict[str, Pair] = {}
+    for place in _places(problem, terms):
+        path = problem.path(*place)
+        outputs, inputs = _shape(problem, path)
         width = min(rank, inputs, outputs)
         # PEFT starts A in the same way: uniform, of variance 1 / (3 inputs)
         a = (torch.rand(width, inputs, generator=generator) * 2 - 1) / math.sqrt(inputs)
@@ -126,29 +128,29 @@ def _padded(given: StrategyInput, terms: Terms) -> dict[str, Pair]:
                 a, b = known
             else:
                 a[:count], b[:, :count] = known
-        found[path] = (_trained(a, given.live), _trained(b, given.live))
-    return found
+        pairs[path] = (_trained(a, problem.live), _trained(b, problem.live))
+    return pairs
 
 
 def _trained(values: Tensor, live: Live) -> Tensor:
     return nn.Parameter(values.contiguous().to(live.device))
 
 
-def _shape(given: StrategyInput, path: str) -> tuple[int, int]:
+def _shape(problem: StrategyInput, path: str) -> tuple[int, int]:
     """(outputs, inputs) of a module of the base."""
-    first, second = given.base.tensors[f"{path}.weight"].shape
-    turned = given.base.architecture.is_transposed(given.base.architecture.site_of(path))
+    first, second = problem.base.tensors[f"{path}.weight"].shape
+    turned = problem.base.architecture.is_transposed(problem.base.architecture.site_of(path))
     return (second, first) if turned else (first, second)
 
 
-def _below(given: StrategyInput, ids: Tensor) -> States:
+def _below(problem: StrategyInput, ids: Tensor) -> States:
     """The student's residual before the first target layer, which training does not change."""
-    live = given.live
-    states = States(given.scratch, "below.f32", (*ids.shape, live.width))
+    live = problem.live
+    states = States(problem.scratch, "below.f32", (*ids.shape, live.width))
     with torch.no_grad():
         for row in range(len(ids)):
             hidden = live.enter(ids[row : row + 1].to(live.device))
-            for number in range(given.targets[0]):
+            for number in range(problem.targets[0]):
                 hidden = live.layer(STUDENT, number, hidden)
             states.write(row, hidden)
     return states
@@ -156,12 +158,12 @@ def _below(given: StrategyInput, ids: Tensor) -> States:
 
 def _answers(
     live: Live,
-    given: StrategyInput,
+    problem: StrategyInput,
     ids: Tensor,
     batch: Tensor,
     last: States,
     advance: Callable[[int], None],
-) -> _Wanted:
+) -> _Teacher:
     """What the adapted model answers to a batch of rows; its residual goes into `last`."""
     fed = ids[batch].to(live.device)
     with torch.no_grad():
@@ -171,28 +173,28 @@ def _answers(
         last.write(int(batch[0]), hidden)
         answer = live.leave(fed, hidden).float()
         advance(len(batch))
-        if given.base.task == FEATURES:
-            return _Wanted(answer, None)
+        if problem.base.task == FEATURES:
+            return _Teacher(answer, None)
         chances = answer.log_softmax(-1)
         values, tokens = chances.topk(min(TOP, chances.shape[-1]), dim=-1)
-    return _Wanted(values.clone(), tokens.clone())
+    return _Teacher(values.clone(), tokens.clone())
 
 
-def _distance(wanted: _Wanted, answer: Tensor) -> Tensor:
+def _distance(teacher: _Teacher, answer: Tensor) -> Tensor:
     """KL in nats a token, the tokens that were not kept as one; or squared relative difference."""
-    if wanted.tokens is None:
-        return _apart(wanted.values, answer)
-    found = answer.float().log_softmax(-1).gather(-1, wanted.tokens)
-    kl = (wanted.values.exp() * (wanted.values - found)).sum(-1)
-    if wanted.values.shape[-1] < answer.shape[-1]:
-        rest = _rest(wanted.values)
-        kl = kl + rest * (rest.log() - _rest(found).log())
+    if teacher.tokens is None:
+        return _relative_error(teacher.values, answer)
+    student = answer.float().log_softmax(-1).gather(-1, teacher.tokens)
+    kl = (teacher.values.exp() * (teacher.values - student)).sum(-1)
+    if teacher.values.shape[-1] < answer.shape[-1]:
+        rest = _rest(teacher.values)
+        kl = kl + rest * (rest.log() - _rest(student).log())
     return kl.mean()
 
 
-def _apart(wanted: Tensor, found: Tensor) -> Tensor:
+def _relative_error(target: Tensor, predicted: Tensor) -> Tensor:
     """Squared relative difference of vectors (rows, tokens, width), a mean over the tokens."""
-    off = (found - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
+    off = (predicted - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
     return off.mean()
 
 
@@ -202,52 +204,52 @@ def _rest(values: Tensor) -> Tensor:
 
 
 def _train(
-    given: StrategyInput,
+    problem: StrategyInput,
     parameters: list[Any],
     losses: Callable[[Tensor], tuple[Tensor, Tensor]],
-    seen: list[Tensor],
-    checked: list[Tensor],
+    training_batches: list[Tensor],
+    validation_batches: list[Tensor],
 ) -> dict[str, Any]:
-    """Adam over shuffled batches; the factors end as they were when unseen rows liked them best.
+    """Adam over shuffled batches; the factors end where the loss on unseen rows was least.
 
-    `losses` are the distance of a batch's answers and that of its residuals; unseen rows are asked
-    for the first alone. Where they like the factors less it goes on from the best ones at a lower
-    rate, for one that suits one adapter can be too high for another.
+    `losses` are the distance of a batch's answers and that of its residuals; on unseen rows only
+    the first counts. Where it grows, training goes on from the best factors at a lower rate,
+    because a rate that suits one adapter can be too high for another.
     """
-    generator = torch.Generator().manual_seed(given.seed)
+    generator = torch.Generator().manual_seed(problem.seed)
     peak = PEAK
     optimizer = torch.optim.Adam(parameters, lr=peak, betas=BETAS)
-    every = max(1, given.steps // CHECKS)
-    best = _mean(losses, checked)
+    every = max(1, problem.steps // CHECKS)
+    best = _mean(losses, validation_batches)
     training: dict[str, Any] = {"steps": 0, "unseen_before": _rounded(best)}
-    kept, worse = [p.detach().clone() for p in parameters], 0
+    best_parameters, worse = [p.detach().clone() for p in parameters], 0
     order: list[int] = []
-    with given.progress.stage("distilling", given.steps, "steps") as advance:
-        for step in range(given.steps):
+    with problem.progress.stage("distilling", problem.steps, "steps") as advance:
+        for step in range(problem.steps):
             if not order:
-                order = torch.randperm(len(seen), generator=generator).tolist()
+                order = torch.randperm(len(training_batches), generator=generator).tolist()
             for group in optimizer.param_groups:
-                group["lr"] = peak * rate(step, given.steps)
-            distance, apart = losses(seen[order.pop()])
+                group["lr"] = peak * rate(step, problem.steps)
+            distance, apart = losses(training_batches[order.pop()])
             torch.autograd.backward(distance + RESIDUAL * apart)
             torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             advance(1)
-            if (step + 1) % every and step + 1 != given.steps:
+            if (step + 1) % every and step + 1 != problem.steps:
                 continue
-            now = _mean(losses, checked)
+            now = _mean(losses, validation_batches)
             if now < best:
                 best, worse, training["steps"] = now, 0, step + 1
-                kept = [p.detach().clone() for p in parameters]
+                best_parameters = [p.detach().clone() for p in parameters]
                 continue
             worse += 1
-            _restore(parameters, kept)
+            _restore(parameters, best_parameters)
             optimizer.state.clear()
             peak /= COOLING
             if worse >= PATIENCE:
                 break
-    _restore(parameters, kept)
+    _restore(parameters, best_parameters)
     return {**training, "unseen_after": _rounded(best)}
 
 

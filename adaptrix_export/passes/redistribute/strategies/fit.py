@@ -70,22 +70,22 @@ class Sums:
         )
 
 
-def fit(given: StrategyInput) -> Moved:
-    """Terms for the target layers, fitted on `given.rows.fit`."""
-    live, ids = given.live, torch.from_numpy(given.rows.fit)
-    terms = select(given.terms, given.targets)
+def fit(problem: StrategyInput) -> Moved:
+    """Terms for the target layers, fitted on `problem.rows.fit`."""
+    live, ids = problem.live, torch.from_numpy(problem.rows.fit)
+    terms = select(problem.terms, problem.targets)
     shape = (*ids.shape, live.width)
-    states = {who: States(given.scratch, f"{who}.f32", shape) for who in (ADAPTED, STUDENT)}
+    states = {who: States(problem.scratch, f"{who}.f32", shape) for who in (ADAPTED, STUDENT)}
     for start, stop in batches(ids.shape):
         hidden = live.enter(ids[start:stop].to(live.device))
         for state in states.values():
             state.write(start, hidden)
     targets: list[dict[str, Any]] = []
     notes: list[str] = []
-    with given.progress.stage("fitting", max(given.targets) + 1, "layers") as advance:
-        for number in range(max(given.targets) + 1):
-            if number in given.targets:
-                entry, note = _fit_layer(given, states, number, terms)
+    with problem.progress.stage("fitting", max(problem.targets) + 1, "layers") as advance:
+        for number in range(max(problem.targets) + 1):
+            if number in problem.targets:
+                entry, note = _fit_layer(problem, states, number, terms)
                 targets.append(entry)
                 notes += note
             else:
@@ -110,18 +110,19 @@ def _advance(live: Live, who: str, number: int, state: States, shape: Any) -> No
 
 
 def _fit_layer(
-    given: StrategyInput, states: dict[str, States], number: int, terms: Terms
+    problem: StrategyInput, states: dict[str, States], number: int, terms: Terms
 ) -> tuple[dict[str, Any], list[str]]:
     """Fit the writing modules of one layer, one after the other, and move both states past it."""
-    live = given.live
-    start = {module: factors(held) for (layer, module), held in terms.items() if layer == number}
+    live = problem.live
+    here = {module: ts for (layer, module), ts in terms.items() if layer == number}
+    start = {module: factors(site_terms) for module, site_terms in here.items()}
     for path, pair in factors_of(
-        {given.path(number, m): f for m, f in start.items()}, live.device
+        {problem.path(number, m): f for m, f in start.items()}, live.device
     ).items():
         live.attach(path, pair)
     sample = states[STUDENT].read(0, 1, live.device)
     one = _LayerFit(
-        given, states, number, find_writes(live, number, sample, _matrices(given, number))
+        problem, states, number, find_writes(live, number, sample, _matrices(problem, number))
     )
     before = one.error()
     added = one.fit_all(start)
@@ -141,7 +142,7 @@ def _fit_layer(
         if used:
             place: Place = (number, module)
             own = [start[module]] if module in start else []
-            terms[place] = (as_term(place, beside([*own, (a, used * b)]), given.dtype),)
+            terms[place] = (as_term(place, beside([*own, (a, used * b)]), problem.dtype),)
     one.pass_layer()
     total = one.size()
     entry = {
@@ -159,12 +160,12 @@ def _share(error: float, size: float) -> float:
     return round((error / size) ** 0.5, 6) if size else 0.0
 
 
-def _matrices(given: StrategyInput, number: int) -> frozenset[str]:
+def _matrices(problem: StrategyInput, number: int) -> frozenset[str]:
     """The modules of a layer that hold a matrix, by the base's own tensors."""
-    start, end = f"{given.stack}.{number}.", ".weight"
+    start, end = f"{problem.stack}.{number}.", ".weight"
     return frozenset(
         name[len(start) : -len(end)]
-        for name, tensor in given.base.tensors.items()
+        for name, tensor in problem.base.tensors.items()
         if name.startswith(start) and name.endswith(end) and len(tensor.shape) == 2
     )
 
@@ -173,21 +174,21 @@ class _LayerFit:
     """The fit of one layer: what it sees, solves and measures."""
 
     def __init__(
-        self, given: StrategyInput, states: dict[str, States], number: int, writes: list[Write]
+        self, problem: StrategyInput, states: dict[str, States], number: int, writes: list[Write]
     ) -> None:
-        self.given, self.states, self.number, self.writes = given, states, number, writes
-        self.watch = Watch(given.live, number)
-        self.wanted: dict[str, States] = {}  # by point
+        self.problem, self.states, self.number, self.writes = problem, states, number, writes
+        self.watch = Watch(problem.live, number)
+        self.adapted_states: dict[str, States] = {}  # by point
         self.chosen: list[float] = []
-        tokens = given.rows.fit.size
+        tokens = problem.rows.fit.size
         self.border = tokens - max(1, tokens // CHOSEN_BY)  # the first token that only chooses
 
     def fit_all(self, start: dict[str, Factors]) -> dict[str, Factors]:
         """The terms to add, each attached before the next is fitted."""
         added: dict[str, Factors] = {}
         for write in self.writes:
-            seen, unseen = self.sums(write)
-            a, b, penalty = solve(seen, unseen, self.given.rank)
+            training, validation = self.sums(write)
+            a, b, penalty = solve(training, validation, self.problem.rank)
             self.chosen.append(penalty)
             added[write.module] = (a.cpu().numpy(), b.cpu().numpy())
             self._attach(write.module, added[write.module], start)
@@ -200,9 +201,9 @@ class _LayerFit:
         return self.error()
 
     def _attach(self, module: str, pair: Factors, start: dict[str, Factors]) -> None:
-        live = self.given.live
+        live = self.problem.live
         whole = beside([start[module], pair]) if module in start else pair
-        path = self.given.path(self.number, module)
+        path = self.problem.path(self.number, module)
         live.attach(path, factors_of({path: whole}, live.device)[path])
 
     def sums(self, write: Write) -> tuple[Sums, Sums]:
@@ -225,52 +226,54 @@ class _LayerFit:
 
     def size(self) -> float:
         """What the error is a share of: the weighted adapted residual of the same tokens."""
-        values = self.given.rows.fit.size - self.border
-        return float(values * self.given.live.width)
+        values = self.problem.rows.fit.size - self.border
+        return float(values * self.problem.live.width)
 
     def _in_flow(self) -> bool:
         return any(write.point for write in self.writes)
 
     def _rows(self, write: Write) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """(number of the first token, X, adapted residual, R), weighted, batch by batch."""
-        live, length = self.given.live, self.given.rows.fit.shape[1]
+        live, length = self.problem.live, self.problem.rows.fit.shape[1]
         adapted = self._adapted(write)
-        for start, stop in batches(self.given.rows.fit.shape):
+        for start, stop in batches(self.problem.rows.fit.shape):
             student = self.states[STUDENT].read(start, stop, live.device)
-            wanted = adapted.read(start, stop, live.device)
-            inputs, found = self.watch.run(STUDENT, student, write)
-            weight = 1 / wanted.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-            flat = [(v * weight).flatten(0, 1) for v in (inputs, wanted, wanted - found)]
+            adapted_values = adapted.read(start, stop, live.device)
+            inputs, student_values = self.watch.run(STUDENT, student, write)
+            weight = 1 / adapted_values.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+            values = (inputs, adapted_values, adapted_values - student_values)
+            flat = [(v * weight).flatten(0, 1) for v in values]
             yield start * length, flat[0], flat[1], flat[2]
 
     def pass_layer(self) -> None:
         """Move both states past the layer, as it is now."""
-        live, shape = self.given.live, self.given.rows.fit.shape
+        live, shape = self.problem.live, self.problem.rows.fit.shape
         _advance(live, STUDENT, self.number, self.states[STUDENT], shape)
-        if OUTPUT not in self.wanted:
+        if OUTPUT not in self.adapted_states:
             _advance(live, ADAPTED, self.number, self.states[ADAPTED], shape)
             return
         for start, stop in batches(shape):
-            self.states[ADAPTED].write(start, self.wanted[OUTPUT].read(start, stop, "cpu"))
+            self.states[ADAPTED].write(start, self.adapted_states[OUTPUT].read(start, stop, "cpu"))
 
     def _adapted(self, write: Write) -> States:
         """The adapted model's values at the point of a write, which no fit changes: run once."""
-        if write.point not in self.wanted:
-            rows, live = self.given.rows.fit, self.given.live
+        if write.point not in self.adapted_states:
+            rows, live = self.problem.rows.fit, self.problem.live
             shape = (rows.shape[0], rows.shape[1], live.width)
-            state = States(self.given.scratch, f"wanted-{len(self.wanted)}.f32", shape)
+            state = States(self.problem.scratch, f"wanted-{len(self.adapted_states)}.f32", shape)
             for start, stop in batches(rows.shape):
                 hidden = self.states[ADAPTED].read(start, stop, live.device)
                 state.write(start, self.watch.run(ADAPTED, hidden, write)[1])
-            self.wanted[write.point] = state
-        return self.wanted[write.point]
+            self.adapted_states[write.point] = state
+        return self.adapted_states[write.point]
 
 
-def solve(seen: Sums, unseen: Sums, rank: int) -> tuple[Tensor, Tensor, float]:
-    """(a, b, lambda): the pair of that rank that `unseen` likes best of those fitted on `seen`."""
-    values, basis = torch.linalg.eigh(seen.xx)
+def solve(training: Sums, validation: Sums, rank: int) -> tuple[Tensor, Tensor, float]:
+    """(a, b, lambda): of the pairs fitted on `training`, that with the least error on
+    `validation`."""
+    values, basis = torch.linalg.eigh(training.xx)
     values = values.clamp_min(0)
-    turned = basis.T @ seen.xr
+    turned = basis.T @ training.xr
     best: tuple[float, Tensor, Tensor, float] | None = None
     for penalty in LAMBDAS:
         raised = values + penalty * values.mean() + torch.finfo(torch.float64).tiny
@@ -279,7 +282,7 @@ def solve(seen: Sums, unseen: Sums, rank: int) -> tuple[Tensor, Tensor, float]:
         _, vectors = torch.linalg.eigh(g.T @ g)  # ascending
         b = vectors[:, -rank:]
         a = (basis @ (half * (g @ b))).T
-        error = unseen.error(a, b)
+        error = validation.error(a, b)
         if best is None or error < best[0]:
             best = (error, a, b, penalty)
     assert best is not None

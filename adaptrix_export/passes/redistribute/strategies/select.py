@@ -9,4 +9,4 @@ from adaptrix_export.passes.redistribute.moved import Terms
 
 def select(terms: Terms, targets: Sequence[int]) -> Terms:
     """The terms of the target layers, as they are. It is what the original system did."""
-    return {place: held for place, held in terms.items() if place[0] in targets}
+    return {place: site_terms for place, site_terms in terms.items() if place[0] in targets}
