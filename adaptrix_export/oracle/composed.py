@@ -170,8 +170,8 @@ def _knots(shares: Sequence[Share], options: Mapping[str, Any]) -> Made:
     u, s, vh = u[:, :count], s[:count], vh[:count]
     density = 0.5 if options["density"] is None else options["density"]
     parts = vh.chunk(len(shares), 1)
-    kept = [p * _large(p, density) if density < 1 else p for p in parts]
-    weighted = torch.stack([x.weight * part for x, part in zip(shares, kept, strict=True)])
+    pruned = [p * _large(p, density) if density < 1 else p for p in parts]
+    weighted = torch.stack([x.weight * part for x, part in zip(shares, pruned, strict=True)])
     floors = [
         EQUAL * float(part.abs().max()) * abs(x.weight)
         for x, part in zip(shares, parts, strict=True)
@@ -187,11 +187,11 @@ def _tsv(shares: Sequence[Share], rank: int | None) -> Made:
     for share in shares:
         u, s, vh = _svd(share.delta, [share])
         count = _above_rounding(s)
-        kept = min(count, each)
-        room += abs(share.weight) * _room(s[:count], [kept - 1] if kept < count else [])
-        us.append(u[:, :kept])
-        ss.append(share.weight * s[:kept])
-        vs.append(vh[:kept].T)
+        own_rank = min(count, each)
+        room += abs(share.weight) * _room(s[:count], [own_rank - 1] if own_rank < count else [])
+        us.append(u[:, :own_rank])
+        ss.append(share.weight * s[:own_rank])
+        vs.append(vh[:own_rank].T)
     (left, low), (right, lower) = _nearest(torch.cat(us, 1)), _nearest(torch.cat(vs, 1))
     return Made((left * torch.cat(ss)) @ right.T, room / min(low, lower))
 

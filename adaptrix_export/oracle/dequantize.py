@@ -31,10 +31,10 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")).get(
+    config: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")).get(
         "quantization_config"
     )
-    return found
+    return config
 
 
 def dequantized_state(folder: Path, settings: Mapping[str, Any], model: Any) -> State:
@@ -122,9 +122,9 @@ def simulate(model: Any, word: str, dtype: torch.dtype) -> None:
             continue
         turned = isinstance(module, Conv1D)
         weight = module.weight.data.T if turned else module.weight.data
-        kept = _round_trip(weight.contiguous().flatten(), double)
-        kept = kept.to(dtype).float().reshape(weight.shape)
-        module.weight.data = kept.T.contiguous() if turned else kept
+        values = _round_trip(weight.contiguous().flatten(), double)
+        values = values.to(dtype).float().reshape(weight.shape)
+        module.weight.data = values.T.contiguous() if turned else values
 
 
 def _round_trip(row: torch.Tensor, double: bool) -> torch.Tensor:

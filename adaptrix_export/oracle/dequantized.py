@@ -31,15 +31,15 @@ def dequantized(
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     model = bare_model(job.base_folder, job.gguf_file, job.task, job.adapters, job.simulated)
-    given: set[str] = set()
+    written: set[str] = set()
     for expression, values in stored:
-        _put(model, expression, values, given)
+        _put(model, expression, values, written)
     for name, values in others.items():
-        _put(model, ["tensor", name], values, given)
+        _put(model, ["tensor", name], values, written)
     return Reference((with_adapters(model, adapters) if adapters else model).eval())
 
 
-def _put(model: Any, expression: Expression, values: Values, given: set[str]) -> None:
+def _put(model: Any, expression: Expression, values: Values, written: set[str]) -> None:
     """Write values into the parameters that an expression reads."""
     kind, *rest = expression
     if kind == "concat":
@@ -48,11 +48,11 @@ def _put(model: Any, expression: Expression, values: Values, given: set[str]) ->
         for part in parts:
             size = evaluate(part, lambda name: _array(model, name)).shape[axis]
             cut = (slice(None),) * axis + (slice(start, start + size),)
-            _put(model, part, values[cut], given)
+            _put(model, part, values[cut], written)
             start += size
         return
     for name in names(expression):
-        _own(model, name, given)
+        _own(model, name, written)
     target = evaluate(expression, lambda name: _array(model, name))
     home = next(names(expression))
     if not np.shares_memory(target, _array(model, home)) or target.shape != values.shape:
@@ -67,14 +67,14 @@ def _array(model: Any, name: str) -> Values:
     return values
 
 
-def _own(model: Any, name: str, given: set[str]) -> None:
+def _own(model: Any, name: str, written: set[str]) -> None:
     """A parameter that shares its values with one that was given has its own from here on."""
-    if name in given:
+    if name in written:
         return
     parameter = model.get_parameter(name)
     sharing = {n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter}
-    if sharing & given:
+    if sharing & written:
         path, _, attribute = name.rpartition(".")
         made = torch.nn.Parameter(parameter.data.clone(), requires_grad=False)
         setattr(model.get_submodule(path), attribute, made)
-    given.add(name)
+    written.add(name)

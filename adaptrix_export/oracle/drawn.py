@@ -146,16 +146,16 @@ def drawn_inputs(model: Any) -> dict[str, Any]:
     import torch
 
     draw = np.random.default_rng(SEED)
-    wanted = set(_wanted(model))
-    found = {name: DRAWS[name](model.config, draw) for name in DRAWS if name in wanted}
+    names = set(_arguments_to_draw(model))
+    inputs = {name: DRAWS[name](model.config, draw) for name in DRAWS if name in names}
     if type(model).__name__ in class_names(model.config.model_type, CHOICES):
-        found = {
-            n: np.stack([np.roll(v, i, 1) for i in range(ANSWERS)], 1) for n, v in found.items()
+        inputs = {
+            n: np.stack([np.roll(v, i, 1) for i in range(ANSWERS)], 1) for n, v in inputs.items()
         }
-    return {name: torch.from_numpy(value) for name, value in found.items()}
+    return {name: torch.from_numpy(value) for name, value in inputs.items()}
 
 
-def _wanted(model: Any) -> Iterator[str]:
+def _arguments_to_draw(model: Any) -> Iterator[str]:
     """The arguments to draw: those that a model of its modalities is called with."""
     arguments = inspect.signature(model.forward).parameters
     modalities = model.input_modalities
@@ -191,10 +191,10 @@ def _wanted(model: Any) -> Iterator[str]:
 
 def flat_outputs(out: Any) -> NDArray[np.float32]:
     """Every float tensor of a model's outputs, in order, as one column; caches are left out."""
-    found = [t for name, value in out.items() if name != "loss" for t in _floats(name, value)]
-    if not found:
+    tensors = [t for name, value in out.items() if name != "loss" for t in _floats(name, value)]
+    if not tensors:
         raise ParityError("forward", "no float outputs", "at least one")
-    return np.concatenate([t.detach().float().numpy().reshape(-1) for t in found])[:, None]
+    return np.concatenate([t.detach().float().numpy().reshape(-1) for t in tensors])[:, None]
 
 
 def _floats(name: str, value: Any) -> Iterator[Any]:
@@ -211,7 +211,7 @@ def _floats(name: str, value: Any) -> Iterator[Any]:
             yield from _floats(name, inner)
 
 
-def asked_forward(model: Any, inner: Any) -> NDArray[np.float32]:
+def forward_on_drawn(model: Any, inner: Any) -> NDArray[np.float32]:
     """The outputs of one forward pass of `model`, a transformers model or PEFT's around `inner`.
 
     Raises ParityError where the model does not take what was drawn for it.
@@ -231,23 +231,23 @@ def asked_forward(model: Any, inner: Any) -> NDArray[np.float32]:
         ) from error  # fmt: skip
 
 
-def asked_images(inner: Any) -> NDArray[np.float32]:
-    """What the vision tower of a model that generates makes of drawn images.
+def vision_on_drawn(inner: Any) -> NDArray[np.float32]:
+    """The outputs of the vision tower of a generating model on drawn images.
 
-    `inner` is the plain model, with PEFT's layers in place. Raises ParityError as `asked_forward`.
+    `inner` is the plain model with PEFT's layers in place. Raises as `forward_on_drawn` does.
     """
     import torch
 
     fed = _image_inputs(inner)
     try:
         with torch.inference_mode():
-            found = inner.get_image_features(**fed)
+            features = inner.get_image_features(**fed)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise ParityError(
             type(inner).__name__, f"its vision tower does not take drawn images ({error})",
             "inputs that it takes", "no other inputs are known for it; build with --parity off",
         ) from error  # fmt: skip
-    values = found if isinstance(found, Mapping) else {"features": found}
+    values = features if isinstance(features, Mapping) else {"features": features}
     return flat_outputs(values)
 
 

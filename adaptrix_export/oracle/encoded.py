@@ -29,18 +29,18 @@ class Encoding(Protocol):
 
 def _encoded_rows(model: Encoding, rows: Iterable[tuple[int, ...]]) -> Logits:
     """Each row alone and unpadded; returns (tokens of all rows, width), or a row for each row."""
-    found = []
+    outputs = []
     for row in rows:
         ids = np.array([row], np.int64)
-        found.append(model.encode(ids, np.ones_like(ids), _segments(ids))[0])
-    return np.concatenate(found)
+        outputs.append(model.encode(ids, np.ones_like(ids), _segments(ids))[0])
+    return np.concatenate(outputs)
 
 
 def _encoded_batch(model: Encoding, prompts: Prompts, left: bool) -> Logits:
     """The ragged batch in one call, the real tokens' values in order."""
     ids, mask = padded_rows(prompts, left)
-    found = model.encode(ids, mask, _segments(ids))
-    return found[:, 0] if found.shape[1] == 1 else found[mask == 1]
+    output = model.encode(ids, mask, _segments(ids))
+    return output[:, 0] if output.shape[1] == 1 else output[mask == 1]
 
 
 def padded_rows(prompts: Prompts, left: bool) -> tuple[Ids, Ids]:
@@ -81,11 +81,11 @@ def encode_right_padded(model: Encoding, prompts: Prompts) -> Logits:
 def encode_pooled(model: Encoding, prompts: Prompts) -> Logits:
     """One vector a row of the batch, padded on either side: (twice the rows, width)."""
     assert prompts.pooling is not None
-    found = []
+    vectors = []
     for left in (False, True):
         ids, mask = padded_rows(prompts, left=left)
-        found.append(model.pool(ids, mask, _segments(ids), prompts.pooling)[:, 0])
-    return np.concatenate(found)
+        vectors.append(model.pool(ids, mask, _segments(ids), prompts.pooling)[:, 0])
+    return np.concatenate(vectors)
 
 
 def pooled(hidden: Logits, mask: Ids, kind: str) -> Logits:
@@ -93,39 +93,39 @@ def pooled(hidden: Logits, mask: Ids, kind: str) -> Logits:
 
     As sentence-transformers does; several kinds, joined by `+`, stand one after the other.
     """
-    states, kept = hidden.astype(np.float64), mask[:, :, None].astype(np.float64)
-    parts = [_POOLED[part](states, kept) for part in kind.split("+")]
+    states, token_mask = hidden.astype(np.float64), mask[:, :, None].astype(np.float64)
+    parts = [_POOLED[part](states, token_mask) for part in kind.split("+")]
     return cast(Logits, np.concatenate(parts, axis=2).astype(np.float32))
 
 
-def _mean(states: Float64, kept: Float64, power: float = 1.0) -> Float64:
-    count = np.maximum(kept.sum(1, keepdims=True), 1)
-    return cast(Float64, (states * kept).sum(1, keepdims=True) / count**power)
+def _mean(states: Float64, token_mask: Float64, power: float = 1.0) -> Float64:
+    count = np.maximum(token_mask.sum(1, keepdims=True), 1)
+    return cast(Float64, (states * token_mask).sum(1, keepdims=True) / count**power)
 
 
-def _weighted_mean(states: Float64, kept: Float64) -> Float64:
-    weights = kept * np.arange(1, states.shape[1] + 1)[None, :, None]
+def _weighted_mean(states: Float64, token_mask: Float64) -> Float64:
+    weights = token_mask * np.arange(1, states.shape[1] + 1)[None, :, None]
     total = np.maximum(weights.sum(1, keepdims=True), 1)
     return cast(Float64, (states * weights).sum(1, keepdims=True) / total)
 
 
-def _largest(states: Float64, kept: Float64) -> Float64:
-    return cast(Float64, np.where(kept == 0, -1e9, states).max(1, keepdims=True))
+def _largest(states: Float64, token_mask: Float64) -> Float64:
+    return cast(Float64, np.where(token_mask == 0, -1e9, states).max(1, keepdims=True))
 
 
-def _last(states: Float64, kept: Float64) -> Float64:
-    found = np.zeros_like(states[:, :1])
-    for row, places in enumerate(kept[:, :, 0]):
+def _last(states: Float64, token_mask: Float64) -> Float64:
+    vectors = np.zeros_like(states[:, :1])
+    for row, places in enumerate(token_mask[:, :, 0]):
         if places.any():
-            found[row, 0] = states[row, np.flatnonzero(places)[-1]]
-    return found
+            vectors[row, 0] = states[row, np.flatnonzero(places)[-1]]
+    return vectors
 
 
 _POOLED: dict[str, Callable[[Float64, Float64], Float64]] = {
-    "cls": lambda states, kept: states[:, :1],
+    "cls": lambda states, token_mask: states[:, :1],
     "max": _largest,
     "mean": _mean,
-    "mean_sqrt_len": lambda states, kept: _mean(states, kept, 0.5),
+    "mean_sqrt_len": lambda states, token_mask: _mean(states, token_mask, 0.5),
     "weightedmean": _weighted_mean,
     "lasttoken": _last,
 }

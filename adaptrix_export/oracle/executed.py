@@ -113,11 +113,11 @@ class Executed(Reference):
     def _weight(self, adapter: str, name: str) -> float:
         """The adapter's weight at the layer that is the first number in the name."""
         assert self._job.composition is not None
-        found = self._job.composition["weights"].get(adapter)
-        if found is None:
+        weights = self._job.composition["weights"].get(adapter)
+        if weights is None:
             return 1.0
         layer = next((part for part in name.split(".") if part.isdecimal()), "")
-        return float(found["layers"].get(layer, found["default"]))
+        return float(weights["layers"].get(layer, weights["default"]))
 
 
 def _flat(delta: Any, turned: bool) -> Any:

@@ -60,15 +60,15 @@ class LiveGates:
 
     def statistics(self) -> Statistics:
         """Over every token since `forget`: mean and least gate, and the share that was clamped."""
-        found: Statistics = {name: [] for name in STATISTICS}
+        by_name: Statistics = {name: [] for name in STATISTICS}
         for site, gate in self._gates.items():
             if not gate.depends_on_data:
                 continue
             every = torch.cat(self._seen[site])
-            found["gate_mean"].append(float(every.mean()))
-            found["gate_min"].append(float(every.min()))
-            found["clamped"].append(float((every < 1).double().mean()))
-        return found
+            by_name["gate_mean"].append(float(every.mean()))
+            by_name["gate_min"].append(float(every.min()))
+            by_name["clamped"].append(float((every < 1).double().mean()))
+        return by_name
 
     def parameter(self, name: str) -> tuple[Any, bool] | None:
         """The fp64 parameter `name` of a gated module as the artifact holds it, and whether an
@@ -115,24 +115,24 @@ def openness(gate: GateSpec, y0: Any, d: Any) -> Any:
 
 
 def compare_statistics(
-    wanted: Mapping[str, Sequence[float]], found: Mapping[str, Sequence[float]], tokens: int
+    oracle: Mapping[str, Sequence[float]], artifact: Mapping[str, Sequence[float]], tokens: int
 ) -> dict[str, Any]:
     """The report's entry: gates within GATE of the oracle's, the share of clamped tokens within
     BORDER tokens of it, for a token at the border may fall on either side.
 
     NaN, and another number of sites than the oracle's, are within nothing: None in the entry.
     """
-    mean, least, clamped = (_furthest(wanted[name], found[name]) for name in STATISTICS)
+    mean, least, clamped = (_furthest(oracle[name], artifact[name]) for name in STATISTICS)
     worst = None if mean is None or least is None else max(mean, least)
     passed = worst is not None and worst <= GATE
     passed = passed and clamped is not None and clamped * tokens <= BORDER + 0.5
     return {"tokens": tokens, "max_abs": worst, "clamped": clamped, "passed": passed}
 
 
-def _furthest(wanted: Sequence[float], found: Sequence[float]) -> float | None:
-    if len(wanted) != len(found):
+def _furthest(oracle: Sequence[float], artifact: Sequence[float]) -> float | None:
+    if len(oracle) != len(artifact):
         return None
-    furthest = float(np.max(np.abs(np.subtract(wanted, found))))
+    furthest = float(np.max(np.abs(np.subtract(oracle, artifact))))
     return furthest if np.isfinite(furthest) else None
 
 

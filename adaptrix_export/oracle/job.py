@@ -88,14 +88,14 @@ class Job:
     crossings: tuple[Threshold, ...] = ()  # lengths that prompts are to go beyond
 
     def __post_init__(self) -> None:
-        for name, found, known in (
+        for name, value, known in (
             ("target", self.target, tuple(map(str, Target))),
             ("task", self.task, tuple(TASKS)),
             ("level", self.level, ("full", "fast")),
             ("precision", self.precision, (*TOLERANCES, "base")),
         ):
-            if found not in known:
-                raise ParityError(f"parity job {name}", repr(found), f"one of {', '.join(known)}")
+            if value not in known:
+                raise ParityError(f"parity job {name}", repr(value), f"one of {', '.join(known)}")
         if self.decode_steps < 1:
             raise ParityError("parity job decode_steps", str(self.decode_steps), "at least 1")
 

@@ -89,8 +89,8 @@ class Live:
     @property
     def positions(self) -> int | None:
         """Longest sequence, or None where the config names no limit."""
-        found = getattr(self.plain.config.get_text_config(), "max_position_embeddings", None)
-        return int(found) if found else None
+        limit = getattr(self.plain.config.get_text_config(), "max_position_embeddings", None)
+        return int(limit) if limit else None
 
     @property
     def width(self) -> int:
@@ -155,8 +155,8 @@ class Live:
         is run again on the way back instead of keeping them."""
         if self.reader is None:
             return self.layer(STUDENT, number, hidden)
-        found: Tensor = checkpoint(self.layer, STUDENT, number, hidden, use_reentrant=False)
-        return found
+        output: Tensor = checkpoint(self.layer, STUDENT, number, hidden, use_reentrant=False)
+        return output
 
     def leave(self, ids: Tensor, hidden: Tensor, who: str = STUDENT) -> Tensor:
         """From the residual after the last layer to the model's answer.
@@ -201,8 +201,8 @@ class Live:
         return self._answer(out), residuals
 
     def _answer(self, out: Any) -> Tensor:
-        found: Tensor = out.logits if "logits" in out else out.last_hidden_state
-        return found[:, None] if self._task == SEQUENCES else found
+        answer: Tensor = out.logits if "logits" in out else out.last_hidden_state
+        return answer[:, None] if self._task == SEQUENCES else answer
 
     def generate(self, rows: int, length: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """`rows` texts of `length` tokens that the adapted model draws, from its start token on."""
@@ -301,8 +301,8 @@ def _stop(*_: Any) -> None:
 
 def _tensor(output: Any) -> Tensor:
     """The residual, which some layers give as the first of several things."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def _tuner_layers(layer: nn.Module) -> list[Any]:

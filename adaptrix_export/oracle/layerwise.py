@@ -154,14 +154,14 @@ def _weightless(base: Base, adapters: Adapters) -> Any:
 
 def _weights(base: Base, path: str, layer: nn.Module) -> list[_Weight]:
     """Every parameter of a layer with its tensor."""
-    found = []
+    weights = []
     for name, parameter in layer.named_parameters():
         tensor = base.tensors.get(f"{path}.{name}")
         if tensor is None or tuple(tensor.shape) != tuple(parameter.shape):
             raise _unnamed(base, f"{path}.{name}")
         home, _, own = name.rpartition(".")
-        found.append(_Weight(layer.get_submodule(home), own, tensor))
-    return found
+        weights.append(_Weight(layer.get_submodule(home), own, tensor))
+    return weights
 
 
 def _room_for_layers(
@@ -176,10 +176,12 @@ def _room_for_layers(
     room = room_for_weights(memory)
     if room >= least:
         return room - rest
-    found, expected = f"{room} bytes for weights", f"at least {least}"
+    available, expected = f"{room} bytes for weights", f"at least {least}"
     if memory is not None:
-        raise RecipeError("max_memory", found, expected, "one layer and the embeddings take that")
-    raise MachineError(base.spec, found, expected, "free some memory, or use a larger machine")
+        raise RecipeError(
+            "max_memory", available, expected, "one layer and the embeddings take that"
+        )
+    raise MachineError(base.spec, available, expected, "free some memory, or use a larger machine")
 
 
 def _fill_rest(

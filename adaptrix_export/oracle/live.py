@@ -64,7 +64,7 @@ def live_factors(layer: Any) -> list[tuple[Any, Any, float]] | None:
     kinds = ("lora.Linear(Linear)", "lora.Linear(Conv1D)", "lora.Embedding(Embedding)")
     if kind_of(layer) not in kinds:
         return None
-    found = []
+    factors = []
     for adapter in layer.active_adapters:
         if adapter in layer.lora_embedding_A:
             a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
@@ -73,8 +73,8 @@ def live_factors(layer: Any) -> list[tuple[Any, Any, float]] | None:
         else:
             continue
         scale = float(layer.scaling[adapter])
-        found.append((b.detach().double(), a.detach().double(), scale))
-    return found
+        factors.append((b.detach().double(), a.detach().double(), scale))
+    return factors
 
 
 def _own(module: Any, attribute: str, name: str) -> Any:

@@ -100,10 +100,10 @@ def _factors(base: Base, delta: Delta, part: int) -> dict[str, Tensor]:
     a, b = (
         f"{place}.lora_embedding_{x}" if embedding else f"{place}.lora_{x}.weight" for x in "AB"
     )
-    found = {a: term.a, b: term.b}
+    tensors = {a: term.a, b: term.b}
     if isinstance(term, Dora):
-        found[f"{place}.lora_magnitude_vector"] = term.magnitude
-    return found
+        tensors[f"{place}.lora_magnitude_vector"] = term.magnitude
+    return tensors
 
 
 def _config(adapter: Adapter, deltas: list[Delta], part: int) -> dict[str, Any]:

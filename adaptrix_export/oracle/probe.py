@@ -47,6 +47,6 @@ def probed(layer: Any, parameter: str, name: str) -> Any:
 def _check_affine(layer: Any, weight: Any, shift: Any, name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(2, len(weight), dtype=torch.float64, generator=generator)
-    found, expected = layer(vectors), vectors @ weight + shift
-    if not bool((found - expected).abs().max() <= AFFINE * expected.abs().max()):
+    output, expected = layer(vectors), vectors @ weight + shift
+    if not bool((output - expected).abs().max() <= AFFINE * expected.abs().max()):
         raise ParityError(name, "a layer that is not affine in its input", "a mergeable one")

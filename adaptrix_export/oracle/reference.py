@@ -32,7 +32,7 @@ from adaptrix_export.oracle.dequantize import (
     simulate,
     stored_dtype,
 )
-from adaptrix_export.oracle.drawn import asked_forward, asked_images
+from adaptrix_export.oracle.drawn import forward_on_drawn, vision_on_drawn
 from adaptrix_export.oracle.encoded import pooled
 from adaptrix_export.oracle.gated import LiveGates, Statistics
 from adaptrix_export.oracle.job import GateSpec, Job
@@ -58,8 +58,8 @@ class Reference:
         self._plain: Any = model  # the transformers model, its modules replaced by PEFT's
         if isinstance(model, peft.PeftModel):
             self._plain = model.get_base_model()
-        found = thresholds(self._plain.config.to_dict())
-        self._switches = any(threshold.switching for threshold in found)
+        switch_points = thresholds(self._plain.config.to_dict())
+        self._switches = any(threshold.switching for threshold in switch_points)
         self._gates = LiveGates(self._plain, gates) if gates else None
 
     @classmethod
@@ -89,16 +89,16 @@ class Reference:
         """
         config = self._plain.config.get_text_config(decoder=True)
         names = ("max_position_embeddings", "max_target_positions")
-        found = next((n for name in names if (n := getattr(config, name, None))), None)
+        limit = next((n for name in names if (n := getattr(config, name, None))), None)
         rope = getattr(config, "rope_parameters", None) or {}
         factor = rope.get("factor", 1) if rope.get("rope_type") == "dynamic" else 1
-        return int(found * factor) if found else None
+        return int(limit * factor) if limit else None
 
     @property
     def pad(self) -> int | None:
         """The token that fills up a row, or None where the config names none."""
-        found = getattr(self._plain.config, "pad_token_id", None)
-        return None if found is None else int(found)
+        pad = getattr(self._plain.config, "pad_token_id", None)
+        return None if pad is None else int(pad)
 
     def prefill(self, ids: list[int]) -> Logits:
         """One forward pass over one unpadded row. Returns float32 logits (len(ids), vocabulary)."""
@@ -116,11 +116,11 @@ class Reference:
 
     def forward(self) -> Logits:
         """One pass over drawn inputs; see `oracle/drawn.py`."""
-        return asked_forward(self._model, self._plain)
+        return forward_on_drawn(self._model, self._plain)
 
     def images(self) -> Logits:
         """The vision tower alone."""
-        return asked_images(self._plain)
+        return vision_on_drawn(self._plain)
 
     @property
     def has_images(self) -> bool:
@@ -140,7 +140,7 @@ class Reference:
         """One output of one call; see `whole.py`."""
         return LiveWhole(self._model).answer(piece, fed, output)
 
-    def seen(self) -> dict[str, dict[str, NDArray[Any]]]:
+    def vision_sources(self) -> dict[str, dict[str, NDArray[Any]]]:
         """What a vision-language model is asked; see `seeing.py`."""
         return seen_sources(self._plain)
 
@@ -225,9 +225,9 @@ class Reference:
         assert self._gates is not None
         self._gates.forget()
         ask(self)
-        found = self._gates.statistics()
+        statistics = self._gates.statistics()
         self._gates.forget()
-        return found
+        return statistics
 
     def delta(self, site: str) -> tuple[NDArray[np.float64] | None, float]:
         """What adapters add to the weight of a linear module, fp64 (outputs, inputs), and the size
@@ -297,14 +297,14 @@ def encode(model: Any, ids: Ids, mask: Ids, types: Ids) -> Logits:
         fed["token_type_ids"] = torch.from_numpy(types)
     with torch.inference_mode():
         out = model(**fed)
-    found = out.logits if "logits" in out else out.last_hidden_state
-    values = cast(Logits, found.float().numpy())
+    output = out.logits if "logits" in out else out.last_hidden_state
+    values = cast(Logits, output.float().numpy())
     return values if values.ndim == 3 else values[:, None]
 
 
 def shipped_whole(adapters: tuple[tuple[str, Path], ...]) -> dict[str, tuple[int, ...]]:
     """Parameters of the plain model that the adapters' files hold whole: name -> shape."""
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for _, folder in adapters:
         if (folder / WEIGHTS).is_file():
             with safe_open(folder / WEIGHTS, "np") as file:
@@ -312,8 +312,8 @@ def shipped_whole(adapters: tuple[tuple[str, Path], ...]) -> dict[str, tuple[int
                     name = key.removeprefix("base_model.model.")
                     for wrapper in (".base_layer.", ".original_module."):
                         name = name.replace(wrapper, ".")
-                    found[name] = tuple(file.get_slice(key).get_shape())
-    return found
+                    shapes[name] = tuple(file.get_slice(key).get_shape())
+    return shapes
 
 
 def resize_vocabulary(model: Any, shipped: Mapping[str, tuple[int, ...]]) -> None:
@@ -435,9 +435,9 @@ def _check_arrival(model: Any, name: str, title: str, folder: Path) -> None:
     state = model.state_dict()
     for key in sorted(shipped):
         # PEFT saves a resized module of modules_to_save a second time: it must be the same
-        found = live.get(key.replace(".modules_to_save.", "."), state.get(key))
-        if found is None or not _same(found, shipped[key]):
-            how = "it has no such tensor" if found is None else "its values differ"
+        loaded = live.get(key.replace(".modules_to_save.", "."), state.get(key))
+        if loaded is None or not _same(loaded, shipped[key]):
+            how = "it has no such tensor" if loaded is None else "its values differ"
             raise ParityError(
                 f"adapter {title}",
                 f"the reference did not load tensor {key!r} ({how})",

@@ -48,8 +48,8 @@ def _features(model: Any, pixels: NDArray[Any]) -> NDArray[np.float32]:
     import torch
 
     with torch.inference_mode():
-        found = model.get_image_features(pixel_values=torch.from_numpy(pixels)).pooler_output
-    return np.stack([one.float().numpy() for one in found])
+        features = model.get_image_features(pixel_values=torch.from_numpy(pixels)).pooler_output
+    return np.stack([one.float().numpy() for one in features])
 
 
 class LiveSeeing:
@@ -68,11 +68,11 @@ class LiveSeeing:
 
         ids = torch.from_numpy(source["input_ids"])
         with torch.inference_mode():
-            found = self._model(
+            logits = self._model(
                 input_ids=ids, pixel_values=torch.from_numpy(source["pixel_values"]),
                 attention_mask=torch.ones_like(ids), use_cache=False,
             ).logits  # fmt: skip
-        return np.concatenate(found.float().numpy())
+        return np.concatenate(logits.float().numpy())
 
 
 class OnnxSeeing:
@@ -100,7 +100,7 @@ class OnnxSeeing:
 
     def converse(self, source: Source, cut: int) -> Logits:
         """Fed all but the last `cut` tokens, then one by one."""
-        ids, found = source["input_ids"], []
+        ids, logits = source["input_ids"], []
         embeds = np.array(self._embedding.run(["inputs_embeds"], {"input_ids": ids})[0])
         places = ids == source[IMAGE_TOKEN][0]
         embeds[places] = self._seen(source).reshape(-1, embeds.shape[2])
@@ -111,9 +111,9 @@ class OnnxSeeing:
             mask = np.ones((len(ids), last), np.int64)
             fed = {"inputs_embeds": embeds[:, first:last], "attention_mask": mask, **cache}
             out = dict(zip(names, self._decoder.run(None, fed), strict=True))
-            found.append(np.asarray(out.pop("logits"), np.float32))
+            logits.append(np.asarray(out.pop("logits"), np.float32))
             cache = {name.replace("present.", _PAST, 1): value for name, value in out.items()}
-        return np.concatenate(np.concatenate(found, axis=1))
+        return np.concatenate(np.concatenate(logits, axis=1))
 
     def _empty(self, rows: int) -> dict[str, Any]:
         return {

@@ -41,8 +41,8 @@ def thresholds(config: Mapping[str, Any]) -> tuple[Threshold, ...]:
     """The thresholds of a config.json, the smallest first; those of the text model where nested."""
     inner = config.get("text_config")
     place = inner if isinstance(inner, Mapping) else config
-    found = {*_windows(place), *_rotary(place)}
-    return tuple(sorted(found, key=lambda threshold: (threshold.at, threshold.kind)))
+    either = {*_windows(place), *_rotary(place)}
+    return tuple(sorted(either, key=lambda threshold: (threshold.at, threshold.kind)))
 
 
 def _windows(config: Mapping[str, Any]) -> Iterator[Threshold]:

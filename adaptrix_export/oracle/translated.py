@@ -51,14 +51,14 @@ class LiveTranslator:
         import torch
 
         with torch.inference_mode():
-            found = self._model.get_encoder()(**_as_torch(source))
-        return cast(Logits, found.last_hidden_state.float().numpy())
+            output = self._model.get_encoder()(**_as_torch(source))
+        return cast(Logits, output.last_hidden_state.float().numpy())
 
     def translate(self, source: Source, chunks: Chunks) -> Logits:
         import torch
 
         fed, rows = _as_torch(source), rows_of(source)
-        found, cache = [], None
+        logits, cache = [], None
         with torch.inference_mode():
             for chunk in chunks:
                 tokens = torch.tensor([list(chunk)] * rows)
@@ -66,8 +66,8 @@ class LiveTranslator:
                     **fed, decoder_input_ids=tokens, **cache_argument(cache), use_cache=True
                 )
                 cache = cache_of(out)
-                found.append(out.logits.float().numpy())
-        return np.concatenate(found, axis=1)
+                logits.append(out.logits.float().numpy())
+        return np.concatenate(logits, axis=1)
 
     def greedy(self, source: Source, steps: int) -> tuple[list[int], Logits]:
         """The tokens fed, the start token first, and the logits (steps, vocabulary) they gave."""
@@ -76,7 +76,7 @@ class LiveTranslator:
         start = self._model.config.decoder_start_token_id
         if start is None:
             raise ParityError("config.json", "no decoder_start_token_id", "the token to start with")
-        tokens, found, cache = [int(start)], [], None
+        tokens, logits, cache = [int(start)], [], None
         fed = _as_torch(source)
         with torch.inference_mode():
             for _ in range(steps):
@@ -87,9 +87,9 @@ class LiveTranslator:
                     use_cache=True,
                 )
                 cache = cache_of(out)
-                found.append(out.logits[0, -1].float().numpy())
-                tokens.append(int(found[-1].argmax()))
-        return tokens[:-1], np.stack(found)
+                logits.append(out.logits[0, -1].float().numpy())
+                tokens.append(int(logits[-1].argmax()))
+        return tokens[:-1], np.stack(logits)
 
 
 class OnnxTranslator:
@@ -117,21 +117,21 @@ class OnnxTranslator:
             "encoder_hidden_states": self.states(source),
             "encoder_attention_mask": source.get("attention_mask"),
         }
-        taken = {value.name for value in self._decoder.get_inputs()}
-        fed = {name: value for name, value in offered.items() if name in taken}
+        accepted = {value.name for value in self._decoder.get_inputs()}
+        fed = {name: value for name, value in offered.items() if name in accepted}
         fed |= self._empty(rows)
         names = [value.name for value in self._decoder.get_outputs()]
-        found = []
+        logits = []
         for chunk in chunks:
             fed["input_ids"] = np.array([list(chunk)] * rows, np.int64)
             out = dict(zip(names, self._decoder.run(None, fed), strict=True))
-            found.append(np.asarray(out["logits"], np.float32))
+            logits.append(np.asarray(out["logits"], np.float32))
             fed |= {
                 name.replace("present.", _PAST, 1): value
                 for name, value in out.items()
                 if name.startswith("present.")
             }
-        return np.concatenate(found, axis=1)
+        return np.concatenate(logits, axis=1)
 
     def _empty(self, rows: int) -> dict[str, Any]:
         """A cache of no tokens."""

@@ -38,10 +38,10 @@ def drawn_sources(names: Iterable[str], config: Any) -> dict[str, dict[str, NDAr
 
 def as_positions(value: NDArray[Any]) -> Logits:
     """Any output as (positions, width); of a map (rows, width, height, ...) each place is one."""
-    found = np.asarray(value, np.float32)
-    if found.ndim == 4:
-        found = np.moveaxis(found, 1, -1)
-    return found.reshape(-1, found.shape[-1]) if found.ndim > 1 else found[None]
+    values = np.asarray(value, np.float32)
+    if values.ndim == 4:
+        values = np.moveaxis(values, 1, -1)
+    return values.reshape(-1, values.shape[-1]) if values.ndim > 1 else values[None]
 
 
 class LiveWhole:
@@ -58,10 +58,10 @@ class LiveWhole:
         plain = self._model.get_base_model() if hasattr(self._model, "get_base_model") else None
         method = getattr(plain or self._model, piece.method)
         known = inspect.signature(method).parameters
-        given = {n: torch.from_numpy(v) for n, v in fed.items() if n in known}
+        arguments = {n: torch.from_numpy(v) for n, v in fed.items() if n in known}
         with torch.inference_mode():
-            found = method(**given)[piece.outputs[output]]
-        return as_positions(found.float().numpy())
+            values = method(**arguments)[piece.outputs[output]]
+        return as_positions(values.float().numpy())
 
 
 def pieces_of_model(model: Any, task: str) -> tuple[Piece, ...]:
@@ -93,5 +93,5 @@ class OnnxWhole:
             )
         session = self._sessions[piece.file]
         known = {value.name for value in session.get_inputs()}
-        (found,) = session.run([output], {n: v for n, v in fed.items() if n in known})
-        return as_positions(found)
+        (values,) = session.run([output], {n: v for n, v in fed.items() if n in known})
+        return as_positions(values)

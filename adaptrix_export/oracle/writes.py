@@ -45,22 +45,22 @@ def find_writes(live: Live, number: int, hidden: Tensor, modules: frozenset[str]
     """
     layer = live.layers[number]
     ran = _order(live, number, hidden, modules)
-    with _points(layer) as seen, torch.no_grad():
+    with _points(layer) as points, torch.no_grad():
         output = live.layer(STUDENT, number, hidden)
-        calm = {**seen, OUTPUT: output}
+        calm = {**points, OUTPUT: output}
     # what is added before a norm at the layer's end does not come out of it as it is
     ends_in_norm = any(value is output for value in _norm_outputs(live, number, hidden, output))
-    found = []
+    writes = []
     for module in ran:
         point = _arrives(live, number, hidden, module, calm)
         if point is not None:
-            found.append(Write(module, point if ends_in_norm else OUTPUT))
-    if not found:
+            writes.append(Write(module, point if ends_in_norm else OUTPUT))
+    if not writes:
         raise UnsupportedError(
             f"layer {number}", "no module that writes to the residual stream",
             "a plain transformer layer", "use the strategy select or fold",
         )  # fmt: skip
-    return found if ends_in_norm else found[::-1]
+    return writes if ends_in_norm else writes[::-1]
 
 
 def _order(live: Live, number: int, hidden: Tensor, modules: frozenset[str]) -> list[str]:
@@ -96,16 +96,16 @@ def norms_of(layer: nn.Module) -> dict[str, nn.Module]:
 @contextmanager
 def _points(layer: nn.Module) -> Iterator[dict[str, Tensor]]:
     """The inputs of the layer's norms, while it runs."""
-    seen: dict[str, Tensor] = {}
+    points: dict[str, Tensor] = {}
     handles = []
     for name, norm in norms_of(layer).items():
 
         def keep(_: nn.Module, args: Any, name: str = name) -> None:
-            seen[name] = args[0]
+            points[name] = args[0]
 
         handles.append(norm.register_forward_pre_hook(keep))
     try:
-        yield seen
+        yield points
     finally:
         for handle in handles:
             handle.remove()
@@ -113,11 +113,11 @@ def _points(layer: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def _norm_outputs(live: Live, number: int, hidden: Tensor, output: Tensor) -> list[Tensor]:
     """The outputs of norms that are, value for value, the layer's own output."""
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def keep(_: nn.Module, args: Any, out: Tensor) -> None:
         if out.shape == output.shape and torch.equal(out, output):
-            found.append(output)
+            outputs.append(output)
 
     handles = [n.register_forward_hook(keep) for n in norms_of(live.layers[number]).values()]
     try:
@@ -126,7 +126,7 @@ def _norm_outputs(live: Live, number: int, hidden: Tensor, output: Tensor) -> li
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return outputs
 
 
 def _arrives(
@@ -159,9 +159,9 @@ def _with(
 
     handle = live.layers[number].get_submodule(module).register_forward_hook(hook)
     try:
-        with _points(live.layers[number]) as seen, torch.no_grad():
+        with _points(live.layers[number]) as points, torch.no_grad():
             output = live.layer(STUDENT, number, hidden)
-            return {**seen, OUTPUT: output}
+            return {**points, OUTPUT: output}
     finally:
         handle.remove()
 
@@ -179,8 +179,8 @@ class Watch:
         module = layer.get_submodule(write.module)
         handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
         try:
-            with _points(layer) as seen, torch.no_grad():
+            with _points(layer) as points, torch.no_grad():
                 output = self._live.layer(who, self._number, hidden)
         finally:
             handle.remove()
-        return inputs[0], seen.get(write.point, output)
+        return inputs[0], points.get(write.point, output)

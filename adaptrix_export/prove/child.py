@@ -85,7 +85,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
             sources = drawn_sources(names, reference.config)
             cases, asked = cases_of(pieces), replace(drawn_prompts(), drawn=sources)
             if job.task == VISION_LANGUAGE:
-                cases, asked = SEEING, replace(asked, drawn=reference.seen())
+                cases, asked = SEEING, replace(asked, drawn=reference.vision_sources())
         elif job.drawn:
             cases, asked = drawn_cases(reference.has_images), drawn_prompts()
         else:

@@ -208,14 +208,14 @@ class TransformersSubject:
 
     def forward(self) -> Logits:
         """See `Reference.forward`."""
-        from adaptrix_export.oracle.drawn import asked_forward
+        from adaptrix_export.oracle.drawn import forward_on_drawn
 
-        return asked_forward(self._model, self._model)
+        return forward_on_drawn(self._model, self._model)
 
     def images(self) -> Logits:
-        from adaptrix_export.oracle.drawn import asked_images
+        from adaptrix_export.oracle.drawn import vision_on_drawn
 
-        return asked_images(self._model)
+        return vision_on_drawn(self._model)
 
     def pool(self, ids: Ids, mask: Ids, types: Ids, kind: str) -> Logits:
         raise ParityError("artifact", "a checkpoint that pools", "a graph with that output")

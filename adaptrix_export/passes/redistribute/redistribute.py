@@ -289,13 +289,13 @@ def _as_folders(plan: Plan) -> Iterator[tuple[tuple[str, Path], ...]]:
             yield folders.adapters
         return
     with TemporaryDirectory(prefix="adaptrix-composed-") as scratch:
-        folders: list[tuple[str, Path]] = []
+        written: list[tuple[str, Path]] = []
         for number, adapter in enumerate(plan.adapters):
             folder = Path(scratch) / f"{number}"
             folder.mkdir()
             write_peft(with_one_term_a_site(adapter, plan.base), plan.base, folder)
-            folders.append((adapter.name, folder))
-        yield tuple(folders)
+            written.append((adapter.name, folder))
+        yield tuple(written)
 
 
 def _attach(live: Any, problem: StrategyInput, terms: Terms) -> None:
