@@ -60,7 +60,9 @@ def drawn_prompts() -> Prompts:
     return Prompts("inputs drawn from a seed", (), (), 0, (), 0)
 
 
-def prompts(job: Job, vocabulary: int, positions: int | None, pad: int | None = None) -> Prompts:
+def choose_prompts(
+    job: Job, vocabulary: int, positions: int | None, pad: int | None = None
+) -> Prompts:
     """Prompts for a model with `vocabulary` tokens and at most `positions` of them in a sequence.
 
     Raises `ParityError` when the tokenizer makes ids that the model does not have, or when the

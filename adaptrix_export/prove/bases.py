@@ -24,8 +24,8 @@ def other_base(plan: Plan) -> OtherBase | None:
     return OtherBase(which(base), base.folder, base.gguf_file, base.simulated)
 
 
-def compare_bases(job: Job, ask: Ask, asked: Prompts, chosen: Logits) -> dict[str, Any]:
-    """The report's `base_weights`: the adapters on the other weights, asked the same.
+def compare_bases(job: Job, ask: Ask, prompts: Prompts, chosen: Logits) -> dict[str, Any]:
+    """The report's `base_weights`: the adapters on the other weights, on the same prompts.
 
     `chosen` is the reference's answer (positions, vocabulary) on the weights merged into. KL is
     in nats a token, the weights merged into against the others. It judges nothing: which choice
@@ -36,14 +36,14 @@ def compare_bases(job: Job, ask: Ask, asked: Prompts, chosen: Logits) -> dict[st
 
     assert job.other is not None
     reference = (Executed if job.composition else Reference).open(job.on_other())
-    other = ask(reference, asked).logits
+    other = ask(reference, prompts).logits
     reference.close()
-    found = distance(chosen, other)
+    difference = distance(chosen, other)
     return {
         "merged_into": WORDS[job.other.weights],
         "compared_with": job.other.weights,
         "positions": len(chosen),
-        "mean_kl": rounded(found.mean_kl),
-        "max_abs": rounded(found.max_abs),
-        "top1": rounded(found.top1, 5),
+        "mean_kl": rounded(difference.mean_kl),
+        "max_abs": rounded(difference.max_abs),
+        "top1": rounded(difference.top1, 5),
     }

@@ -37,10 +37,10 @@ class Read:
 
     def values(self) -> NDArray[np.float32]:
         columns = self.codes.shape[1]
-        found: NDArray[np.float32] = self.codes.astype(np.float32)
-        found -= self.shifts(columns)
-        found *= np.repeat(self.scales.astype(np.float32), self.block, axis=1)[:, :columns]
-        return found
+        values: NDArray[np.float32] = self.codes.astype(np.float32)
+        values -= self.shifts(columns)
+        values *= np.repeat(self.scales.astype(np.float32), self.block, axis=1)[:, :columns]
+        return values
 
     def shifts(self, columns: int) -> Any:
         if self.zeros is None:
@@ -48,11 +48,11 @@ class Read:
         return np.repeat(self.zeros.astype(np.float32), self.block, axis=1)[:, :columns]
 
     def sha256(self) -> str:
-        found = hashlib.sha256(f"{self.bits} {self.block} {self.codes.shape}".encode())
+        digest = hashlib.sha256(f"{self.bits} {self.block} {self.codes.shape}".encode())
         scales = self.scales.astype(np.float16)
         for part in (self.codes, scales, self.zeros):
-            found.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
-        return found.hexdigest()
+            digest.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
 
 
 def read_blocks(stored: StoredTensors, name: str, entry: Mapping[str, Any]) -> Read | str:
@@ -61,13 +61,13 @@ def read_blocks(stored: StoredTensors, name: str, entry: Mapping[str, Any]) -> R
     bits, block = entry["bits"], entry["block"]
     count = -(-columns // block)
     codes, table = f"{name}.codes", f"{name}.codes.rows"
-    found = [n for n in (codes, table) if n in stored]
-    if not found or f"{name}.scales" not in stored:
+    tables = [n for n in (codes, table) if n in stored]
+    if not tables or f"{name}.scales" not in stored:
         return "missing from the artifact"
-    packed = stored.read(found[0])
-    if len(found) == 2 and not np.array_equal(packed.reshape(-1), stored.read(table).reshape(-1)):
+    packed = stored.read(tables[0])
+    if len(tables) == 2 and not np.array_equal(packed.reshape(-1), stored.read(table).reshape(-1)):
         return "the codes that are looked up are not those that are multiplied with"
-    size = count * block * bits // 8 if found[0] == codes else columns * bits // 8
+    size = count * block * bits // 8 if tables[0] == codes else columns * bits // 8
     scales = np.array(stored.read(f"{name}.scales"))
     if packed.dtype != np.uint8 or packed.size != rows * size or scales.shape != (rows, count):
         return f"codes {packed.shape} {packed.dtype}, scales {scales.shape}"
@@ -84,10 +84,10 @@ def _codes(packed: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     plain = np.array(packed, np.uint8)
     if bits == 8:
         return plain
-    found = np.empty((plain.shape[0], 2 * plain.shape[1]), np.uint8)
-    found[:, 0::2] = plain % 16
-    found[:, 1::2] = plain // 16
-    return found
+    codes = np.empty((plain.shape[0], 2 * plain.shape[1]), np.uint8)
+    codes[:, 0::2] = plain % 16
+    codes[:, 1::2] = plain // 16
+    return codes
 
 
 def replay_blocks(
@@ -105,11 +105,11 @@ def replay_blocks(
         if isinstance(read, str):
             failures.append(_failure(name, entry, read))
             continue
-        wanted = evaluate(entry["expression"], lambda tensor: live(tensor)[0])
-        elements += wanted.size
-        cosine, off = _rows(read.values(), wanted)
+        live_weight = evaluate(entry["expression"], lambda tensor: live(tensor)[0])
+        elements += live_weight.size
+        cosine, off = _rows(read.values(), live_weight)
         least, error = min(least, (cosine, name)), max(error, (off, name))
-        why = _wrong(read, wanted, entry, cosine)
+        why = _wrong(read, live_weight, entry, cosine)
         if why:
             failures.append(_failure(name, entry, why))
     return {
@@ -123,44 +123,46 @@ def replay_blocks(
     }
 
 
-def _wrong(read: Read, wanted: NDArray[np.float64], entry: Mapping[str, Any], cosine: float) -> str:
-    if read.codes.shape != wanted.shape:
-        return f"shape {read.codes.shape}, expected {wanted.shape}"
+def _wrong(
+    read: Read, live_weight: NDArray[np.float64], entry: Mapping[str, Any], cosine: float
+) -> str:
+    if read.codes.shape != live_weight.shape:
+        return f"shape {read.codes.shape}, expected {live_weight.shape}"
     if read.sha256() != entry["sha256"]:
         return "not the codes and scales that were chosen"
     if not cosine >= LEAST_COSINE:
         return f"a row that has a cosine of {cosine:.2f} with the live one"
     if set(entry["methods"]) == {"rtn"}:
-        off = _off_nearest(read, wanted)
+        off = _off_nearest(read, live_weight)
         if off:
             return f"{off} codes that are not the nearest"
     return ""
 
 
-def _off_nearest(read: Read, wanted: NDArray[np.float64]) -> int:
+def _off_nearest(read: Read, live_weight: NDArray[np.float64]) -> int:
     """Codes with a nearer one beside them, those at the ends of the range apart."""
-    columns, count = wanted.shape[1], 0
+    columns, count = live_weight.shape[1], 0
     top = 2**read.bits - 1
-    for start in range(0, len(wanted), 1024):
+    for start in range(0, len(live_weight), 1024):
         rows = slice(start, start + 1024)
         part = Read(
             read.codes[rows], read.scales[rows],
             None if read.zeros is None else read.zeros[rows], read.bits, read.block,
         )  # fmt: skip
         steps = np.repeat(part.scales.astype(np.float64), read.block, axis=1)[:, :columns]
-        exact = np.clip(wanted[rows] / steps + part.shifts(columns), 0, top)
+        exact = np.clip(live_weight[rows] / steps + part.shifts(columns), 0, top)
         count += int((np.abs(exact - part.codes) > NEAREST).sum())
     return count
 
 
-def _rows(found: NDArray[np.float32], wanted: NDArray[np.float64]) -> tuple[float, float]:
+def _rows(stored: NDArray[np.float32], live: NDArray[np.float64]) -> tuple[float, float]:
     """The least cosine of a row with its live one, and the error of all as a share of all."""
-    inner = np.einsum("ij,ij->i", found, wanted, dtype=np.float64)
-    sizes = np.linalg.norm(found, axis=1), np.linalg.norm(wanted, axis=1)
+    inner = np.einsum("ij,ij->i", stored, live, dtype=np.float64)
+    sizes = np.linalg.norm(stored, axis=1), np.linalg.norm(live, axis=1)
     rows = sizes[1] > 0  # a row of zeros points nowhere
     cosines = inner[rows] / np.maximum(sizes[0][rows] * sizes[1][rows], 1e-300)
-    whole = max(float(np.linalg.norm(wanted)), 1e-300)
-    return float(cosines.min(initial=1.0)), float(np.linalg.norm(found - wanted)) / whole
+    whole = max(float(np.linalg.norm(live)), 1e-300)
+    return float(cosines.min(initial=1.0)), float(np.linalg.norm(stored - live)) / whole
 
 
 def _failure(name: str, entry: Mapping[str, Any], why: str) -> dict[str, Any]:

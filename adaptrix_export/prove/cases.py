@@ -188,8 +188,8 @@ def _ask_translated(reference: Asked, prompts: Prompts) -> Answer:
 
 def _play_translated(subject: Any, prompts: Prompts, answer: Answer) -> Logits:
     source = source_of(prompts, prompts.decode)
-    found: Logits = subject.translate(source, [[t] for t in answer.tokens])[0]
-    return found
+    logits: Logits = subject.translate(source, [[t] for t in answer.tokens])[0]
+    return logits
 
 
 _DICTATED = (
@@ -273,20 +273,20 @@ def compare(
 ) -> dict[str, Any]:
     """The report's entry for one case."""
     logits = case.play(subject, prompts, answer)
-    found = distance(answer.logits, logits)
+    difference = distance(answer.logits, logits)
     return {
         "name": case.name,
         "positions": len(answer.logits),
-        "finite": found.finite,
-        "max_abs": rounded(found.max_abs),
-        "mean_kl": rounded(found.mean_kl),
-        "top1": rounded(found.top1, 5),
+        "finite": difference.finite,
+        "max_abs": rounded(difference.max_abs),
+        "mean_kl": rounded(difference.mean_kl),
+        "top1": rounded(difference.top1, 5),
         "tolerance": {
             "max_abs": tolerance.max_abs,
             "mean_kl": tolerance.mean_kl,
             "top1": tolerance.top1,
         },
-        "passed": found.within(tolerance),
+        "passed": difference.within(tolerance),
     }
 
 

@@ -57,13 +57,13 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     if not job.facts.composes:
         from adaptrix_export.prove.switched import run_switched
 
-        return described(run_switched(job, progress), job)
+        return annotate_report(run_switched(job, progress), job)
     if job.quantized:
         from adaptrix_export.prove.quantized import run_quantized
 
         return {**run_quantized(job, progress), "versions": _versions(job.target)}
     from adaptrix_export.oracle.executed import Executed
-    from adaptrix_export.oracle.prompts import drawn_prompts, prompts
+    from adaptrix_export.oracle.prompts import choose_prompts, drawn_prompts
     from adaptrix_export.oracle.reference import Reference
     from adaptrix_export.oracle.whole import drawn_sources
     from adaptrix_export.prove.bases import compare_bases
@@ -83,23 +83,23 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
             pieces = reference.pieces(job.task)
             names = dict.fromkeys(name for piece in pieces for name in piece.inputs)
             sources = drawn_sources(names, reference.config)
-            cases, asked = cases_of(pieces), replace(drawn_prompts(), drawn=sources)
+            cases, prompts = cases_of(pieces), replace(drawn_prompts(), drawn=sources)
             if job.task == VISION_LANGUAGE:
-                cases, asked = SEEING, replace(asked, drawn=reference.vision_sources())
+                cases, prompts = SEEING, replace(prompts, drawn=reference.vision_sources())
         elif job.drawn:
-            cases, asked = drawn_cases(reference.has_images), drawn_prompts()
+            cases, prompts = drawn_cases(reference.has_images), drawn_prompts()
         else:
             cases = select(
                 job.target, job.level, job.task,
                 pooling=job.pooling, batches=reference.pad is not None,
             )  # fmt: skip
-            asked = prompts(job, reference.vocabulary, reference.positions, reference.pad)
+            prompts = choose_prompts(job, reference.vocabulary, reference.positions, reference.pad)
             if TASKS[job.task].inputs != TEXT:
-                asked = replace(
-                    asked, drawn=drawn_sources(TASKS[job.task].inputs, reference.config)
+                prompts = replace(
+                    prompts, drawn=drawn_sources(TASKS[job.task].inputs, reference.config)
                 )
     with progress.stage("reference: logits"):
-        answers = ask_all(cases, reference, asked)
+        answers = ask_all(cases, reference, prompts)
         beyond = ask_crossings(job, reference)
     with progress.stage("replaying weights", len(job.weights), "tensors") as advance:
         stored = (
@@ -113,25 +113,25 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     compared: dict[str, Any] = {}
     if job.gates:
         with progress.stage("reference: gates"):
-            opened = ask_gates(job, reference, asked)
+            opened = ask_gates(job, reference, prompts)
     reference.close()
     del stored
     if job.other is not None:
         with progress.stage("reference: the other base weights"):
             ask = cases[0].ask
-            compared["base_weights"] = compare_bases(job, ask, asked, answers[ask].logits)
+            compared["base_weights"] = compare_bases(job, ask, prompts, answers[ask].logits)
     precision = coarsest(formats) if job.precision == "base" else job.precision
     with progress.stage("artifact: loading"):
         subject = open_subject(job)
     entries, limits = [], tolerance_of(precision, job.task, job.drawn)
     with progress.stage("comparing logits", len(cases), "cases") as advance:
         for case in cases:
-            entries.append(compare(case, subject, asked, answers[case.ask], limits))
+            entries.append(compare(case, subject, prompts, answers[case.ask], limits))
             advance(1)
     for crossing in beyond:
         entries += crossing.compare(subject, limits)
     if job.gates:
-        compared["context"] = compare_gates(job, subject, asked, opened)
+        compared["context"] = compare_gates(job, subject, prompts, opened)
     return {
         "oracle": oracle_name(job.oracle, composed=bool(job.composition), gated=bool(job.gates)),
         "target": job.target,
@@ -139,7 +139,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         "precision": job.precision,
         "tolerance": precision,
         "task": job.task,
-        "tokens": asked.source,
+        "tokens": prompts.source,
         "cases": entries,
         "replay": replayed,
         **compared,
@@ -152,10 +152,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     }
 
 
-def described(report: dict[str, Any], job: Job) -> dict[str, Any]:
-    """The report of a switchable artifact with what was asked, and of which versions."""
-    told = {"target": job.target, "level": job.level, "task": job.task}
-    return {**report, **told, "versions": _versions(job.target)}
+def annotate_report(report: dict[str, Any], job: Job) -> dict[str, Any]:
+    """The report of a switchable artifact with the job's target, level and task, and versions."""
+    job_fields = {"target": job.target, "level": job.level, "task": job.task}
+    return {**report, **job_fields, "versions": _versions(job.target)}
 
 
 def _versions(target: str) -> dict[str, str]:
@@ -165,13 +165,13 @@ def _versions(target: str) -> dict[str, str]:
         if facts_of(target).form is Form.GRAPH
         else ["safetensors"]
     )
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for name in sorted(names):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue  # only one of the two ONNX Runtime packages is ever installed
-    return found
+    return versions
 
 
 def run_text(text: str, progress: Progress) -> dict[str, Any]:
@@ -180,23 +180,23 @@ def run_text(text: str, progress: Progress) -> dict[str, Any]:
 
 
 def main(
-    job_file: str, report_file: str, work: Callable[[str, Progress], dict[str, Any]] = run_text
+    job_file: str, report_file: str, runner: Callable[[str, Progress], dict[str, Any]] = run_text
 ) -> int:
-    """Does the work that one file asks for, and leaves the report, or the error's parts, in the
+    """Run the job in one file with `runner`; write its report, or the error's parts, to the
     other."""
     # Libraries print to standard output as they like; the parent reads only our own lines there.
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    asked = Path(job_file).read_text(encoding="utf-8")
+    text = Path(job_file).read_text(encoding="utf-8")
     try:
-        document = {"report": work(asked, Lines(lines))}
+        document = {"report": runner(text, Lines(lines))}
     except Exception as error:
         failure = known(error)  # no memory, a full disk: said as such
         if failure is None:
             raise  # a fault of ours: its last lines are in the parent's error
         document = {"error": failure.as_dict()}
-    text = json.dumps(document, allow_nan=False)
-    Path(report_file).write_text(text, encoding="utf-8")
+    report_text = json.dumps(document, allow_nan=False)
+    Path(report_file).write_text(report_text, encoding="utf-8")
     return 0
 
 

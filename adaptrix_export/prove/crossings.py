@@ -41,10 +41,12 @@ class Crossing:
 
 def ask_crossings(job: Job, reference: Reference) -> list[Crossing]:
     """The reference's answers for each threshold of the job that has positions beyond it."""
-    found = []
+    crossings = []
     for threshold in job.crossings if job.level == "full" else ():
         cases = select_crossing(job.target, job.task, threshold.switching)
-        asked = crossing(job, threshold, reference.vocabulary, reference.positions)
-        if cases and asked is not None:
-            found.append(Crossing(threshold, cases, asked, ask_all(cases, reference, asked)))
-    return found
+        prompts = crossing(job, threshold, reference.vocabulary, reference.positions)
+        if cases and prompts is not None:
+            crossings.append(
+                Crossing(threshold, cases, prompts, ask_all(cases, reference, prompts))
+            )
+    return crossings

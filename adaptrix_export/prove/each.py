@@ -54,15 +54,15 @@ def run_each(text: str, progress: Progress) -> dict[str, Any]:
     with progress.stage("artifact: loading"):
         cases = select("onnx", job.level, job.task)
         bench = _Bench(cases, slots_of(job), SwitchableSubject(job))
-    found: dict[str, Any] = {}
+    reports: dict[str, Any] = {}
     with progress.stage("proving adapters", len(jobs), "adapters") as advance:
         for name, job in jobs.items():
             try:
-                found[name] = bench.report(name, job)
+                reports[name] = bench.report(name, job)
             except AdaptrixError as error:
-                found[name] = {"error": error.as_dict()}
+                reports[name] = {"error": error.as_dict()}
             advance(1)
-    return found
+    return reports
 
 
 class _Bench:
@@ -92,27 +92,27 @@ class _Bench:
         return report
 
     def _compared(self, name: str, job: Job, reference: Any) -> dict[str, Any]:
-        from adaptrix_export.oracle.prompts import prompts
+        from adaptrix_export.oracle.prompts import choose_prompts
         from adaptrix_export.prove import switched
         from adaptrix_export.prove.cases import ask_all
-        from adaptrix_export.prove.child import described
+        from adaptrix_export.prove.child import annotate_report
         from adaptrix_export.prove.gate_cases import ask_gates
         from adaptrix_export.prove.subject import adapter_values
 
         gates = reference.put_gates(job.gates)
-        asked = prompts(job, reference.vocabulary, reference.positions)
-        opened = ask_gates(replace(job, gates=gates), reference, asked) if gates else None
-        answers = switched.Answers(name, ask_all(self._cases, reference, asked), gates, opened)
+        prompts = choose_prompts(job, reference.vocabulary, reference.positions)
+        opened = ask_gates(replace(job, gates=gates), reference, prompts) if gates else None
+        answers = switched.Answers(name, ask_all(self._cases, reference, prompts), gates, opened)
         shares = {gate.site: gate.weight for gate in gates if gate.weight is not None}
         values = adapter_values(job, name)
         factors = {name: switched.check_factors(self._slots, values, reference, shares)}
-        entries = switched.compared(job, self._cases, self._subject, asked, [answers], Silent())
-        told = {}
+        entries = switched.compared(job, self._cases, self._subject, prompts, [answers], Silent())
+        sections = {}
         if job.gates:
-            told["context"] = switched.compared_gates(job, self._subject, asked, [answers])
+            sections["context"] = switched.compared_gates(job, self._subject, prompts, [answers])
         replayed = switched.nothing_replayed()
-        report = switched.report_of(job, asked, replayed, entries, factors, told)
-        return described(report, job)
+        report = switched.report_of(job, prompts, replayed, entries, factors, sections)
+        return annotate_report(report, job)
 
 
 def _without_adapters(model: Any) -> Any:
@@ -127,4 +127,4 @@ def _without_adapters(model: Any) -> Any:
 if __name__ == "__main__":
     from adaptrix_export.prove.child import main
 
-    sys.exit(main(sys.argv[1], sys.argv[2], work=run_each))
+    sys.exit(main(sys.argv[1], sys.argv[2], runner=run_each))

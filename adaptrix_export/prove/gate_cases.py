@@ -34,29 +34,29 @@ class OracleGates:
     rows: Statistics | None
 
 
-def ask_gates(job: Job, reference: Reference, asked: Prompts) -> OracleGates:
+def ask_gates(job: Job, reference: Reference, prompts: Prompts) -> OracleGates:
     """How far the gates are open: what the graph is to say of the same tokens; nothing where no
     gate depends on the data."""
     if not any(gate.depends_on_data for gate in job.gates):
         return OracleGates({}, None)
     if job.task != GENERATION:
-        found = reference.gate_statistics(lambda model: encode_prefill(model, asked))
-        return OracleGates(found, None)
-    prefill = reference.gate_statistics(lambda model: model.prefill(list(asked.prefill)))
-    rows = _first(asked)
+        statistics = reference.gate_statistics(lambda model: encode_prefill(model, prompts))
+        return OracleGates(statistics, None)
+    prefill = reference.gate_statistics(lambda model: model.prefill(list(prompts.prefill)))
+    rows = _first(prompts)
     alone = reference.gate_statistics(lambda model: [model.prefill(list(row)) for row in rows])
     return OracleGates(prefill, alone)
 
 
-def _first(asked: Prompts) -> list[tuple[int, ...]]:
+def _first(prompts: Prompts) -> list[tuple[int, ...]]:
     """The rows of the ragged batch that are fed in one call, before single tokens follow."""
-    return [row[: len(row) - asked.cached] for row in asked.rows]
+    return [row[: len(row) - prompts.cached] for row in prompts.rows]
 
 
 def compare_gates(
     job: Job,
     subject: Subject,
-    asked: Prompts,
+    prompts: Prompts,
     oracle: OracleGates,
     places: Sequence[int] | None = None,
 ) -> dict[str, Any]:
@@ -66,19 +66,19 @@ def compare_gates(
     A batch with padding on either side must give the statistics of its rows alone. `places` are
     those of the job's gates among the graph's statistics, where the graph has other gates, too.
     """
-    wanted = [gate for gate in job.gates if gate.depends_on_data]
+    gates = [gate for gate in job.gates if gate.depends_on_data]
     entry: dict[str, Any] = {"sites": [], "checks": [], "passed": True}
-    for number, gate in enumerate(wanted):
+    for number, gate in enumerate(gates):
         line = {name: float(f"{values[number]:.4g}") for name, values in oracle.prefill.items()}
         entry["sites"].append({"site": gate.site, "mode": gate.mode, "tau": gate.tau, **line})
     blended = (gate for gate in job.gates if not gate.depends_on_data)
     entry["sites"] += [{"site": g.site, "mode": g.mode, "weight": g.weight} for g in blended]
-    if not wanted:
+    if not gates:
         return entry
     if job.is_graph and job.facts.composes:
         entry["checks"].append(function_nodes(job))
     if isinstance(subject, OnnxSubject):
-        entry["checks"] += _statistics(job, subject, asked, oracle, places)
+        entry["checks"] += _statistics(job, subject, prompts, oracle, places)
     entry["passed"] = all(check["passed"] for check in entry["checks"])
     return entry
 
@@ -86,52 +86,52 @@ def compare_gates(
 def _statistics(
     job: Job,
     subject: OnnxSubject,
-    asked: Prompts,
+    prompts: Prompts,
     oracle: OracleGates,
     places: Sequence[int] | None,
 ) -> list[dict[str, Any]]:
     """Empty where the graph gives no statistics and none are wanted."""
     if oracle.rows is None:
-        encode_prefill(subject, asked)
+        encode_prefill(subject, prompts)
     else:
-        feed(subject, [asked.prefill])
+        feed(subject, [prompts.prefill])
     missing = [name for name in STATISTICS if name not in subject.statistics]
     if missing:
         wrong = {"name": f"statistics, no {', '.join(missing)}", "count": 0, "passed": False}
         return [wrong] if job.gate_stats or subject.statistics else []
-    found = [("statistics, prefill", oracle.prefill, subject.statistics, len(asked.prefill))]
-    rows = _first(asked)
+    statistics = [("statistics, prefill", oracle.prefill, subject.statistics, len(prompts.prefill))]
+    rows = _first(prompts)
     for left in (True, False) if oracle.rows is not None else ():
         assert oracle.rows is not None
         ids, mask, positions = padded_batch(rows, left=left)
         subject.step(ids, mask, positions, None)
         name = f"statistics, {'left' if left else 'right'}-padded"
-        found.append((name, oracle.rows, subject.statistics, int(mask.sum())))
+        statistics.append((name, oracle.rows, subject.statistics, int(mask.sum())))
     return [
-        {"name": name, **compare_statistics(wanted, _among(given, places), tokens)}
-        for name, wanted, given, tokens in found
+        {"name": name, **compare_statistics(oracle_values, _among(graph_values, places), tokens)}
+        for name, oracle_values, graph_values, tokens in statistics
     ]
 
 
-def _among(given: Statistics, places: Sequence[int] | None) -> Statistics:
+def _among(statistics: Statistics, places: Sequence[int] | None) -> Statistics:
     """The statistics at these places, or all."""
     if places is None:
-        return given
-    return {name: [values[place] for place in places] for name, values in given.items()}
+        return statistics
+    return {name: [values[place] for place in places] for name, values in statistics.items()}
 
 
 def function_nodes(job: Job) -> dict[str, Any]:
     """One function node a gated site, of its kind and with its tau, and no other."""
     import onnx_ir as ir
 
-    wanted = {gate.site: gate for gate in job.gates if gate.depends_on_data}
-    found = {
+    gates = {gate.site: gate for gate in job.gates if gate.depends_on_data}
+    nodes = {
         n.name: n for n in ir.load(located(job.artifact, "model.onnx")).graph if n.domain == DOMAIN
     }
-    passed = wanted.keys() == found.keys() and all(
-        _is_node_of(gate, found[site]) for site, gate in wanted.items()
+    passed = gates.keys() == nodes.keys() and all(
+        _is_node_of(gate, nodes[site]) for site, gate in gates.items()
     )
-    return {"name": "function nodes", "count": len(found), "passed": passed}
+    return {"name": "function nodes", "count": len(nodes), "passed": passed}
 
 
 def _is_node_of(gate: GateSpec, node: Any) -> bool:

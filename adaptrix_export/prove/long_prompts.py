@@ -16,8 +16,10 @@ _PASSES = 10  # over the threshold's tokens: five cases, in both models
 
 def long_crossings(base: Base, long: str) -> tuple[Threshold, ...]:
     """The smallest threshold of the model, if `long` ("auto", "on" or "off") has it crossed."""
-    found = thresholds(base.config)[:1] if base.task == GENERATION else ()
-    if long == OFF or not found:
+    smallest = thresholds(base.config)[:1] if base.task == GENERATION else ()
+    if long == OFF or not smallest:
         return ()
-    work = 2 * sum(prod(tensor.shape) for tensor in base.tensors.values()) * found[0].at * _PASSES
-    return found if long == ON or work <= BUDGET else ()
+    operations = (
+        2 * sum(prod(tensor.shape) for tensor in base.tensors.values()) * smallest[0].at * _PASSES
+    )
+    return smallest if long == ON or operations <= BUDGET else ()

@@ -39,35 +39,35 @@ class FloatAnswers:
         kl = agreed = 0.0
         nll, count, positions = np.zeros(2), 0, 0
         for row, path in zip(self.rows, self._files, strict=True):
-            wanted, found = np.load(path), answer(row)
-            apart = distance(wanted, found)
-            kl += apart.mean_kl * len(wanted)
-            agreed += apart.top1 * len(wanted)
-            positions += len(wanted)
-            if len(wanted) == len(row):
-                nll += [_nll(wanted, row), _nll(found, row)]
+            of_float, of_artifact = np.load(path), answer(row)
+            apart = distance(of_float, of_artifact)
+            kl += apart.mean_kl * len(of_float)
+            agreed += apart.top1 * len(of_float)
+            positions += len(of_float)
+            if len(of_float) == len(row):
+                nll += [_nll(of_float, row), _nll(of_artifact, row)]
                 count += len(row) - 1
         mean = kl / max(1, positions)
         passed = bool(np.isfinite(mean) and (max_kl is None or mean <= max_kl))
-        told: dict[str, Any] = {
+        section: dict[str, Any] = {
             "rows": len(self.rows), "positions": positions, "mean_kl": rounded(mean),
             "top1": rounded(agreed / max(1, positions), 5), "max_kl": max_kl, "passed": passed,
         }  # fmt: skip
         if count:
-            told["perplexity"] = {
+            section["perplexity"] = {
                 name: rounded(float(np.exp(nll[i] / count)), 5)
                 for i, name in enumerate(("float", "artifact"))
             }
-        return told
+        return section
 
     def _features(self, answer: Answer) -> dict[str, Any]:
         cosines = []
         for row, path in zip(self.rows, self._files, strict=True):
-            wanted, found = (
+            of_float, of_artifact = (
                 np.asarray(a, np.float64).mean(axis=0) for a in (np.load(path), answer(row))
             )
-            size = np.linalg.norm(wanted) * np.linalg.norm(found)
-            cosines.append(float(wanted @ found / max(float(size), 1e-300)))
+            size = np.linalg.norm(of_float) * np.linalg.norm(of_artifact)
+            cosines.append(float(of_float @ of_artifact / max(float(size), 1e-300)))
         return {
             "rows": len(cosines), "cosine": rounded(float(np.mean(cosines)), 6),
             "least_cosine": rounded(min(cosines), 6), "passed": bool(np.isfinite(cosines).all()),

@@ -14,10 +14,10 @@ from adaptrix_export.prove.cases import Answer, Case
 
 def cases_of(pieces: Iterable[Piece]) -> tuple[Case, ...]:
     """In the order of the rows: "logits, alone", "logits, batch", ..."""
-    found = tuple(pieces)
+    all_pieces = tuple(pieces)
     return tuple(
-        _case(piece, output, rows, several=len(found) > 1)
-        for piece in found
+        _case(piece, output, rows, several=len(all_pieces) > 1)
+        for piece in all_pieces
         for output in piece.outputs
         for rows in ("alone", "batch")
     )

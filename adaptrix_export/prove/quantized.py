@@ -27,7 +27,7 @@ from adaptrix_export.oracle.dequantized import dequantized
 from adaptrix_export.oracle.executed import Executed
 from adaptrix_export.oracle.job import Job, tolerance_of
 from adaptrix_export.oracle.naming import oracle_name
-from adaptrix_export.oracle.prompts import prompts
+from adaptrix_export.oracle.prompts import choose_prompts
 from adaptrix_export.oracle.reference import Reference
 from adaptrix_export.progress import Progress
 from adaptrix_export.prove.blocks import replay_blocks, values_of
@@ -48,9 +48,9 @@ def run_quantized(job: Job, progress: Progress) -> dict[str, Any]:
         reference = (Executed if job.composition else Reference).open(job)
         batches = reference.pad is not None
         cases = select(job.target, job.level, job.task, pooling=job.pooling, batches=batches)
-        asked = prompts(job, reference.vocabulary, reference.positions, reference.pad)
+        prompts = choose_prompts(job, reference.vocabulary, reference.positions, reference.pad)
     with TemporaryDirectory(prefix="adaptrix-loss-") as folder:
-        rows = loss_rows(job, reference, asked.prefill)
+        rows = loss_rows(job, reference, prompts.prefill)
         with progress.stage("reference: the float model's logits", len(rows), "rows"):
             answers = FloatAnswers(rows, lambda row: ask_row(reference, job, row), Path(folder))
         stored = open_stored(job.target, job.artifact)
@@ -65,7 +65,7 @@ def run_quantized(job: Job, progress: Progress) -> dict[str, Any]:
         reference.close()
         with progress.stage("reference: the dequantized model"):
             oracle = dequantized(job, values_of(stored, job.quantized), others)
-            wanted = ask_all(cases, oracle, asked)
+            oracle_answers = ask_all(cases, oracle, prompts)
         oracle.close()
         del stored, others
         gc.collect()
@@ -75,13 +75,17 @@ def run_quantized(job: Job, progress: Progress) -> dict[str, Any]:
             for case in cases:
                 if case.name in FLOAT_CASES:
                     entry = compare(
-                        case, subject, asked, wanted[case.ask], tolerance_of("fp32", job.task)
+                        case,
+                        subject,
+                        prompts,
+                        oracle_answers[case.ask],
+                        tolerance_of("fp32", job.task),
                     )
                     entries.append({**entry, "name": FLOAT + case.name})
         del subject
         with progress.stage("artifact: as it is served", len(cases), "cases") as advance:
             subject = OnnxSubject(job.artifact, job.threads, job.task)
-            entries += _as_served(job, cases, subject, asked, wanted, advance)
+            entries += _as_served(job, cases, subject, prompts, oracle_answers, advance)
         with progress.stage("artifact: the loss", len(rows), "rows"):
             loss = answers.measure(lambda row: ask_row(subject, job, row), job.task, job.max_kl)
     passed = replayed["passed"] and loss["passed"] and all(e["passed"] for e in entries)
@@ -92,7 +96,7 @@ def run_quantized(job: Job, progress: Progress) -> dict[str, Any]:
         "precision": job.precision,
         "tolerance": job.precision,
         "task": job.task,
-        "tokens": asked.source,
+        "tokens": prompts.source,
         "cases": entries,
         "replay": replayed,
         "loss": {"text": job.loss_text, **loss},
@@ -101,12 +105,12 @@ def run_quantized(job: Job, progress: Progress) -> dict[str, Any]:
 
 
 def _as_served(
-    job: Job, cases: Sequence[Case], subject: Any, asked: Any, wanted: Any, advance: Any
+    job: Job, cases: Sequence[Case], subject: Any, prompts: Any, oracle_answers: Any, advance: Any
 ) -> list[dict[str, Any]]:
     entries = []
     for case in cases:
         limits = tolerance_of(job.precision, job.task)
-        entries.append(compare(case, subject, asked, wanted[case.ask], limits))
+        entries.append(compare(case, subject, prompts, oracle_answers[case.ask], limits))
         advance(1)
     return entries
 
@@ -156,8 +160,8 @@ def loss_rows(job: Job, reference: Reference, spare: Sequence[int]) -> list[tupl
 def ask_row(model: Any, job: Job, row: Sequence[int]) -> Logits:
     ids = np.array([row], np.int64)
     if job.task != GENERATION:
-        found: Logits = model.encode(ids, np.ones_like(ids), np.zeros_like(ids))[0]
-        return found
+        logits: Logits = model.encode(ids, np.ones_like(ids), np.zeros_like(ids))[0]
+        return logits
     if isinstance(model, Reference):
         return model.prefill(list(row))
     return feed(model, [tuple(row)])
@@ -167,12 +171,12 @@ def changed_floats(job: Job, reference: Any) -> dict[str, NDArray[np.float32]]:
     """The parameters that stay float and that adapters change, as the artifact has them."""
     inside = {n for entry in job.quantized.values() for n in names(entry["expression"])}
     read = {n for e in job.weights.values() for n in names(e)} - inside
-    found = {}
+    changed_values = {}
     for name in sorted(read):
         value, changed = reference.live(name)
         if changed:
-            found[name] = value.astype(np.float32)
-    return found
+            changed_values[name] = value.astype(np.float32)
+    return changed_values
 
 
 def merged_replay(

@@ -120,8 +120,8 @@ def _replay_one(
     artifact = stored.read(name)
     kind = format_of(artifact.dtype)
     if kind is None or (promised is not None and kind.bits < promised.bits):
-        wanted = promised.name if promised else "a float of 16 or 32 bits"
-        _fail(outcome, name, expression, f"stored as {artifact.dtype}, expected {wanted}")
+        promised_type = promised.name if promised else "a float of 16 or 32 bits"
+        _fail(outcome, name, expression, f"stored as {artifact.dtype}, expected {promised_type}")
         return None
     expected = evaluate(expression, read)
     if expected.shape != artifact.shape:
@@ -173,14 +173,14 @@ def _measure(
     noise += allowed
     room = 1 + NOISE_OF_VALUE * 2.0**kind.bits
     worst, wrong = 0.0, 0
-    for found, wanted in _blocks(artifact, expected):
-        error = found.astype(np.float64)
-        error -= wanted
+    for stored, exact_values in _blocks(artifact, expected):
+        error = stored.astype(np.float64)
+        error -= exact_values
         np.abs(error, out=error)
-        half = kind.half_ulp(wanted)
+        half = kind.half_ulp(exact_values)
         if exact:
             # to fp32 first is exact here: an untouched base has at most fp32's precision
-            bad = found != wanted.astype(np.float32).astype(kind.dtype)
+            bad = stored != exact_values.astype(np.float32).astype(kind.dtype)
         else:
             bad = ~(error <= half * room + noise)  # negated, so that NaN is bad
         wrong += int(np.count_nonzero(bad))

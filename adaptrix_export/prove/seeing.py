@@ -14,8 +14,8 @@ STEPS = 6  # tokens that are fed one by one
 def _case(name: str, rows: str, cut: int | None) -> Case:
     def question(model: Any, prompts: Prompts) -> Logits:
         source = prompts.drawn[rows]
-        found: Logits = model.look(source) if cut is None else model.converse(source, cut)
-        return found
+        logits: Logits = model.look(source) if cut is None else model.converse(source, cut)
+        return logits
 
     return Case(
         name,

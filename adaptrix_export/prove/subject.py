@@ -63,7 +63,7 @@ class OnnxSubject:
         path = located(folder, file)
         graph: str | bytes = str(path)
         if accuracy_level is not None:
-            graph = with_accuracy_level(path, accuracy_level)
+            graph = set_accuracy_level(path, accuracy_level)
             options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent))
         self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self._inputs = {i.name: i for i in self._session.get_inputs()}
@@ -92,8 +92,8 @@ class OnnxSubject:
         return logits.astype(np.float32), present
 
     def encode(self, ids: Ids, mask: Ids, types: Ids) -> Logits:
-        found = self._whole(self._answer, ids, mask, types)
-        return found if found.ndim == 3 else found[:, None]
+        output = self._whole(self._answer, ids, mask, types)
+        return output if output.ndim == 3 else output[:, None]
 
     def pool(self, ids: Ids, mask: Ids, types: Ids, kind: str) -> Logits:
         return self._whole("sentence_embedding", ids, mask, types)[:, None]
@@ -126,7 +126,7 @@ class OnnxSubject:
         return past
 
 
-def with_accuracy_level(path: Path, level: int) -> bytes:
+def set_accuracy_level(path: Path, level: int) -> bytes:
     """The graph in a file with another accuracy level of its quantized products: 0 leaves
     activations as they are."""
     import onnx
@@ -136,8 +136,8 @@ def with_accuracy_level(path: Path, level: int) -> bytes:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = level
-    found: bytes = model.SerializeToString()
-    return found
+    serialized: bytes = model.SerializeToString()
+    return serialized
 
 
 class SwitchableSubject(OnnxSubject):

@@ -20,7 +20,7 @@ from adaptrix_export.graph.rewrite.slots import Slot
 from adaptrix_export.oracle.compare import Logits, rounded
 from adaptrix_export.oracle.job import GateSpec, Job, Tolerance, tolerance_of
 from adaptrix_export.oracle.naming import oracle_name
-from adaptrix_export.oracle.prompts import Prompts, prompts
+from adaptrix_export.oracle.prompts import Prompts, choose_prompts
 from adaptrix_export.oracle.reference import Reference
 from adaptrix_export.progress import Progress
 from adaptrix_export.prove.cases import (
@@ -77,7 +77,7 @@ def _report(job: Job, progress: Progress, scratch: Path) -> dict[str, Any]:
     answered: list[Answers] = []
     blocks: dict[str | None, OnBlocks] = {}
     replayed, factors = nothing_replayed(), dict[str, Any]()
-    asked: Prompts | None = None
+    prompts: Prompts | None = None
     for name in ([None] if job.weights else []) + names:
         own = tuple(pair for pair in job.adapters if pair[0] == name)
         with progress.stage(f"reference: {name or BASE}"):
@@ -86,9 +86,9 @@ def _report(job: Job, progress: Progress, scratch: Path) -> dict[str, Any]:
             reference, blocks[name] = on_blocks(job, reference, own, scratch, progress)
         with progress.stage(f"reference: {name or BASE}, logits"):
             gates = reference.put_gates(job.gates)
-            asked = asked or prompts(job, reference.vocabulary, reference.positions)
-            opened = ask_gates(replace(job, gates=gates), reference, asked) if gates else None
-            answered.append(Answers(name, ask_all(cases, reference, asked), gates, opened))
+            prompts = prompts or choose_prompts(job, reference.vocabulary, reference.positions)
+            opened = ask_gates(replace(job, gates=gates), reference, prompts) if gates else None
+            answered.append(Answers(name, ask_all(cases, reference, prompts), gates, opened))
         if name is None and job.quantized:
             replayed = blocks[name].replayed
         elif name is None:
@@ -98,46 +98,46 @@ def _report(job: Job, progress: Progress, scratch: Path) -> dict[str, Any]:
                     stored, dict(job.weights), reference.live, job.precision, advance
                 )
         else:
-            held = row_values(job, facts, name) if "rows" in facts else adapter_values(job, name)
+            values = row_values(job, facts, name) if "rows" in facts else adapter_values(job, name)
             shares = {gate.site: gate.weight for gate in gates if gate.weight is not None}
-            factors[name] = check_factors(slots, held, reference, shares)
+            factors[name] = check_factors(slots, values, reference, shares)
         reference.close()
-    assert asked is not None
+    assert prompts is not None
     entries = list[dict[str, Any]]()
     if answered[0].name is None and "rows" not in facts:
-        entries += _compared_twin(job, cases, asked, answered[0], progress)
+        entries += _compared_twin(job, cases, prompts, answered[0], progress)
     with progress.stage("artifact: loading"):
         subject = SwitchableSubject(job)
-    entries += compared(job, cases, subject, asked, answered, progress)
-    told: dict[str, Any] = {}
+    entries += compared(job, cases, subject, prompts, answered, progress)
+    sections: dict[str, Any] = {}
     if job.quantized:
-        entries += _float_activations(job, cases, asked, answered, progress)
-        told["loss"] = _losses(job, subject, blocks)
+        entries += _float_activations(job, cases, prompts, answered, progress)
+        sections["loss"] = _losses(job, subject, blocks)
     if job.gates:
-        told["context"] = compared_gates(job, subject, asked, answered)
-    return report_of(job, asked, replayed, entries, factors, told)
+        sections["context"] = compared_gates(job, subject, prompts, answered)
+    return report_of(job, prompts, replayed, entries, factors, sections)
 
 
 def report_of(
     job: Job,
-    asked: Prompts,
+    prompts: Prompts,
     replayed: Mapping[str, Any],
     entries: list[dict[str, Any]],
     factors: Mapping[str, Any],
-    told: Mapping[str, Any],
+    sections: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The report of what has been compared, passed if all of it did; `told` are more parts."""
-    parts = (replayed, *entries, *factors.values(), *told.values())
+    """The report; passed if every part passed. `sections` are parts that only some jobs have."""
+    parts = (replayed, *entries, *factors.values(), *sections.values())
     return {
         "oracle": DEQUANTIZED * bool(job.quantized)
         + oracle_name(job.oracle, gated=bool(job.gates), apart=True),
         "precision": job.precision,
         "tolerance": job.precision,
-        "tokens": asked.source,
+        "tokens": prompts.source,
         "cases": entries,
         "replay": replayed,
         "adapters": factors,
-        **told,
+        **sections,
         "passed": all(bool(part.get("passed", True)) for part in parts),
     }
 
@@ -151,7 +151,7 @@ def slots_of(job: Job) -> list[Slot]:
 def _float_activations(
     job: Job,
     cases: Sequence[Case],
-    asked: Prompts,
+    prompts: Prompts,
     answered: Sequence[Answers],
     progress: Progress,
 ) -> list[dict[str, Any]]:
@@ -162,7 +162,7 @@ def _float_activations(
         subject = SwitchableSubject(job, accuracy_level=0)
         for answers in answered:
             subject.choose(answers.name)
-            entry = compare(cases[0], subject, asked, answers.of[cases[0].ask], limits)
+            entry = compare(cases[0], subject, prompts, answers.of[cases[0].ask], limits)
             entries.append({**entry, "name": f"{FLOAT}{answers.name or BASE}: {cases[0].name}"})
             advance(1)
     return entries
@@ -172,14 +172,14 @@ def _losses(
     job: Job, subject: SwitchableSubject, blocks: Mapping[str | None, OnBlocks]
 ) -> dict[str, Any]:
     """The loss of the base and of each adapter; of the whole the largest."""
-    found: dict[str, Any] = {}
+    losses: dict[str, Any] = {}
     for name, own in blocks.items():
         subject.choose(name)
         measured = own.answers.measure(lambda row: ask_row(subject, job, row), job.task, job.max_kl)
-        found[name or BASE] = measured
-    worst = max(found.values(), key=lambda loss: loss["mean_kl"])
-    passed = all(loss["passed"] for loss in found.values())
-    return {"text": job.loss_text, **worst, "each": found, "passed": passed}
+        losses[name or BASE] = measured
+    worst = max(losses.values(), key=lambda loss: loss["mean_kl"])
+    passed = all(loss["passed"] for loss in losses.values())
+    return {"text": job.loss_text, **worst, "each": losses, "passed": passed}
 
 
 def facts_of(job: Job) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def nothing_replayed() -> dict[str, Any]:
 def _compared_twin(
     job: Job,
     cases: Sequence[Case],
-    asked: Prompts,
+    prompts: Prompts,
     base: Answers,
     progress: Progress,
 ) -> list[dict[str, Any]]:
@@ -224,7 +224,7 @@ def _compared_twin(
         subject = OnnxSubject(job.artifact, job.threads, file=SLOTLESS)
         entries = []
         for case in cases:
-            entry = compare(case, subject, asked, base.of[case.ask], limits)
+            entry = compare(case, subject, prompts, base.of[case.ask], limits)
             entries.append({**entry, "name": f"{TWIN}: {case.name}"})
             advance(1)
     return entries
@@ -234,7 +234,7 @@ def compared(
     job: Job,
     cases: Sequence[Case],
     subject: SwitchableSubject,
-    asked: Prompts,
+    prompts: Prompts,
     answered: Sequence[Answers],
     progress: Progress,
 ) -> list[dict[str, Any]]:
@@ -245,21 +245,21 @@ def compared(
         for answers in answered:
             subject.choose(answers.name)
             for case in cases:
-                entry = compare(case, subject, asked, answers.of[case.ask], limits)
+                entry = compare(case, subject, prompts, answers.of[case.ask], limits)
                 entries.append({**entry, "name": f"{answers.name or BASE}: {case.name}"})
                 advance(1)
     if subject.by_row and job.level == "full":
-        entries += _mixed(subject, asked, answered, limits)
+        entries += _mixed(subject, prompts, answered, limits)
     return entries
 
 
 def _mixed(
-    subject: SwitchableSubject, asked: Prompts, answered: Sequence[Answers], limits: Tolerance
+    subject: SwitchableSubject, prompts: Prompts, answered: Sequence[Answers], limits: Tolerance
 ) -> list[dict[str, Any]]:
     """The ragged batches again, each row with another adapter, as many times as it takes until
     every adapter has been in a batch with others."""
-    found = []
-    lengths = [len(row) for row in asked.rows]
+    entries = []
+    lengths = [len(row) for row in prompts.rows]
     cuts = np.cumsum(lengths)[:-1]
     for first in range(0, len(answered), len(lengths)):
         chosen = [answered[(first + row) % len(answered)] for row in range(len(lengths))]
@@ -270,13 +270,13 @@ def _mixed(
         label = ", ".join(answers.name or "base" for answers in chosen)
         for case in CASES:
             if case.ask is ask_rows:
-                entry = compare(case, subject, asked, Answer(np.concatenate(parts)), limits)
-                found.append({**entry, "name": f"rows of {label}: {case.name}"})
-    return found
+                entry = compare(case, subject, prompts, Answer(np.concatenate(parts)), limits)
+                entries.append({**entry, "name": f"rows of {label}: {case.name}"})
+    return entries
 
 
 def compared_gates(
-    job: Job, subject: SwitchableSubject, asked: Prompts, answered: Sequence[Answers]
+    job: Job, subject: SwitchableSubject, prompts: Prompts, answered: Sequence[Answers]
 ) -> dict[str, Any]:
     """The report's `context`: the graph's function nodes, and each adapter's own gates.
 
@@ -292,7 +292,7 @@ def compared_gates(
         subject.choose(answers.name)
         places = [depending.index(g.site) for g in answers.gates if g.depends_on_data]
         own = replace(job, gates=answers.gates)
-        entry = compare_gates(own, subject, asked, answers.opened, places)
+        entry = compare_gates(own, subject, prompts, answers.opened, places)
         sites += [{"adapter": answers.name, **line} for line in entry["sites"]]
         checks += [{**c, "name": f"{answers.name}: {c['name']}"} for c in entry["checks"]]
     return {"sites": sites, "checks": checks, "passed": all(c["passed"] for c in checks)}
@@ -310,29 +310,29 @@ def check_factors(
     What a slot adds outside of the columns of adapted modules must be nothing at all; a module
     that the oracle adapts and no slot holds is a failure, too.
     """
-    worst, failures, held = 0.0, list[str](), set[str]()
+    worst, failures, covered = 0.0, list[str](), set[str]()
     for slot in slots:
         filled = slot.a in values
         a = values[slot.a].astype(np.float64) if filled else np.zeros((slot.inputs, 0))
         b = values[slot.b].astype(np.float64) if filled else np.zeros((0, slot.outputs))
         outside = np.ones(slot.outputs, bool)
         for member in slot.members:
-            wanted, size = reference.delta(member.site)
-            held.add(member.site)
-            if wanted is None:
+            expected, size = reference.delta(member.site)
+            covered.add(member.site)
+            if expected is None:
                 continue
-            wanted = shares.get(member.site, 1.0) * wanted
+            expected = shares.get(member.site, 1.0) * expected
             columns = slice(*member.columns)
             outside[columns] = False
-            found = (a @ b[:, columns]).T
+            product = (a @ b[:, columns]).T
             room = ROUNDING * (np.abs(a) @ np.abs(b[:, columns])).T + NOISE * size
-            off = np.abs(found - wanted[slice(*member.rows)]) / room
+            off = np.abs(product - expected[slice(*member.rows)]) / room
             worst = max(worst, float(np.nan_to_num(off, nan=np.inf).max(initial=0.0)))
             if not (off <= 1).all():
                 failures.append(member.site)
         if b[:, outside].any():
             failures.append(f"{slot.name}: columns of modules that the adapter leaves alone")
-    failures += [f"{site}: no slot" for site in sorted(reference.adapted() - held)]
+    failures += [f"{site}: no slot" for site in sorted(reference.adapted() - covered)]
     return {
         "slots": sum(slot.a in values for slot in slots),
         "worst": rounded(worst),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from adaptrix_export.oracle.job import Job
-from adaptrix_export.oracle.prompts import crossing, prompts
+from adaptrix_export.oracle.prompts import choose_prompts, crossing
 from adaptrix_export.oracle.thresholds import AROUND, Threshold, thresholds
 
 LONG = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
@@ -68,6 +68,6 @@ def test_a_threshold_beyond_the_positions_is_not_crossed() -> None:
 
 def test_usual_prompts_stay_below_a_length_at_which_the_model_switches() -> None:
     switch = Threshold("dynamic rotary embedding", 32, switching=True)
-    asked = prompts(job(switch), 300, 256)
+    asked = choose_prompts(job(switch), 300, 256)
     longest = max(len(asked.prefill), len(asked.decode) + asked.steps, *map(len, asked.rows))
     assert longest <= 32

@@ -17,7 +17,7 @@ from rich.console import Console
 from adaptrix_export.errors import ParityError
 from adaptrix_export.oracle.compare import distance
 from adaptrix_export.oracle.job import TOLERANCES, Job
-from adaptrix_export.oracle.prompts import CACHED, prompts
+from adaptrix_export.oracle.prompts import CACHED, choose_prompts
 from adaptrix_export.prove.cases import CASES, Answer, compare
 from adaptrix_export.prove.report import save, summary
 from adaptrix_export.prove.subject import TransformersSubject
@@ -69,7 +69,7 @@ def test_logits_of_another_shape_are_an_error() -> None:
 
 def test_prompts_stay_within_the_positions_of_the_model(tmp_path: Path) -> None:
     for room in (4, 17, 40, 129, 2048):
-        asked = prompts(a_job(tmp_path), vocabulary=50, positions=room)
+        asked = choose_prompts(a_job(tmp_path), vocabulary=50, positions=room)
         assert len(asked.prefill) + asked.steps <= room or len(asked.prefill) == room - asked.steps
         assert len(asked.decode) + asked.steps <= room
         assert max(map(len, asked.rows)) <= room
@@ -77,7 +77,7 @@ def test_prompts_stay_within_the_positions_of_the_model(tmp_path: Path) -> None:
     assert asked.cached == CACHED and asked.steps == 32 and len(asked.prefill) == 128
     assert len(set(map(len, asked.rows))) == 3
     with pytest.raises(ParityError, match="3 positions"):
-        prompts(a_job(tmp_path), 50, 3)
+        choose_prompts(a_job(tmp_path), 50, 3)
 
 
 def a_report(**changed: Any) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def test_the_padded_cases_are_right_where_the_model_is(
 
     job = dataclasses.replace(a_job(tmp_path), base_folder=base(kind), threads=1)
     reference = Reference.open(job)
-    asked = prompts(job, reference.vocabulary, reference.positions)
+    asked = choose_prompts(job, reference.vocabulary, reference.positions)
     subject = TransformersSubject(base(kind), threads=1)
     for case in CASES:
         entry = compare(case, subject, asked, case.ask(reference, asked), FP32)

@@ -78,10 +78,10 @@ def cache_folder() -> Path:
 
 
 def _entry(question: Question) -> Path:
-    asked = {
+    key = {
         **asdict(question), "versions": versions(), "sources": sources_hash(), "format": FORMAT,
     }  # fmt: skip
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "preflight" / f"{digest}.json"
 
 

@@ -42,12 +42,12 @@ def shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
     small = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
     count = next((config[k] for k in _COUNTS if isinstance(config.get(k), int)), None)
     if count is not None:
-        kept = _layers_kept(config, count)
+        layers = _layers_kept(config, count)
         for key, value in config.items():
             if key in _COUNTS and value == count:
-                small[key] = kept
-            elif isinstance(value, list) and len(value) == count and count > kept:
-                small[key] = value[:kept]
+                small[key] = layers
+            elif isinstance(value, list) and len(value) == count and count > layers:
+                small[key] = value[:layers]
     _shrink_heads(small)
     for key, most in _AT_MOST.items():
         if isinstance(small.get(key), int) and not isinstance(small[key], bool):
@@ -61,16 +61,16 @@ def shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layers_kept(config: Mapping[str, Any], count: int) -> int:
     """Layers from the first on until each kind that a list or a period names has come."""
-    kept = LAYERS
+    layers = LAYERS
     for value in config.values():
         if isinstance(value, list) and len(value) == count:
             first = {repr(kind): place for place, kind in reversed(list(enumerate(value)))}
-            kept = max(kept, 1 + max(first.values()))
+            layers = max(layers, 1 + max(first.values()))
     for key in ("sliding_window_pattern", "no_rope_layer_interval", "first_k_dense_replace",
                 "global_attn_every_n_layers", "decoder_sparse_step"):  # fmt: skip
         if isinstance(config.get(key), int):
-            kept = max(kept, config[key] + 1)
-    return min(kept, count)
+            layers = max(layers, config[key] + 1)
+    return min(layers, count)
 
 
 def _shrink_heads(small: dict[str, Any]) -> None:

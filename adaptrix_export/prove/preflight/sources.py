@@ -30,10 +30,10 @@ def sources_hash(root: Path = ROOT) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of all that takes part, as far as it is installed."""
-    found = {"adaptrix-export": __version__, "python": platform.python_version()}
+    versions = {"adaptrix-export": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue  # only one of the two ONNX Runtime packages is ever installed
-    return found
+    return versions

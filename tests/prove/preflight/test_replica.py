@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig
 
 from adaptrix_export.oracle.job import Job
-from adaptrix_export.oracle.prompts import Prompts, prompts
+from adaptrix_export.oracle.prompts import Prompts, choose_prompts
 from adaptrix_export.prove.preflight.child import STEPS
 from adaptrix_export.prove.preflight.replica import LAYERS, ORIGINAL, WINDOW, save_replica, shrunk
 
@@ -30,7 +30,7 @@ def asked(config: dict[str, Any], positions: int) -> Prompts:
     """What the proof of a replica asks, by the lengths of the prompts."""
     nowhere = Path("nowhere")
     job = Job("onnx", nowhere, nowhere, "fp32", {}, decode_steps=STEPS)
-    return prompts(job, config["vocab_size"], positions)
+    return choose_prompts(job, config["vocab_size"], positions)
 
 
 @pytest.mark.parametrize(
