@@ -1,8 +1,8 @@
-"""How a graph's initializer is made from the base's tensors: data, not code.
+"""Expressions: how the value of an initializer is computed from tensors of the base, as data.
 
-A front end may transpose a weight, cut a fused one apart, or stack several. Each initializer is
-therefore bound to an expression over tensor names, kept as nested lists so that the manifest can
-carry it and a check can evaluate it again:
+A front end may transpose a weight, split a fused one, or stack several. Each initializer is
+therefore bound to an expression over tensor names, stored as nested lists so that the manifest can
+contain it and a check can evaluate it again:
 
     ["tensor", name]                    ["transpose", [1, 0], e]      ["reshape", [shape], e]
     ["slice", axis, start, stop, e]     ["concat", axis, [e, ...]]    ["affine", scale, shift, e]
@@ -41,12 +41,11 @@ def evaluate(
     read: Callable[[str], Array],
     rows: Callable[[str, int, int], Array] | None = None,
 ) -> Array:
-    """The initializer's values, with `read` giving the values of a tensor by name.
+    """The initializer's values; `read(name)` returns the values of a tensor.
 
-    `rows`, where given, reads a run of rows alone: one expert of many.
+    `rows(name, start, stop)`, if given, reads a range of rows only: one expert of many.
 
-    Works in the dtype that `read` returns. The result may be a view; it is contiguous only if
-    the caller makes it so.
+    Computes in the dtype that `read` returns. The result may be a view that is not contiguous.
     """
     kind, *rest = expression
     if kind == "tensor":

@@ -1,4 +1,4 @@
-"""A drawn graph: ONNX whose weights are expressions over the base's tensors, not values."""
+"""The graph of a front end: ONNX whose weights are expressions over tensors of the base."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 from adaptrix_export.graph.expression import Expression
 
 if TYPE_CHECKING:
-    import onnx_ir as ir  # with sympy, which takes longer to import than all that a merge needs
+    import onnx_ir as ir  # imports sympy, which takes longer than all imports of a merge
 
 
 @dataclass(frozen=True)
 class Graph:
-    """What a front end draws, in float32, with the interface of the package's README.
+    """The result of a front end, in float32, with the inputs and outputs that README lists.
 
     `weights`: initializer name -> expression over base tensor names, for every initializer of
     `model` that has no constant value. `unused`: base tensors that the graph does not read.
-    `reason` says why `auto` took this front end, where it had a choice.
+    `reason`: why `auto` chose this front end, where it had a choice.
     """
 
     model: ir.Model

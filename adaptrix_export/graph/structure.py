@@ -1,8 +1,8 @@
-"""What every graph of a front end must be, checked before its weights are written.
+"""Structural checks of the graph that a front end returns, made before its weights are written.
 
-No value takes part: names, types and ranks of the interface, a `present` for each `past`,
-initializers that contradict what is said of them, and the checker of onnx. It also runs where no
-proof is asked for.
+No values are read. Checked are the names, types and ranks of the interface, a `present` for each
+`past`, initializers whose declared type or shape is not that of their tensor, and onnx.checker. The
+checks also run where parity is off.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _STATES = {"encoder_hidden_states": 3}
 _CACHE_RANK = 4
 _OF_TOKENS = (GENERATION, FEATURES, TOKENS, SEQUENCES, SEQ2SEQ)
 _ANSWERS = ("logits", "last_hidden_state")
-# Operators that ONNX Runtime registers in the domain of ONNX itself, whose checker does not know
-# them: checked as what they are, operators of another domain.
+# Operators that ONNX Runtime registers in the domain of ONNX, whose checker does not know them:
+# they are moved to the domain com.microsoft for the check.
 _ELSEWHERE = frozenset({"SimplifiedLayerNormalization"})
 _FLOATING = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 Fault = tuple[str, str, str]  # place, found, expected
@@ -38,17 +38,17 @@ Fault = tuple[str, str, str]  # place, found, expected
 def check_structure(
     model: ir.Model, weights: Mapping[str, Expression], plan: Plan, frontend: str
 ) -> None:
-    """Raise UnsupportedError at the first thing that is wrong with the graph of a front end.
+    """Raise UnsupportedError for the first fault in the graph of a front end.
 
     `weights` are the initializers without a value, by name, as in `graph.Graph`.
     """
     task = plan.base.task
-    # Models with other inputs than tokens have names of their own.
+    # Models with other inputs than tokens have other input and output names.
     tokens = task in _OF_TOKENS and plan.base.skeleton is None
     for checks in (
         *((_inputs(model, task), _outputs(model, task)) if tokens else ()),
         _initializers(model, weights, plan),
-        _by_onnx(model),
+        _check_with_onnx(model),
     ):
         for place, found, expected in checks:
             raise UnsupportedError(
@@ -58,8 +58,8 @@ def check_structure(
 
 
 def _inputs(model: ir.Model, task: str) -> Iterator[Fault]:
-    found = {str(value.name): value for value in model.graph.inputs}
-    for name, value in found.items():
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    for name, value in inputs.items():
         cache = name.startswith(PAST) and task in (GENERATION, SEQ2SEQ)
         rank = _CACHE_RANK if cache else _TOKENS.get(name, _STATES.get(name))
         if rank is None:
@@ -68,23 +68,23 @@ def _inputs(model: ir.Model, task: str) -> Iterator[Fault]:
         types = (ir.DataType.INT64,) if name in _TOKENS else _FLOATING
         yield from _typed(name, value, types, (rank,))
     for name in ("input_ids",):
-        if name not in found:
+        if name not in inputs:
             yield name, "no such input", "one"
 
 
 def _outputs(model: ir.Model, task: str) -> Iterator[Fault]:
-    found = {str(value.name): value for value in model.graph.outputs}
-    answers = [name for name in found if name in _ANSWERS]
+    outputs = {str(value.name): value for value in model.graph.outputs}
+    answers = [name for name in outputs if name in _ANSWERS]
     if len(answers) != 1:
-        yield "outputs", ", ".join(found) or "none", f"one of {' and '.join(_ANSWERS)}"
-    if task == FEATURES and "logits" in found:
+        yield "outputs", ", ".join(outputs) or "none", f"one of {' and '.join(_ANSWERS)}"
+    if task == FEATURES and "logits" in outputs:
         yield "outputs", "logits", "last_hidden_state, the answer of this task"
     for name in answers:
         ranks = (2,) if task == SEQUENCES else (3,)
-        yield from _typed(name, found[name], _FLOATING, ranks)
+        yield from _typed(name, outputs[name], _FLOATING, ranks)
     past = {str(v.name).removeprefix(PAST) for v in model.graph.inputs
             if str(v.name).startswith(PAST)}  # fmt: skip
-    present = {name.removeprefix(PRESENT) for name in found if name.startswith(PRESENT)}
+    present = {name.removeprefix(PRESENT) for name in outputs if name.startswith(PRESENT)}
     for name in sorted(past ^ present):
         if name in past:
             yield f"{PAST}{name}", f"no {PRESENT}{name}", "a present for each past"
@@ -92,7 +92,7 @@ def _outputs(model: ir.Model, task: str) -> Iterator[Fault]:
             yield f"{PRESENT}{name}", f"no {PAST}{name}", "a past for each present"
     if task == GENERATION and not past:
         yield "inputs", "no cache", f"{PAST}*"
-    for name, value in found.items():
+    for name, value in outputs.items():
         if name.startswith(PRESENT):
             yield from _typed(name, value, _FLOATING, (_CACHE_RANK,))
         elif name not in _ANSWERS:
@@ -114,7 +114,7 @@ def _initializers(
 ) -> Iterator[Fault]:
     changes = plan.changes()
     for name, value in model.graph.initializers.items():
-        held = value.const_value
+        constant = value.const_value
         if name in weights:
             if value.dtype != ir.DataType.FLOAT:  # the weights are written as float32
                 yield name, f"type {value.dtype}", "FLOAT, as its weights are written"
@@ -124,27 +124,27 @@ def _initializers(
                 stored = plan.base.tensors.get(plan.base.tied.get(source, source))
                 if source not in changes and stored is not None and stored.dtype not in FLOATS:
                     yield name, f"{source}, which is {stored.dtype}", "a tensor of floats"
-        elif held is None:
+        elif constant is None:
             yield name, "an initializer without a value", "a constant or a tensor of the base"
         else:
-            if value.dtype is not None and value.dtype != held.dtype:
-                yield name, f"{held.dtype} said to be {value.dtype}", "one type"
-            if value.shape is not None and value.shape != held.shape:
-                yield name, f"{held.shape} said to be {value.shape}", "one shape"
+            if value.dtype is not None and value.dtype != constant.dtype:
+                yield name, f"{constant.dtype} said to be {value.dtype}", "one type"
+            if value.shape is not None and value.shape != constant.shape:
+                yield name, f"{constant.shape} said to be {value.shape}", "one shape"
 
 
-def _by_onnx(model: ir.Model) -> Iterator[Fault]:
-    """onnx.checker with inference of types and shapes, on a copy that has weights as inputs."""
+def _check_with_onnx(model: ir.Model) -> Iterator[Fault]:
+    """onnx.checker with type and shape inference, on a copy whose weights are graph inputs."""
     graph = model.graph
-    kept = {name: v for name, v in graph.initializers.items() if v.const_value is None}
-    for name in kept:
+    unbound = {name: v for name, v in graph.initializers.items() if v.const_value is None}
+    for name in unbound:
         del graph.initializers[name]
     try:
         proto = ir.serde.serialize_model(model)
     finally:
-        for name, value in kept.items():
+        for name, value in unbound.items():
             graph.initializers[name] = value
-    for name, value in kept.items():
+    for name, value in unbound.items():
         known = ir.serde.serialize_value(value)
         known.name = name
         proto.graph.input.append(known)

@@ -1,8 +1,8 @@
-"""Front ends: a plan in, an ONNX graph out whose weights are expressions, not values.
+"""Front ends: each turns a plan into an ONNX graph whose weights are expressions, not values.
 
-A front end is a row of `FRONTENDS`. None of them is trusted: whoever draws hands in a trial, which
-compares a front end's graph of a small model of the same kind with PyTorch before it is used, and
-the parity check that follows every build decides.
+A front end is a row of `FRONTENDS`. None of them is trusted: the caller passes a trial, which
+compares the front end's graph of a small random model of the same type with PyTorch first, and the
+parity check of the build has the last word.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a front end may be used; `why` not names the case that failed, or its refusal."""
+    """Whether a front end may be used; if not, `why` is the failed case or the refusal."""
 
     passed: bool
     why: str = ""
 
 
 class Trial(Protocol):
-    """Tries a front end on a small replica of the plan's model, before it draws the model."""
+    """Tries a front end on a small random replica of the plan's model."""
 
     def __call__(self, plan: Plan, provider: str, frontend: str, progress: Progress) -> Verdict: ...
 
@@ -80,7 +80,7 @@ def draw(
 
 
 def _drawn(frontend: str, plan: Plan, provider: str, progress: Progress) -> Graph:
-    """What a front end gives, its structure checked before a weight is read."""
+    """The graph of a front end, after `check_structure`."""
     graph = FRONTENDS[frontend](plan, provider, progress)
     from adaptrix_export.graph.structure import check_structure
 
@@ -91,7 +91,7 @@ def _drawn(frontend: str, plan: Plan, provider: str, progress: Progress) -> Grap
 def _try(plan: Plan, provider: str, frontend: str, progress: Progress, trial: Trial | None) -> None:
     """Raise UnsupportedError where a front end draws a small replica of the model wrongly."""
     if trial is None or frontend not in REMEDIES:
-        return  # the process of the trial does not know a front end added at run time
+        return  # the trial's process does not know front ends that were added at run time
     with progress.stage(f"trying the {frontend} front end on a small replica"):
         verdict = trial(plan, provider, frontend, progress)
     if not verdict.passed:
@@ -105,8 +105,8 @@ def _try(plan: Plan, provider: str, frontend: str, progress: Progress, trial: Tr
 def draw_parts(
     plan: Plan, provider: str, frontend: str, progress: Progress, trial: Trial | None = None
 ) -> dict[str, Graph]:
-    """The graphs of an encoder-decoder, or of a model whose names were read off its class, by file
-    name; only the traced front end draws them.
+    """The graphs of a model that is exported as several files, by file name: encoder-decoders, and
+    models whose module names come from their class. Only the traced front end supports them.
 
     Raises UnsupportedError where another is asked for, and what that one raises.
     """
@@ -125,7 +125,7 @@ def draw_parts(
         from adaptrix_export.graph.frontends.traced_parts import traced_parts
 
         trace, kind = traced_parts, "an encoder-decoder"
-        # Of models with other inputs than tokens there are no replicas yet: the proof judges them.
+        # There are no replicas of models with other inputs than tokens: only parity checks them.
         if plan.base.task == SEQ2SEQ:
             _try(plan, provider, "traced", progress, trial)
     parts = trace(plan, provider, progress)

@@ -1,7 +1,7 @@
-"""Whose fault an exception is: that of a library that draws or runs a graph, or our own.
+"""Tells exceptions of the libraries that build or run a graph from those of this package.
 
-A refusal of a model by mobius-onnx, by torch.export or by ONNX Runtime says something about the
-model; a slip in our own code says nothing, and must not pass for a verdict on a front end.
+An exception of mobius-onnx, torch.export or ONNX Runtime says that they cannot handle the model;
+one of our own code is a bug, and must not count as a verdict on a front end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import PurePath
 # Packages that build, trace, convert or run a graph, by the folder of their modules.
 THEIRS = frozenset({"mobius", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "torch",
                     "transformers"})  # fmt: skip
-# By front end: what to do where it cannot draw a model.
+# By front end: the remedy when it cannot build a model's graph.
 REMEDIES = {
     "native": "build with --frontend traced, or use --target safetensors",
     "traced": "use --target safetensors",
@@ -23,7 +23,7 @@ OURS = PurePath(__file__).parents[2]
 def raised_by(error: BaseException) -> str | None:
     """The package of `THEIRS` whose code raised an exception, or called what raised it.
 
-    None where code of ours did: the innermost frame that belongs to them or to us decides, since
+    None if it was code of this package. The innermost frame that belongs to either decides, since
     both call numpy and the standard library.
     """
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

@@ -1,4 +1,4 @@
-"""The transformers config of the model that a plan makes."""
+"""The transformers config of a plan's model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from adaptrix_export.plan import Plan
 
 
 def live_config(plan: Plan) -> Any:
-    """A PretrainedConfig: the base's config.json with what the plan changes in it.
+    """A PretrainedConfig: the base's config.json with the plan's changes.
 
-    Without a dtype, because a graph is drawn in float32 whatever the files store.
+    Without a dtype: graphs are built in float32, whatever dtype the files store.
     """
     from transformers import AutoConfig
 

@@ -1,7 +1,7 @@
 """Front end `native`: mobius-onnx, whose modules are written for ONNX Runtime's fused operators.
 
-It takes seconds, is exact for some model types and wrong for others. What it leaves wrong for
-padded batches alone is put right here.
+It takes seconds, is exact for some model types and wrong for others. Graphs that are wrong only for
+padded batches are corrected here.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ def _native_module(plan: Plan, module_class: Any) -> tuple[Any, Any]:
 
 @contextmanager
 def _native_faults(plan: Plan) -> Iterator[None]:
-    """What mobius raises for a config it cannot build, as a refusal that names the model type.
+    """Turn what mobius raises for a config that it cannot build into an UnsupportedError.
 
-    A fault of ours on the way there is none of a model's, and stays what it is.
+    Exceptions raised by code of this package are not converted: they are bugs.
     """
     from adaptrix_export.errors import AdaptrixError
 
@@ -115,14 +115,14 @@ def _native_faults(plan: Plan) -> Iterator[None]:
 
 
 def _recorded(plan: Plan) -> Iterator[tuple[str, Any]]:
-    """Every base tensor as a shape that records, merged shapes where a replacement changes one."""
+    """Every base tensor as a `Recorded` tensor, of its merged shape if a replacement changes it."""
     from adaptrix_export.graph.expression import tensor
     from adaptrix_export.graph.frontends.recorder import Recorded
 
     changes, untied = plan.changes(), plan.untied()
     for name, stored in plan.base.tensors.items():
         if name in plan.base.tied and name not in untied:
-            continue  # shared: the front end takes the embedding
+            continue  # tied: the front end reads the embedding
         yield name, Recorded(changes[name].shape if name in changes else stored.shape, tensor(name))
     for name in untied:
         if name not in plan.base.tensors:
@@ -132,7 +132,7 @@ def _recorded(plan: Plan) -> Iterator[tuple[str, Any]]:
 
 
 def _check_bound(plan: Plan, model: ir.Model, weights: Mapping[str, Expression]) -> None:
-    """Every initializer has its tensors, of its shape; every changed tensor has its initializer."""
+    """Refuse an initializer without tensors, and a changed tensor that no initializer reads."""
     for name, value in model.graph.initializers.items():
         if value.const_value is None and name not in weights:
             raise UnsupportedError(
@@ -149,5 +149,5 @@ def _check_bound(plan: Plan, model: ir.Model, weights: Mapping[str, Expression])
 
 
 def _is_beyond(plan: Plan, name: str) -> bool:
-    """A change behind the output: features are the last hidden states, which no pooler touches."""
+    """Whether the change lies behind the graph's output: features are read before the pooler."""
     return plan.base.task == FEATURES and name.startswith("pooler.")

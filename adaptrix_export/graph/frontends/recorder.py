@@ -1,9 +1,9 @@
-"""Record what a front end does to weights, without having the weights.
+"""Record what a front end does to weights, without the weights.
 
 mobius renames, transposes, splits and stacks a checkpoint's tensors in `preprocess_weights`, an
-ordinary function on torch tensors. Given `Recorded` tensors, which have a shape and no storage,
-the same function yields expressions (see `weights.py`) that are evaluated later, one initializer
-at a time, on merged weights.
+ordinary function on torch tensors. Called with `Recorded` tensors, which have a shape and no
+storage, it returns expressions (`expression.py`), which are evaluated later, one initializer at a
+time, on merged weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _aten = torch.ops.aten
 
 
 class Recorded(torch.Tensor):
-    """A tensor without values that remembers how it was made."""
+    """A tensor without values that records the expression it was computed with."""
 
     expression: Expression
 

@@ -1,8 +1,8 @@
-"""What transformers does that cannot be traced as it is, done otherwise while a trace runs.
+"""Patches of transformers that are active while a model is traced.
 
-Seen in 5.23 and 5.24. Most of it is about padding. The cache here keeps the pads of a batch that
-was padded on the right and then continued, so whatever counts places instead of tokens, a window or
-a bias by distance, spends its count on them.
+Seen in 5.23 and 5.24. Most of them are about padding. A cache here keeps the pads of a batch that
+was padded on the right and then continued, so a sliding window or a distance bias that counts cache
+positions instead of tokens would count the pads, too.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from unittest.mock import patch
 from adaptrix_export.arch.tasks import GENERATION
 from adaptrix_export.compat.cache_names import cache_name
 
-# The kernel for grouped products wants bfloat16 of tensors without values; the fallback computes
-# the same and has a translation to ONNX.
+# The grouped matrix product wants bfloat16 for fake tensors; the fallback computes the same and can
+# be translated to ONNX.
 _NEVER_GROUPED = "transformers.integrations.moe._can_use_grouped_mm"
 
 
@@ -40,11 +40,11 @@ def traceable(task: str) -> Iterator[None]:
 
 @contextmanager
 def exactly_matched() -> Iterator[None]:
-    """Rewrite rules of onnxscript 0.7 that take a constant for the one they know if it is that one.
+    """Make the rewrite rules of onnxscript 0.7 match constants exactly.
 
-    Left to themselves they take 1e-8 for 0 and 1.00001 for 1: the epsilon of a norm was dropped.
+    Unpatched, they match 1e-8 with 0 and 1.00001 with 1: the epsilon of a norm was dropped.
     """
-    near = 2.0**-22  # what two roundings to float32 can be apart
+    near = 2.0**-22  # relative difference that two roundings to float32 can make
 
     def same(a: float, b: float, *, rel_tol: float = 0.0, abs_tol: float = 0.0) -> bool:
         return math.isclose(a, b, rel_tol=min(rel_tol, near))
@@ -54,9 +54,9 @@ def exactly_matched() -> Iterator[None]:
 
 
 def _by_tokens(make_mask: Callable[..., Any]) -> Callable[..., Any]:
-    """`make_mask`, with a sliding window that counts the tokens of a row and not its places.
+    """`make_mask`, with a sliding window that counts the tokens of a row, not cache positions.
 
-    An attention in chunks has a count of its own and stays as it is.
+    Chunked attention counts in another way and is not changed.
     """
 
     def masked(
@@ -79,12 +79,12 @@ def _by_tokens(make_mask: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _at_tokens(mask_function: Callable[..., Any], places: Any) -> Callable[..., Any]:
-    """`mask_function` asked about `places` (rows, length) instead of indices."""
+    """`mask_function` called with `places` (rows, length) of query and key, not their indices."""
 
-    def asked(row: Any, head: Any, query: Any, key: Any) -> Any:
+    def by_token(row: Any, head: Any, query: Any, key: Any) -> Any:
         return mask_function(row, head, places[row, query], places[row, key])
 
-    return asked
+    return by_token
 
 
 def _after(visible: Any) -> Any:

@@ -1,10 +1,9 @@
-"""Front end `traced`: the model of transformers itself, traced by torch.export.
+"""Front end `traced`: the transformers model, traced by torch.export.
 
-It covers what the native one does not know, and takes minutes where that takes seconds. The model
-is built without weights (`weightless.py`), so a trace cannot bake a value into the graph: each
-parameter stays an initializer of its own name, which is bound to the base's tensor of that name.
-One graph serves prefill and decoding: it takes any number of tokens after a cache that may be
-empty.
+It covers model types that `native` does not, and takes minutes instead of seconds. The model is
+built without weights (`weightless.py`), so no weight becomes a constant of the graph: each
+parameter stays an initializer of the same name, which is bound to the base's tensor of that name.
+One graph serves prefill and decode: any number of tokens after a cache that may be empty.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from adaptrix_export.progress import Progress
 def traced(plan: Plan, provider: str, progress: Progress) -> Graph:
     """The graph that torch.export makes of the plan's model, in float32.
 
-    Raises UnsupportedError when transformers or torch cannot build or trace the model, and when
-    an initializer or a changed tensor is left without its match.
+    Raises UnsupportedError if transformers or torch cannot build or trace the model, if an
+    initializer has no tensor, and if the graph does not read a changed tensor.
     """
     place = f"{plan.base.spec}: model type {plan.base.architecture.model_type!r}"
     with traced_faults(place), traceable(plan.base.task):
@@ -52,7 +51,10 @@ def traced(plan: Plan, provider: str, progress: Progress) -> Graph:
 
 
 def finish(plan: Plan, model: ir.Model, parameters: Set[str], provider: str) -> Graph:
-    """Bind a traced graph, whose interface is named, to the plan's tensors, and simplify it."""
+    """Bind the initializers of a traced graph to the plan's tensors, and simplify the graph.
+
+    Call it after `name_interface`.
+    """
     weights = bind(plan, model, parameters)
     _simplify(model, weights, provider)
     _forget_traces(model)
@@ -79,9 +81,9 @@ def export(model: Any, sample: Sample) -> ir.Model:
 
 
 def _simplify(model: ir.Model, weights: dict[str, Any], provider: str) -> None:
-    """Fold constants, move transposes of weights into their expressions, fuse for the runtime.
+    """Fold constants, move transposes of weights into their expressions, fuse for ONNX Runtime.
 
-    The weights have no values, so nothing here can compute with them.
+    Weights have no values here, so constant folding leaves them alone.
     """
     import onnxscript.optimizer
     from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
@@ -95,16 +97,16 @@ def _simplify(model: ir.Model, weights: dict[str, Any], provider: str) -> None:
     for name in sorted(set(weights) - set(model.graph.initializers)):
         del weights[name]  # read by an output that was dropped
     for value in model.graph.initializers.values():
-        if value.const_value is not None:  # fusions say [] of a value of shape [1]
+        if value.const_value is not None:  # fusions declare [] for a value of shape [1]
             value.shape = ir.Shape(value.const_value.shape.numpy())
             value.dtype = value.const_value.dtype
 
 
 def _forget_traces(model: ir.Model) -> None:
-    """Drop what the trace left for debugging: stack traces with paths of this machine, and the
-    sizes of inner values in symbols of its own."""
-    kept = {id(v) for v in (*model.graph.inputs, *model.graph.outputs)}
-    kept |= {id(v) for v in model.graph.initializers.values()}
+    """Drop debugging data of the trace: stack traces with paths of this machine, and the symbolic
+    shapes of intermediate values."""
+    shaped = {id(v) for v in (*model.graph.inputs, *model.graph.outputs)}
+    shaped |= {id(v) for v in model.graph.initializers.values()}
     model.metadata_props.clear()
     bodies: list[Any] = [*model.graphs(), *model.functions.values()]
     for graph in bodies:
@@ -115,7 +117,7 @@ def _forget_traces(model: ir.Model) -> None:
             node.doc_string = None
             for value in node.outputs:
                 value.metadata_props.clear()
-                if id(value) not in kept:
+                if id(value) not in shaped:
                     value.shape = None
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
@@ -124,22 +126,23 @@ def _forget_traces(model: ir.Model) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters talk on standard output, which carries our result, and warn of what they do."""
-    kept = logging.root.manager.disable
+    """Silence the exporters, which print to standard output, where `--json` prints its document."""
+    previous_level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(kept)
+        logging.disable(previous_level)
 
 
 @contextlib.contextmanager
 def traced_faults(place: str) -> Iterator[None]:
-    """Whatever torch or transformers raise on a model that they cannot trace, as a refusal.
+    """Turn what torch or transformers raise while tracing into an UnsupportedError.
 
-    torch.export promises no class of error, and none of ours may be hidden.
+    torch.export documents no exception class, so every class is caught; exceptions raised by code
+    of this package are not converted.
     """
     from adaptrix_export.errors import AdaptrixError
 

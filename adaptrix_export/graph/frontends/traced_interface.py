@@ -1,8 +1,8 @@
-"""Give a traced graph the interface that every graph here has: names, order, symbolic sizes.
+"""Give a traced graph the interface of all graphs here: names, order, symbolic sizes.
 
-The exporter names inputs and outputs by their place in what the model takes and answers, as
+The exporter names inputs and outputs by their path in the model's arguments and outputs, as
 `input.past_key_values.layers.0.keys` or, from transformers 5.24 on, `input.cache.layers.0.keys`.
-The word for the cache is read from the graph; an output that nothing here knows is an error.
+The name of the cache argument is read from the graph; an unknown output is an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from onnx_ir.passes import common
 from adaptrix_export.arch.tasks import FEATURES, GENERATION, SEQUENCES, TOKENS
 from adaptrix_export.errors import UnsupportedError
 
-# What a graph of each task answers, beside its cache.
+# The output of each task's graph, beside the cache.
 OUTPUTS = {
     GENERATION: "logits",
     FEATURES: "last_hidden_state",
@@ -24,7 +24,8 @@ OUTPUTS = {
     TOKENS: "logits",
 }
 _CACHE = re.compile(r"^(?:input\.|output\.)?(\w+)\.layers\.(\d+)\.(keys|values)$")
-# What models answer beside that, by the first word of its name, and no client of a graph reads.
+# Further outputs of transformers models, by the first part of their names, that clients do not
+# read.
 _UNREAD = frozenset(
     "attentions aux_loss cross_attentions encoder_attentions encoder_hidden_states "
     "encoder_last_hidden_state hidden_states pooler_output router_logits".split()
@@ -42,29 +43,29 @@ _SIZES = {
 def name_interface(model: ir.Model, answer: str) -> None:
     """Rename inputs and outputs, drop the outputs that no client reads, name the symbolic sizes.
 
-    An input that nothing reads is dropped but for `input_ids` and `attention_mask`, which every
-    caller feeds. Raises UnsupportedError for an output that is not known, a missing answer, and
-    a cache of which an input or output is missing.
+    Inputs that nothing reads are dropped, except `input_ids` and `attention_mask`, which every
+    client feeds. Raises UnsupportedError for an unknown output, a missing `answer`, and a cache
+    entry that lacks its input or output.
     """
     graph = model.graph
     past = _name_cache(graph.inputs, "past_key_values")
     present = _name_cache(graph.outputs, "present")
     _match_cache(past, present)
-    kept = [value for value in graph.outputs if value.name == answer]
-    if len(kept) != 1:
+    outputs = [value for value in graph.outputs if value.name == answer]
+    if len(outputs) != 1:
         named = ", ".join(str(value.name) for value in graph.outputs)
         raise UnsupportedError("traced graph", f"the outputs {named}", f"one named {answer}")
     for value in graph.outputs:
         name = str(value.name)
         if name in present:
-            kept.append(value)
+            outputs.append(value)
         elif name != answer and name.removeprefix("output.").split(".")[0] not in _UNREAD:
             raise UnsupportedError(
                 "traced graph", f"an output named {name}, which is not known",
                 f"{answer}, a cache of keys and values, {', '.join(sorted(_UNREAD))}",
                 "use --target safetensors, and report this name with the version of transformers",
             )  # fmt: skip
-    graph.outputs[:] = kept
+    graph.outputs[:] = outputs
     common.RemoveUnusedNodesPass()(model)
     always = ("input_ids", "attention_mask", "encoder_attention_mask", "encoder_hidden_states")
     used = [v for v in graph.inputs if v.name in always or v.uses()]
@@ -76,13 +77,13 @@ def name_interface(model: ir.Model, answer: str) -> None:
 
 
 def _name_cache(values: Iterable[ir.Value], word: str) -> dict[str, str]:
-    """Name what holds keys and values `word.{layer}.key` or `.value`: new name -> old name."""
+    """Rename cache entries to `word.{layer}.key` and `.value`; returns new name -> old name."""
     named: dict[str, str] = {}
     for value in values:
-        found = _CACHE.match(str(value.name))
-        if not found:
+        match = _CACHE.match(str(value.name))
+        if not match:
             continue
-        name = f"{word}.{found[2]}.{found[3].removesuffix('s')}"
+        name = f"{word}.{match[2]}.{match[3].removesuffix('s')}"
         if name in named:
             raise UnsupportedError(
                 "traced graph", f"two caches, {named[name]} and {value.name}",
@@ -94,7 +95,7 @@ def _name_cache(values: Iterable[ir.Value], word: str) -> dict[str, str]:
 
 
 def _match_cache(past: dict[str, str], present: dict[str, str]) -> None:
-    """Each part of the cache goes in and comes out."""
+    """Refuse a cache entry that is an input only, or an output only."""
     ins = {name.removeprefix("past_key_values") for name in past}
     outs = {name.removeprefix("present") for name in present}
     if ins != outs:
@@ -110,7 +111,7 @@ def _match_cache(past: dict[str, str], present: dict[str, str]) -> None:
 
 
 def _name_sizes(graph: ir.Graph, cached: bool) -> None:
-    """Symbols that tell what a size is; without a cache there is one length alone."""
+    """Set symbolic sizes; without a cache `sequence_length` is the only length."""
     for value in graph.inputs:
         named = _SIZES.get(str(value.name), ("batch", None, "past_sequence_length", None))
         if not cached and named[-1] == "total_sequence_length":

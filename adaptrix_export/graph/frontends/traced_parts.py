@@ -66,7 +66,7 @@ def _encoder(make: Make, task: str) -> ir.Model:
 
 
 def _source(model: Any, task: str) -> Sample:
-    """What the encoder is given: text whose sizes vary, or features of one length."""
+    """The encoder's example inputs: text of dynamic sizes, or features of one length."""
     auto = torch.export.Dim.AUTO
     if task == SPEECH:
         config = model.config
@@ -77,8 +77,8 @@ def _source(model: Any, task: str) -> Sample:
     mask = torch.ones_like(ids)
     mask[0, -1] = 0  # a mask of ones alone is dropped from a trace
     sizes = {0: auto, 1: auto}
-    fed = {"input_ids": ids, "attention_mask": mask}
-    return Sample(fed, dict.fromkeys(fed, sizes))
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return Sample(inputs, dict.fromkeys(inputs, sizes))
 
 
 def _prefix(model: ir.Model, start: str, parameters: set[str]) -> None:
@@ -110,18 +110,18 @@ def _states(model: Any, masked: bool) -> dict[str, Any]:
 
 
 def _decoding(model: Any, masked: bool) -> tuple[Any, Sample]:
-    """Several tokens after a cache of several others, the states' keys and values in another."""
-    fed = _states(model, masked)
+    """New tokens, a self-attention cache, and a cache of the encoder states' keys and values."""
+    states = _states(model, masked)
     before = torch.ones(BATCH, PAST, dtype=torch.long)
     with torch.no_grad(), model.fake_mode:
-        cache = cache_of(_called(model, before, fed))
+        cache = cache_of(_call_decoder(model, before, states))
     own, cross = cache.self_attention_cache, cache.cross_attention_cache
     for layer in (*own.layers, *cross.layers):
         layer.keys, layer.values = torch.zeros(layer.keys.shape), torch.zeros(layer.values.shape)
     model.__class__ = _decoder_class(type(model))
     auto = torch.export.Dim.AUTO
     sizes = {0: auto, 1: auto}
-    inputs = {"input_ids": torch.ones(BATCH, NEW, dtype=torch.long), **fed}
+    inputs = {"input_ids": torch.ones(BATCH, NEW, dtype=torch.long), **states}
     shapes: dict[str, Any] = dict.fromkeys(inputs, sizes)
     for name, value in {**cache_argument(own), _CROSS: cross}.items():
         inputs[name] = value
@@ -130,20 +130,20 @@ def _decoding(model: Any, masked: bool) -> tuple[Any, Sample]:
 
 
 def _projecting(model: Any, masked: bool) -> tuple[Any, Sample]:
-    """The keys and values alone that every layer makes of the states."""
-    fed = _states(model, masked)
+    """The model reduced to the cross-attention keys and values that each layer computes."""
+    states = _states(model, masked)
     model.__class__ = _projection_class(type(model))
     auto = torch.export.Dim.AUTO
-    return model, Sample(fed, {name: {0: auto, 1: auto} for name in fed})
+    return model, Sample(states, {name: {0: auto, 1: auto} for name in states})
 
 
-def _called(model: Any, ids: Any, fed: Mapping[str, Any], cache: Any = None) -> Any:
-    """The model on states that its encoder has already made."""
+def _call_decoder(model: Any, ids: Any, states: Mapping[str, Any], cache: Any = None) -> Any:
+    """Run the decoder on encoder states that are computed already."""
     from transformers.modeling_outputs import BaseModelOutput
 
     return model(
-        encoder_outputs=BaseModelOutput(last_hidden_state=fed[STATES]),
-        attention_mask=fed.get("encoder_attention_mask"),
+        encoder_outputs=BaseModelOutput(last_hidden_state=states[STATES]),
+        attention_mask=states.get("encoder_attention_mask"),
         decoder_input_ids=ids,
         **cache_argument(cache),
         use_cache=True,
@@ -166,16 +166,19 @@ def _decoder_class(kind: type) -> type:
             cross_key_values: Any = None,
         ) -> Any:
             own = past_key_values if cache is None else cache  # `cache_name` is one of them
-            fed = {STATES: encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+            inputs = {
+                STATES: encoder_hidden_states,
+                "encoder_attention_mask": encoder_attention_mask,
+            }
             both = EncoderDecoderCache(own, cross_key_values)
-            found = _called(super().forward, input_ids, fed, both)
-            return CausalLMOutputWithPast(logits=found.logits, **cache_argument(own))
+            output = _call_decoder(super().forward, input_ids, inputs, both)
+            return CausalLMOutputWithPast(logits=output.logits, **cache_argument(own))
 
     return Decoder
 
 
 def _projection_class(kind: type) -> type:
-    """A class that answers the cross attention's keys and values of each layer, by name."""
+    """A class whose call returns the cross-attention keys and values of each layer, by name."""
 
     class Projections(kind):  # type: ignore[misc]
         def forward(
@@ -183,9 +186,12 @@ def _projection_class(kind: type) -> type:
             encoder_hidden_states: torch.Tensor,
             encoder_attention_mask: torch.Tensor | None = None,
         ) -> Any:
-            fed = {STATES: encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+            inputs = {
+                STATES: encoder_hidden_states,
+                "encoder_attention_mask": encoder_attention_mask,
+            }
             start = torch.zeros(encoder_hidden_states.shape[0], 1, dtype=torch.long)
-            cache = cache_of(_called(super().forward, start, fed))
+            cache = cache_of(_call_decoder(super().forward, start, inputs))
             layers = cache.cross_attention_cache.layers
             return {
                 f"present_{i}_encoder_{kind}": value
@@ -205,13 +211,13 @@ def _name_projections(graph: ir.Graph) -> None:
 def _name_cross(graph: ir.Graph) -> None:
     """The inputs that hold the states' keys and values, by layer."""
     for value in graph.inputs:
-        found = _CROSS_ENTRY.match(str(value.name))
-        if found:
-            value.name = f"past_key_values.{found[1]}.encoder.{found[2].removesuffix('s')}"
+        match = _CROSS_ENTRY.match(str(value.name))
+        if match:
+            value.name = f"past_key_values.{match[1]}.encoder.{match[2].removesuffix('s')}"
 
 
 def _name_parts(graph: ir.Graph) -> None:
-    """The caches by whose tokens they hold, layer by layer; the encoder's rows have a length."""
+    """Name self-attention caches `.decoder.`, order inputs by layer, name the encoder's length."""
     for value in (*graph.inputs, *graph.outputs):
         name = str(value.name)
         if PAST_ENTRY.match(name):
@@ -233,6 +239,6 @@ def _set_axis(value: ir.Value, axis: int, name: str) -> None:
 
 
 def _place(value: ir.Value) -> tuple[int, str, str]:
-    """Where an input stands: the caches last, by layer, the decoder's own before the other."""
+    """The sort key of an input: caches last, by layer, self-attention before cross-attention."""
     parts = str(value.name).split(".")
     return (int(parts[1]), parts[2], parts[3]) if len(parts) == 4 else (-1, "", "")

@@ -1,4 +1,4 @@
-"""What a model is traced on: the smallest call that shows every way in which sizes can vary."""
+"""Example inputs for tracing: the smallest call in which all dynamic sizes differ."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCH, PAST, NEW, LENGTH = 2, 3, 5, 7
 
 @dataclass(frozen=True)
 class Sample:
-    """Keyword arguments of the model, and for each of them the sizes that vary."""
+    """Keyword arguments of the model, and the dynamic axes of each."""
 
     inputs: Mapping[str, Any]
     shapes: Mapping[str, Any]
@@ -37,7 +37,7 @@ def sample_of(model: Any, task: str) -> Sample:
 
 
 def _generating(model: Any) -> Sample:
-    """Several tokens after a cache of several others."""
+    """NEW tokens after a cache of PAST tokens."""
     ids = torch.ones(BATCH, NEW, dtype=torch.long)
     mask = torch.ones(BATCH, PAST + NEW, dtype=torch.long)
     mask[0, 0] = 0
@@ -58,7 +58,7 @@ def _generating(model: Any) -> Sample:
 
 
 def embedded_sample(model: Any) -> Sample:
-    """A language model's, but given what its embedding makes of tokens, or what stands for them."""
+    """As for text generation, with `inputs_embeds` in the place of `input_ids`."""
     mask = torch.ones(BATCH, PAST + NEW, dtype=torch.long)
     mask[0, 0] = 0
     _scale_without_memory(model)
@@ -77,29 +77,29 @@ def embedded_sample(model: Any) -> Sample:
 
 
 def _positions(ids: Any, mask: Any) -> Any:
-    """The place of each token of `ids` among the real tokens of its row, as transformers counts."""
+    """Position ids as transformers computes them: the index of a token among those of its row."""
     return (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
 
 
 def _count_positions(model: Any, tokens: str = "input_ids") -> None:
-    """Let a model with rotary embeddings find the positions in the mask by itself.
+    """Let a model with rotary embeddings compute its position ids from the attention mask.
 
-    So does GroupQueryAttention in the native graph: both then have the same inputs.
+    GroupQueryAttention in the native graph does the same, so both graphs have the same inputs.
     """
     forward = model.forward
 
-    def counting(**given: Any) -> Any:
-        places = _positions(given[tokens], given["attention_mask"])
-        return forward(position_ids=places, **given)
+    def counting(**kwargs: Any) -> Any:
+        places = _positions(kwargs[tokens], kwargs["attention_mask"])
+        return forward(position_ids=places, **kwargs)
 
     model.forward = counting
 
 
 def _scale_without_memory(model: Any) -> None:
-    """Let dynamically scaled rotary embeddings follow from the positions of a call alone.
+    """Compute dynamically scaled rotary frequencies from the positions of the call only.
 
-    transformers keeps the longest sequence so far in Python and branches on it. The frequencies
-    are the same for a sequence that grows; those of a longer one before it are forgotten.
+    transformers stores the longest sequence so far in Python and branches on it. For one growing
+    sequence the frequencies are the same; a longer sequence before it no longer has an effect.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -121,10 +121,11 @@ def _scale_without_memory(model: Any) -> None:
 
 
 def _cache(model: Any) -> Any:
-    """A cache of PAST tokens, as the model itself makes it, of zeros; each layer keeps every token.
+    """The model's own cache after PAST tokens, filled with zeros; each layer keeps every token.
 
-    A layer that forgets what left its sliding window counts tokens in Python, and a trace would
-    freeze the count. Where they are kept, its mask hides the same tokens.
+    A sliding-window cache layer counts tokens in Python, and a trace would make the count a
+    constant. It is replaced by a layer that keeps all tokens; the attention mask hides those
+    outside the window.
     """
     from transformers import cache_utils
 
@@ -153,12 +154,12 @@ def _cache(model: Any) -> Any:
 
 @contextmanager
 def _untouched(model: Any) -> Iterator[None]:
-    """Undo what a call leaves in the model: longrope keeps the frequencies, here fake ones."""
-    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    """Restore attributes and buffers afterwards: longrope would keep the fake frequencies."""
+    saved = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     try:
         yield
     finally:
-        for module, attributes, buffers in kept:
+        for module, attributes, buffers in saved:
             vars(module).clear()
             vars(module).update(attributes)
             module._buffers.clear()
@@ -166,7 +167,7 @@ def _untouched(model: Any) -> Iterator[None]:
 
 
 def _encoding(model: Any) -> Sample:
-    """Whole rows; token types where the model has more than one."""
+    """Whole sequences without a cache; `token_type_ids` where the model has several types."""
     ids = torch.ones(BATCH, LENGTH, dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[0, 0] = 0

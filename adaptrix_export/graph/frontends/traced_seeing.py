@@ -5,8 +5,8 @@
     decoder_model_merged.onnx  inputs_embeds, attention_mask, past_key_values.{i}.key/value
                                -> logits, present.{i}.key/value
 
-A client puts the image features in the places of the image tokens; the decoder then takes them as
-it takes what the embedding made of text.
+A client puts the image features at the positions of the image tokens; the decoder reads them like
+the embeddings of text tokens.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress
 
 
-class _Reached(Exception):  # no error: how a call ends at the module that is wanted
-    """What the projector answered: nothing that comes after it belongs to the graph."""
+class _Reached(Exception):  # no error: it ends a forward pass at the projector
+    """Carries the projector's output: what comes after it does not belong to the graph."""
 
 
 def traced_seeing(plan: Plan, provider: str, progress: Progress) -> dict[str, Graph]:
     """File name -> graph, in float32. Raises what `traced` raises."""
     base = plan.base
     place = f"{base.spec}: model type {base.architecture.model_type!r}"
-    found = live_class(base.spec, base.config, base.task)
-    made = {}
+    model_class = live_class(base.spec, base.config, base.task)
+    graphs = {}
     for file, trace in _TRACES.items():
         stage = progress.stage(f"tracing: {file}")
         with traced_faults(place), traceable(GENERATION), stage:
-            model = weightless(live_config(plan), base.task, found)
+            model = weightless(live_config(plan), base.task, model_class)
             graph = trace(model)
         with progress.stage("tracing: simplifying the graph"):
-            made[file] = finish(plan, graph, stored_parameters(model), provider)
-    return made
+            graphs[file] = finish(plan, graph, stored_parameters(model), provider)
+    return graphs
 
 
 def _embedding(model: Any) -> ir.Model:
@@ -65,7 +65,7 @@ def _embedding(model: Any) -> ir.Model:
 def _vision(model: Any) -> ir.Model:
     projector = model.get_submodule(PROJECTORS[model.config.model_type])
 
-    def stop(module: Any, given: Any, answer: Any) -> None:
+    def stop(module: Any, args: Any, answer: Any) -> None:
         raise _Reached(answer)
 
     def forward(pixel_values: Any) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _decoder(model: Any) -> ir.Model:
 
 
 def _name(graph: ir.Model, sizes: tuple[str, ...], output: str) -> None:
-    """The one output's name, and what its and the input's first sizes are."""
+    """Set the name of the only output, and the symbolic first sizes of input and output."""
     (answer,) = graph.graph.outputs
     answer.name = output
     for value in (*graph.graph.inputs, answer):

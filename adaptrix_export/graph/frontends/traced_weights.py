@@ -15,8 +15,8 @@ from adaptrix_export.plan import Plan
 def bind(plan: Plan, model: ir.Model, parameters: Set[str]) -> dict[str, Expression]:
     """Initializer name -> expression, for every parameter and every buffer that the base stores.
 
-    Their values are taken out of the graph: what is traced has none. A buffer that is no float (a
-    BERT checkpoint may store its position ids) keeps the values that the model computes for it.
+    Their constant values are removed from the graph. An integer buffer (a BERT checkpoint may store
+    its position ids) keeps the values that the model computes for it.
     Raises UnsupportedError for a parameter without a tensor of its shape in the base, for a change
     that is not read, and for stored integers that are not those of the graph.
     """
@@ -62,9 +62,9 @@ def _check_shape(plan: Plan, name: str, source: str, value: ir.Value) -> None:
     change = plan.changes().get(source)
     stored = plan.base.tensors.get(plan.base.tied.get(source, source))
     shape = change.shape if change else stored.shape if stored else None
-    found = value.shape.numpy() if value.shape is not None else None
-    if shape is None or found is None or tuple(shape) != tuple(found):
+    traced_shape = value.shape.numpy() if value.shape is not None else None
+    if shape is None or traced_shape is None or tuple(shape) != tuple(traced_shape):
         raise UnsupportedError(
-            f"traced front end: {name}", f"a parameter of shape {found}",
+            f"traced front end: {name}", f"a parameter of shape {traced_shape}",
             f"{shape} as the base has it", "does the checkpoint fit its config.json?",
         )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Models that answer in one call, traced: a graph for each piece of `arch/pieces.py`.
+"""Traced graphs of models without a cache: one graph for each piece in `arch/pieces.py`.
 
-Nothing here knows a model type: the class is that which the base's names were read off, its inputs
-have the sizes that `arch/inputs.py` reads off its config, and its parameters keep their names, so
-that pieces of one model share their weights.
+Nothing here depends on a model type. The class is the one whose module names the base uses,
+`arch/inputs.py` derives the sizes of the inputs from the config, and parameters keep their names,
+so that the pieces of one model share their weights.
 """
 
 from __future__ import annotations
@@ -33,35 +33,35 @@ _LENGTHS = {**LENGTHS, SEQUENCE: LENGTH}
 
 
 def pieces_of_base(base: Base) -> tuple[Piece, ...]:
-    """The graphs that a base becomes; none where no row says how."""
+    """The pieces that a base is split into; none where no row of `PIECES` applies."""
     if base.skeleton is None:
         return ()
-    found = live_class(base.spec, base.config, base.task)
+    model_class = live_class(base.spec, base.config, base.task)
     kind = str(base.config.get("model_type"))
-    return pieces_of(kind, base.task, base.skeleton.class_name, str(found.main_input_name))
+    return pieces_of(kind, base.task, base.skeleton.class_name, str(model_class.main_input_name))
 
 
 def traced_whole(plan: Plan, provider: str, progress: Progress) -> dict[str, Graph]:
     """File name -> graph, in float32. Raises what `traced` raises."""
     base = plan.base
     place = f"{base.spec}: model type {base.architecture.model_type!r}"
-    found = live_class(base.spec, base.config, base.task)
-    made = {}
+    model_class = live_class(base.spec, base.config, base.task)
+    graphs = {}
     for piece in pieces_of_base(base):
         stage = progress.stage(f"tracing: {piece.file}")
         with traced_faults(place), traceable(base.task), stage:
-            model = weightless(live_config(plan), base.task, found)
+            model = weightless(live_config(plan), base.task, model_class)
             sample = _sample(model, piece)
             _answer_as(model, piece)
             graph = export(model, sample)
         with progress.stage("tracing: simplifying the graph"):
             _name(graph, piece, model.config)
-            made[piece.file] = finish(plan, graph, stored_parameters(model), provider)
-    return made
+            graphs[piece.file] = finish(plan, graph, stored_parameters(model), provider)
+    return graphs
 
 
 def _sample(model: Any, piece: Piece) -> Sample:
-    """A call with a pad in its mask: one of ones alone is dropped from a trace."""
+    """Example inputs with a pad in the mask: a mask of ones only is dropped from a trace."""
     auto = torch.export.Dim.AUTO
     inputs: dict[str, Any] = {}
     shapes: dict[str, Any] = {}
@@ -82,19 +82,18 @@ def _sample(model: Any, piece: Piece) -> Sample:
 
 
 def _answer_as(model: Any, piece: Piece) -> None:
-    """Let a call of the model be one of the piece's method, and its answer the piece's outputs."""
+    """Make `model.forward` call the piece's method and return the piece's outputs by name."""
     method = getattr(model, piece.method)
 
-    def forward(**given: Any) -> dict[str, Any]:
-        found = method(**given)
-        return {name: found[field] for name, field in piece.outputs.items()}
+    def forward(**kwargs: Any) -> dict[str, Any]:
+        outputs = method(**kwargs)
+        return {name: outputs[field] for name, field in piece.outputs.items()}
 
     model.forward = forward
 
 
 def _name(model: ir.Model, piece: Piece, config: Any) -> None:
-    """Inputs and outputs by their names in the row, in its order; an input that nothing reads is
-    left out."""
+    """Name and order inputs and outputs as the piece lists them; drop inputs that nothing reads."""
     graph = model.graph
     _strip(graph.inputs, "input.")
     _strip(graph.outputs, "output.")
@@ -123,6 +122,6 @@ def _name(model: ir.Model, piece: Piece, config: Any) -> None:
 
 
 def _strip(values: Iterable[ir.Value], start: str) -> None:
-    """The exporter puts `start` before a name that inputs and outputs share."""
+    """Remove `start`, which the exporter puts before a name that inputs and outputs share."""
     for value in values:
         value.name = str(value.name).removeprefix(start)

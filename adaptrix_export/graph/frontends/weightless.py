@@ -1,4 +1,4 @@
-"""A transformers model without the memory of its weights, for tracing."""
+"""A transformers model whose parameters have no storage, for tracing."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from adaptrix_export.arch.tasks import TASKS
 
 
-def weightless(config: Any, task: str, found: Any = None) -> Any:
-    """The model of a task, or of the class `found`, in float32, ready to be traced.
+def weightless(config: Any, task: str, model_class: Any = None) -> Any:
+    """The model of a task, or of `model_class`, in float32, ready to be traced.
 
-    Its parameters are fake tensors, a shape and nothing else; none is shared, so that each keeps
-    a name of its own. Its buffers are real: rotary frequencies, say, which no checkpoint holds.
-    `model.fake_mode` is the mode that the parameters belong to.
+    Its parameters are fake tensors; none is shared, so that each has its own name. Its buffers are
+    real, since no checkpoint stores them (rotary frequencies, for example). `model.fake_mode` is
+    the FakeTensorMode of the parameters.
     """
-    auto: Any = found or getattr(transformers, TASKS[task].auto)
-    make = found._from_config if found else auto.from_config
-    attention = ("sdpa" if found._supports_sdpa else "eager") if found else _attention(auto, config)
+    if model_class:
+        make, classes = model_class._from_config, (model_class,)
+    else:
+        auto: Any = getattr(transformers, TASKS[task].auto)
+        make, classes = auto.from_config, _model_classes(auto, config)
+    # sdpa traces into the fewest nodes. Gemma 2 caps its scores and BLOOM biases them, which
+    # PyTorch's attention function cannot do.
+    attention = "sdpa" if all(c._supports_sdpa for c in classes) else "eager"
     with init_empty_weights(include_buffers=False):
         model = make(config, dtype=torch.float32, attn_implementation=attention).eval()
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
@@ -39,14 +44,14 @@ def weightless(config: Any, task: str, found: Any = None) -> Any:
 
 
 def stored_parameters(model: Any) -> set[str]:
-    """Names of the parameters of a `weightless` model whose values only a checkpoint holds."""
+    """Names of the parameters of a `weightless` model whose values come from the checkpoint."""
     return {n for n, p in model.named_parameters() if not getattr(p, "computed", False)}
 
 
 def _compute_positions(model: Any) -> None:
-    """Give sinusoidal embeddings, which follow from their shape, the values that they have.
+    """Compute the values of sinusoidal embeddings, which depend on their shape only.
 
-    Marian's are parameters that no checkpoint holds; one that holds them takes precedence.
+    Marian's are parameters that checkpoints usually leave out; stored ones take precedence.
     """
     for module in model.modules():
         if hasattr(module, "create_weight") and module._parameters.get("weight") is not None:
@@ -56,9 +61,7 @@ def _compute_positions(model: Any) -> None:
             module.weight.computed = True
 
 
-def _attention(auto: Any, config: Any) -> str:
-    """The implementation that traces into the fewest nodes, where the model has it: Gemma 2 caps
-    its scores and BLOOM biases them, which PyTorch's own attention function cannot."""
-    found = auto._model_mapping[type(config)]
-    classes = found if isinstance(found, (tuple, list)) else (found,)
-    return "sdpa" if all(c._supports_sdpa for c in classes) else "eager"
+def _model_classes(auto: Any, config: Any) -> tuple[Any, ...]:
+    """The classes that an auto class may build for a config; most often one."""
+    entry = auto._model_mapping[type(config)]
+    return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)

@@ -1,8 +1,8 @@
-"""What a graph tells a runtime about itself, as one JSON object in its metadata.
+"""Facts that a runtime needs about a graph, as one JSON object in the model's metadata.
 
 `shared_cache`: the cache may be updated in place; `slots`, `rows`, `row_slots` and
-`model_version`: where adapters go, see `slots.py`. ONNX Runtime hands the metadata out, so a
-runtime needs no other file.
+`model_version`: the adapter slots, see `slots.py`. A runtime reads the metadata from its ONNX
+Runtime session and needs no other file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Passes over a graph whose weights are expressions: what moves weights leaves the graph."""
+"""Passes that move operators on weights out of the graph and into the weights' expressions."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from adaptrix_export.graph.expression import Expression
 
 
 def share_equal(model: ir.Model, weights: dict[str, Expression]) -> int:
-    """One initializer for equal expressions (a tied head); returns how many were dropped."""
+    """Share one initializer among equal expressions (a tied head); returns how many are dropped."""
     first: dict[str, ir.Value] = {}
     dropped = 0
     for name in list(weights):
         value = model.graph.initializers[name]
-        kept = first.setdefault(repr(weights[name]), value)
-        if kept is not value:
-            value.replace_all_uses_with(kept)
+        shared = first.setdefault(repr(weights[name]), value)
+        if shared is not value:
+            value.replace_all_uses_with(shared)
             del model.graph.initializers[name], weights[name]
             dropped += 1
     return dropped
@@ -26,8 +26,8 @@ def share_equal(model: ir.Model, weights: dict[str, Expression]) -> int:
 def fold(model: ir.Model, weights: dict[str, Expression]) -> int:
     """Move Transpose and Concat of weights out of the graph, into the expressions.
 
-    Only where the weight has no other reader: a tied embedding is read as it is, too, and
-    ONNX Runtime transposes that one itself. Returns the number of nodes folded.
+    Only where the weight has no other use: a tied embedding is also read untransposed, and ONNX
+    Runtime transposes that one itself. Returns the number of nodes folded.
     """
     folded = 0
     for node in list(model.graph):
@@ -57,13 +57,13 @@ def _replace_by_initializer(model: ir.Model, node: ir.Node, output: ir.Value) ->
     sources = [v for v in node.inputs if v is not None]
     dtype, name = sources[0].dtype, output.name
     shape = _folded_shape(node, [v.shape for v in sources if v.shape is not None])
-    made = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype or ir.DataType.FLOAT))
+    initializer = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype or ir.DataType.FLOAT))
     output.name = f"{name}.folded"
-    output.replace_all_uses_with(made)
+    output.replace_all_uses_with(initializer)
     graph.remove(node, safe=True)
     for source in sources:
         del graph.initializers[str(source.name)]
-    graph.initializers[str(name)] = made
+    graph.initializers[str(name)] = initializer
 
 
 def _folded_shape(node: ir.Node, shapes: list[ir.Shape]) -> ir.Shape:

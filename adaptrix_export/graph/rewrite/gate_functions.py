@@ -7,15 +7,16 @@ token's mask m (1 for a token, 0 for padding):
     Clamp   g = m min(1, tau |y0| / |d|)    y = y0 + g d
     Mask    g = m                           y = y0 + g d
 
-A decoding step spends its time on the number of nodes, so Clamp is as few as it takes, in float32:
+The time of a decode step depends on the number of nodes, so Clamp has as few as possible, float32:
 
     g = HardSigmoid(|y0| / max(|d|, floor); tau, offset)
 
-`floor`, one number a token, is FLOOR, or infinite for padding, whose gate is then 0. Clamp promises
+`floor`, one number a token, is FLOOR, or infinite for padding, whose gate is then 0. Clamp
+guarantees
 |y - y0| <= tau |y0| (1 + 1e-5) for outputs up to 2^63, above which the norms of the model itself
-overflow. The attribute `tau` is therefore the plan's less what sums of squares and the last
-addition can be off by (`plan.clamp_slope`), and `offset` shuts the gate where |y0| is so small,
-less than 2^-55, that its squares are not all there.
+overflow. The attribute `tau` is therefore the plan's tau minus the rounding error of the sums of
+squares and of the last addition (`plan.clamp_slope`), and `offset` closes the gate for |y0| <
+2^-55, whose squares underflow.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class _Body:
         return made.outputs[0]
 
 
-def _given(name: str, attribute: str) -> ir.Attr:
-    """Attribute `name` of a node, which the call of its function gives as `attribute`."""
+def _ref_attribute(name: str, attribute: str) -> ir.Attr:
+    """Attribute `name` of a node, set by the attribute `attribute` of the function's call."""
     return ir.RefAttr(name, attribute, ir.AttributeType.FLOAT)
 
 
@@ -56,7 +57,7 @@ def _clamp() -> ir.Function:
     axis = body.add("Constant", "axis", value_ints=[-1])
     norms = [body.add("ReduceL2", f"{v.name}_norm", v, axis, keepdims=1) for v in (y0, d)]
     ratio = body.add("Div", "ratio", norms[0], body.add("Max", "d_size", norms[1], floor))
-    line = {"alpha": _given("alpha", "tau"), "beta": _given("beta", "offset")}
+    line = {"alpha": _ref_attribute("alpha", "tau"), "beta": _ref_attribute("beta", "offset")}
     gate = body.add("HardSigmoid", "gate", ratio, **line)
     return _function("Clamp", body, (y0, d, floor), gate, ["tau", "offset"])
 

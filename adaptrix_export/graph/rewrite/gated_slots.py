@@ -1,14 +1,13 @@
-"""Context gates behind slots: what an adapter contributes is let through by a function node.
+"""Context gates behind slots: a function node scales the contribution of an adapter.
 
     x -> MatMul A -> MatMul B -> d, cut by module \\
     x -> MatMul W ---------> y0, cut by module --> ai.adaptrix::Clamp(y0, d, mask) -> y
 
-The nodes are those of `gates.py`. A graph has gates at the union of all adapters' sites. A module
-that the adapter at hand leaves alone has a contribution of zeros, and so has every module while
-there is no adapter: y is then y0, bit for bit, however far the gate is open. Of a weighted mix the
-sum is gated.
+The nodes are those of `gates.py`. A graph has gates at the union of all adapters' sites. The
+contribution is zero at modules that the active adapter does not change, and everywhere without an
+adapter: y is then y0, bit for bit, whatever the gate. In a weighted mix the sum is gated.
 
-Mode blend needs no node: its share is in the adapter's own factors (`shares`).
+Mode blend needs no node: its share is multiplied into the adapter's factors (`shares`).
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from adaptrix_export.plan import Plan, Site
 
 
 def shares(plan: Plan) -> dict[str, float]:
-    """Path of a site -> the fixed share of its delta that is let through."""
+    """Path of a site -> the fixed factor (mode blend) of its delta."""
     return {gate.site.path: gate.weight for gate in plan.gates if gate.weight is not None}
 
 
 def join_gated(
     plan: Plan, model: ir.Model, places: Mapping[Site, Tap], branches: Iterable[Branch]
 ) -> int:
-    """Join the branches, those of gated sites through their gates; returns how many gates.
+    """Join the branches, those of gated sites through their gates; returns the number of gates.
 
-    `places` has the tap of every site. Raises UnsupportedError for one that cannot be gated in
-    this graph. The sites of a slot are all gated, or none is: they are of one layer.
+    `places` has the tap of every site. Raises UnsupportedError for a site that cannot be gated in
+    this graph. Either all sites of a slot are gated, or none: they belong to one layer.
     """
     gated = plan.gated()
     paths = {site.path for site in gated}
@@ -63,8 +62,8 @@ def _contributions(
         parts, cut = columns_of(model, up.outputs[0], slot.outputs, ranges, name)
         model.graph.extend([*branch.nodes, up, *cut])
         start = place.columns[0]
-        found = {(start + first, start + last): part for (first, last), part in parts.items()}
-        columns.setdefault(id(place.value), {}).update(found)
+        by_columns = {(start + first, start + last): part for (first, last), part in parts.items()}
+        columns.setdefault(id(place.value), {}).update(by_columns)
     contributions = {}
     for site, tap in taps.items():
         pieces = [columns[id(piece.value)][piece.columns] for piece in tap.pieces]

@@ -1,10 +1,10 @@
-"""Gates in a graph: each gated site's adapter as a side branch, let through by a function node.
+"""Gates in a graph: the adapter of each gated site is a side branch, scaled by a function node.
 
     x -> MatMul A^T -> MatMul B^T -> d \
     x -> the module itself --------> y0 -> ai.adaptrix::Clamp(y0, d, mask) -> y
 
-The module keeps the base's weight. Statistics, where they are asked for, are graph outputs of one
-number a site, in the order of `Plan.gated()`.
+The module keeps the base's weight. Optional statistics are graph outputs with one number a site, in
+the order of `Plan.gated()`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from adaptrix_export.graph.rewrite.taps import (
     integers,
     joined,
     low_rank,
-    replaced,
+    replace_uses,
     taps,
 )
 from adaptrix_export.merge.rounding import to_dtype
 from adaptrix_export.plan import Array, LowRank, Plan, Site, Tensor
 
 STATISTICS = ("context.gate_mean", "context.gate_min", "context.clamped")
-_ROLLED = ("padding.chunk", "padding.forth")  # what graph/rewrite/padding.py leaves for the mask
+_ROLLED = ("padding.chunk", "padding.forth")  # values of graph/rewrite/padding.py: mask, indices
 
 
 @dataclass(frozen=True)
@@ -64,24 +64,24 @@ def factors(plan: Plan) -> dict[str, Factor]:
 
     The scale is B's: `lora_B.n` is scale * B.
     """
-    found: dict[str, Factor] = {}
+    by_name: dict[str, Factor] = {}
     for site in plan.gated():
         for number, term in enumerate(_terms(plan, site)):
-            found[f"{site.path}.lora_A.{number}"] = Factor(term.a, 1.0)
-            found[f"{site.path}.lora_B.{number}"] = Factor(term.b, term.scale)
-    return found
+            by_name[f"{site.path}.lora_A.{number}"] = Factor(term.a, 1.0)
+            by_name[f"{site.path}.lora_B.{number}"] = Factor(term.b, term.scale)
+    return by_name
 
 
 def _terms(plan: Plan, site: Site) -> list[LowRank]:
-    found = (t for a in plan.adapters for d in a.deltas if d.site == site for t in d.terms)
-    return [term for term in found if isinstance(term, LowRank)]  # `verify` refused all others
+    terms = (t for a in plan.adapters for d in a.deltas if d.site == site for t in d.terms)
+    return [term for term in terms if isinstance(term, LowRank)]  # `verify` refused all others
 
 
 def wire_gates(plan: Plan, graph: Graph) -> Wired:
-    """Give every gated site its branch and its gate, in place; the graph is that of
-    `plan.merged()`, its padding wired. No gates: no change.
+    """Wire a branch and a gate for every gated site, in place; without gates nothing changes.
 
-    Raises UnsupportedError for a site without a place in the graph.
+    `graph` is that of `plan.merged()`, after `wire_left_padding`. Raises UnsupportedError for a
+    site that the graph does not have.
     """
     gated, weights = plan.gated(), dict(graph.weights)
     if not gated:
@@ -96,10 +96,10 @@ def wire_gates(plan: Plan, graph: Graph) -> Wired:
 def put_gates(
     plan: Plan, model: ir.Model, places: Mapping[Site, Tap], deltas: Mapping[Site, ir.Value]
 ) -> None:
-    """A gate between the output of each gated site and what is added to it, `deltas`, whatever
-    computes that; and statistics, where the plan wants them.
+    """Wire a gate for each gated site between its output and its delta, and the statistics.
 
-    Raises UnsupportedError for a site whose output the graph does not have.
+    `deltas` are the values that are added to the sites' outputs. Raises UnsupportedError for a site
+    whose output the graph does not have.
     """
     for site, tap in places.items():
         if not all(piece.biased for piece in tap.pieces):
@@ -134,7 +134,7 @@ def _insert(
     deltas: Mapping[Site, ir.Value],
     masks: _Masks,
 ) -> list[ir.Value]:
-    """The function nodes, and the graph reading what they give; returns each site's gate."""
+    """Insert the function nodes and let readers use their outputs; returns each site's gate."""
     packed: dict[int, tuple[ir.Value, int, list[Range]]] = {}
     for tap in places.values():
         for piece in tap.pieces:
@@ -166,12 +166,12 @@ def _insert(
         nodes += join
     model.graph.extend(nodes)
     for key, (value, _, _) in packed.items():
-        replaced(model, value, made[key], nodes)
+        replace_uses(model, value, made[key], nodes)
     return gates
 
 
 class _Masks:
-    """What is known of the tokens of this call, float32, in the shapes that the gates want."""
+    """Masks over the tokens of this call, float32, in the shapes that the gates read."""
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
@@ -257,17 +257,17 @@ def _statistics(model: ir.Model, gates: list[ir.Value], masks: _Masks) -> list[i
     counted = add("ReduceSum", "context.counted", mask, keepdims=0)
     count = add("Max", "context.count", counted, one)
     total = add("ReduceSum", "context.gate_sum", every, tokens, keepdims=0)
-    kept = add("Where", "context.kept", add("Cast", "context.is_token", mask, to=ir.DataType.BOOL),
-               every, one)  # fmt: skip
-    closed = add("CastLike", "context.closed", add("Less", "context.less", kept, one), every)
+    is_token = add("Cast", "context.is_token", mask, to=ir.DataType.BOOL)
+    token_gates = add("Where", "context.kept", is_token, every, one)
+    closed = add("CastLike", "context.closed", add("Less", "context.less", token_gates, one), every)
     clamped = add("ReduceSum", "context.clamped_sum", closed, tokens, keepdims=0)
     mean, least, share = STATISTICS
-    found = [
+    statistics = [
         add("Div", mean, total, count),
-        add("ReduceMin", least, kept, tokens, keepdims=0),
+        add("ReduceMin", least, token_gates, tokens, keepdims=0),
         add("Div", share, clamped, count),
     ]
-    for value in found:
+    for value in statistics:
         value.shape = ir.Shape([len(gates)])
         value.type = ir.TensorType(ir.DataType.FLOAT)
-    return found
+    return statistics

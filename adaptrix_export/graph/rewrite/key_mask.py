@@ -1,10 +1,9 @@
 """Make an encoder's attention obey the attention mask.
 
-mobius-onnx hands the mask of the interface, int64 [batch, keys] with ones for tokens, to ONNX
-Attention as it is. The operator takes a number to be a bias, and two dimensions to be
-(queries, keys): right for one row without padding, silently wrong for a padded batch. ONNX
-Runtime's own MultiHeadAttention takes that mask for what it is, computes the same, and is years
-older than Attention of opset 23.
+mobius-onnx passes the attention mask, int64 [batch, keys] with ones for tokens, to ONNX Attention
+unchanged. The operator reads numbers as a bias and two dimensions as (queries, keys): right for one
+row without padding, silently wrong for a padded batch. ONNX Runtime's MultiHeadAttention accepts
+such a key mask, computes the same, and is years older than Attention of opset 23.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ import onnx_ir as ir
 from adaptrix_export.errors import UnsupportedError
 
 _MASK = 3  # which input of Attention is the mask
-_KNOWN = {"q_num_heads", "kv_num_heads", "scale"}  # attributes that have their like
+_KNOWN = {"q_num_heads", "kv_num_heads", "scale"}  # attributes that MultiHeadAttention has, too
 _LOWEST = -3.4028234663852886e38  # float32's: a finite score, so that a row of pads is no NaN
 
 
 def wire_key_mask(model: ir.Model) -> int:
-    """Returns the number of attentions that now have the mask of the interface.
+    """Replace Attention nodes that read the mask by MultiHeadAttention; returns their number.
 
-    Raises UnsupportedError for one that MultiHeadAttention cannot say.
+    Raises UnsupportedError for a node that MultiHeadAttention cannot express.
     """
     graph = model.graph
     mask = next(value for value in graph.inputs if value.name == "attention_mask")
@@ -42,16 +41,22 @@ def wire_key_mask(model: ir.Model) -> int:
 
 
 def _replace(graph: ir.Graph, node: ir.Node, keys: ir.Value) -> None:
-    said = {name: attribute.value for name, attribute in node.attributes.items()}
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     more = [v for v in (*node.inputs[_MASK + 1 :], *node.outputs[1:]) if v is not None]
-    heads = said.get("q_num_heads")
-    if more or heads is None or said.get("kv_num_heads") != heads or not said.keys() <= _KNOWN:
+    heads = attributes.get("q_num_heads")
+    if (
+        more
+        or heads is None
+        or attributes.get("kv_num_heads") != heads
+        or not attributes.keys() <= _KNOWN
+    ):
         raise UnsupportedError(
-            f"native front end: {node.name}", f"Attention with {said} and {len(more)} more values",
+            f"native front end: {node.name}",
+            f"Attention with {attributes} and {len(more)} more values",
             "as many heads for keys and values as for queries, and a mask alone",
             "build with --frontend traced",
         )  # fmt: skip
-    scale = {"scale": said["scale"]} if "scale" in said else {}
+    scale = {"scale": attributes["scale"]} if "scale" in attributes else {}
     made = ir.node(
         "MultiHeadAttention",
         [*node.inputs[:_MASK], None, keys],

@@ -1,9 +1,10 @@
-"""Values of (batch, tokens, width) as matrices of (batch * tokens, width), where slots want them.
+"""Values of (batch, tokens, width) as matrices of (batch * tokens, width), for the Gemms of slots.
 
-A Gemm adds what a slot contributes while it multiplies, but takes matrices only. What lies between
-two such products acts on each token by itself (norms, activations, sums of residuals), and does so
-on a matrix as well, with the same result to the bit: the rows of a matrix stay one from product to
-product, and only what needs batch and tokens apart, such as attention, gets them back.
+A Gemm adds a slot's contribution while it multiplies, but takes matrices only. The nodes between
+two such products act on each token independently (norms, activations, residual sums), and give the
+same result on a matrix, bit for bit. So values stay matrices from product to product, and are
+reshaped back only for nodes that need batch and tokens apart, such as attention. "Whole" below
+means a value of (batch, tokens, width).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from adaptrix_export.graph.rewrite.taps import integers, replaced
+from adaptrix_export.graph.rewrite.taps import integers, replace_uses
 
 _EACH = {  # (domain, operator): of one number, or of two of the same token
     *(("", name) for name in (
@@ -31,7 +32,7 @@ _SUM = 3  # the output of a norm with a skip that is the sum of its inputs, as w
 
 
 class Matrices:
-    """What has been made a matrix in a graph, and what has been made whole again."""
+    """The Reshapes of a graph's values to matrices and back."""
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
@@ -102,9 +103,9 @@ class Matrices:
                 node.outputs[0].shape, node.outputs[0].type = self._declared[id(node)]
 
     def settle(self) -> None:
-        """Let what acts on each token by itself act on matrices, where that takes fewer Reshapes.
+        """Let nodes that act on each token independently read matrices, if that saves Reshapes.
 
-        Call it when all slots are joined.
+        Call it after all slots are joined.
         """
         if not self._into:
             return
@@ -123,8 +124,8 @@ class Matrices:
             source = node.inputs[0]
             assert source is not None
             if key in made or key in self._back:
-                found = source if key in made else self._matrix(source)
-                node.outputs[0].replace_all_uses_with(found)
+                matrix = source if key in made else self._matrix(source)
+                node.outputs[0].replace_all_uses_with(matrix)
                 self._model.graph.remove(node, safe=True)
         outputs = set(map(id, self._model.graph.outputs))
         for key, node in self._back.items():
@@ -133,7 +134,8 @@ class Matrices:
         self._model.graph.sort()
 
     def _acts_on_tokens(self, node: ir.Node) -> bool:
-        """Whether the node gives the same on matrices; notes which of its outputs are whole."""
+        """Whether the node computes the same on matrices; records which of its outputs are
+        whole."""
         kind = (node.domain, node.op_type)
         if kind in _NORMS:
             axis = node.attributes.get("axis")
@@ -144,26 +146,26 @@ class Matrices:
                 return False
         elif kind not in _EACH:
             return False
-        given = [x for x in node.inputs if x is not None]
-        whole = [x for x in given if self.is_whole(x)]
-        if not whole or not all(self.is_whole(x) or _is_vector(x) for x in given):
+        inputs = [x for x in node.inputs if x is not None]
+        whole = [x for x in inputs if self.is_whole(x)]
+        if not whole or not all(self.is_whole(x) or _is_vector(x) for x in inputs):
             return False
         outputs = [o for n, o in enumerate(node.outputs) if n in (0, _SUM)]
         self._row_wise.update(map(id, outputs))
         return True
 
     def _matrix(self, x: ir.Value) -> ir.Value:
-        """Of a whole value that no chosen node makes."""
+        """The matrix of a whole value that no chosen node computes."""
         if id(x) in self._back:
-            found = self._back[id(x)].inputs[0]
-            assert found is not None
-            return found
+            matrix = self._back[id(x)].inputs[0]
+            assert matrix is not None
+            return matrix
         assert x.shape is not None
         width = x.shape[-1]
         return self.of(x, width if isinstance(width, int) else -1)
 
     def _count(self, chosen: dict[int, ir.Node], made: dict[int, ir.Value]) -> int:
-        """Reshapes that there would be."""
+        """The number of Reshapes there would be."""
         into: set[int] = set()
         for node in chosen.values():
             for x in node.inputs:
@@ -177,20 +179,20 @@ class Matrices:
         return len(into) + len(needed)
 
     def _others(self, value: ir.Value, chosen: dict[int, ir.Node]) -> Iterator[object]:
-        """Who reads a value as it is, whole: all but chosen nodes and Reshapes to a matrix."""
+        """Readers of a value that need it whole: all but chosen nodes and Reshapes to a matrix."""
         into = self._into.get(id(value))
         yield from (n for n, _ in value.uses() if id(n) not in chosen and n is not into)
         yield from (o for o in self._model.graph.outputs if o is value)
 
     def _give_back(self, value: ir.Value, chosen: dict[int, ir.Node]) -> None:
-        """Whoever needs a value that is a matrix now whole gets it so."""
+        """Reshape a value that has become a matrix back for the readers that need it whole."""
         producer = value.producer()
         assert producer is not None
         if any(self._others(value, chosen)):
             whole = self.whole(value, f"{value.name}.whole", value)
             self._model.graph.insert_after(producer, [whole])
             own = [*chosen.values(), whole, *filter(None, [self._into.get(id(value))])]
-            replaced(self._model, value, whole.outputs[0], own)
+            replace_uses(self._model, value, whole.outputs[0], own)
         value.shape = None
 
 

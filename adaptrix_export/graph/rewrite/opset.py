@@ -1,11 +1,10 @@
-"""Write a graph in the oldest opset and IR version that have all it uses.
+"""Lower a graph to the oldest opset and IR version that express it.
 
-Front ends write for the newest runtime they know. Most of what they use is older: an operator got a
-new version because it takes one more element type. `_WIDENED` lists the operators of which every
-version since `OLDEST` is of that kind; where a node uses no attribute and no input that is new, the
-older version computes the same. A norm that only new versions have is spelled out, in the pattern
-that ONNX Runtime turns back into its own operator when it loads a graph (SimplifiedLayerNormFusion;
-the same kernel, so the same bits).
+Front ends write for the newest runtime. Most new versions of operators only accept more element
+types. `_WIDENED` lists the operators for which that holds for every version since `OLDEST`; if a
+node uses no new attribute and no new input, the older version computes the same. A norm that only
+new opsets have is decomposed into the pattern that ONNX Runtime fuses into its own operator when it
+loads a graph (SimplifiedLayerNormFusion; the same kernel, so the same bits).
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ _NORMS = ("RMSNormalization", "SimplifiedLayerNormalization")
 
 
 def lower_opset(model: ir.Model) -> int:
-    """Lower the model's opset and IR version in place; returns how many norms were spelled out.
+    """Lower the model's opset and IR version in place; returns the number of decomposed norms.
 
-    Functions that no node calls are dropped, and so are those that stand in for operators of ONNX
-    Runtime where there are none: it reads them, too, and refuses a graph for their opset.
+    Unused functions are removed, and so are functions that define ONNX Runtime's own operators for
+    other runtimes: ONNX Runtime checks their opset, too, and refuses a graph for it.
     """
     for key in [key for key in model.functions if key[0] == _BUILT_IN]:
         del model.functions[key]
@@ -45,9 +44,9 @@ def lower_opset(model: ir.Model) -> int:
     common.RemoveUnusedOpsetsPass()(model)
     current = model.opset_imports.get("", OLDEST)
     wide = bool(_RECENT_TYPES & _element_types(model))
-    wanted = max([OLDEST, *(_oldest(n, current, wide) for n in _nodes(model) if n.domain == "")])
-    if wanted < current:
-        _set_opset(model, current, wanted)
+    target = max([OLDEST, *(_oldest(n, current, wide) for n in _nodes(model) if n.domain == "")])
+    if target < current:
+        _set_opset(model, current, target)
     model.ir_version = min(model.ir_version, _ir_version(model))
     return spelled
 
@@ -60,15 +59,15 @@ def _nodes(model: ir.Model) -> Iterator[ir.Node]:
 
 
 def _element_types(model: ir.Model) -> set[ir.DataType]:
-    """What the model's values are known to hold, and what its casts make."""
+    """The known element types of the model's values, and the target types of its casts."""
     graph = model.graph
-    found = {v.dtype for v in (*graph.inputs, *graph.outputs) if v.dtype is not None}
-    found |= {v.dtype for v in graph.initializers.values() if v.dtype is not None}
+    types = {v.dtype for v in (*graph.inputs, *graph.outputs) if v.dtype is not None}
+    types |= {v.dtype for v in graph.initializers.values() if v.dtype is not None}
     for node in _nodes(model):
-        found |= {v.dtype for v in node.outputs if v.dtype is not None}
+        types |= {v.dtype for v in node.outputs if v.dtype is not None}
         if node.op_type == "Cast":
-            found.add(ir.DataType(node.attributes["to"].as_int()))
-    return found
+            types.add(ir.DataType(node.attributes["to"].as_int()))
+    return types
 
 
 def _oldest(node: ir.Node, current: int, wide: bool) -> int:
@@ -78,14 +77,14 @@ def _oldest(node: ir.Node, current: int, wide: bool) -> int:
         older = onnx.defs.get_schema(node.op_type, schema.since_version - 1, "")
         if len(node.inputs) > older.max_input or len(node.outputs) > older.max_output:
             break
-        if not set(_said(node, schema)) <= set(older.attributes):
+        if not set(_explicit_attributes(node, schema)) <= set(older.attributes):
             break
         schema = older
     return schema.since_version
 
 
-def _said(node: ir.Node, schema: onnx.defs.OpSchema) -> Iterable[str]:
-    """The attributes that say something else than what is understood without them."""
+def _explicit_attributes(node: ir.Node, schema: onnx.defs.OpSchema) -> Iterable[str]:
+    """The attributes whose values differ from the operator's defaults."""
     for name, attribute in node.attributes.items():
         default = schema.attributes[name].default_value
         silent = default.type != onnx.AttributeProto.UNDEFINED
@@ -98,16 +97,18 @@ def _raw(attribute: ir.Attr) -> object:
     return value.encode() if isinstance(value, str) else value
 
 
-def _set_opset(model: ir.Model, current: int, wanted: int) -> None:
+def _set_opset(model: ir.Model, current: int, target: int) -> None:
     for node in _nodes(model):
         if node.domain == "" and node.op_type in _WIDENED:
-            said = set(_said(node, onnx.defs.get_schema(node.op_type, current, "")))
-            for name in [n for n in node.attributes if n not in said]:
+            explicit = set(
+                _explicit_attributes(node, onnx.defs.get_schema(node.op_type, current, ""))
+            )
+            for name in [n for n in node.attributes if n not in explicit]:
                 del node.attributes[name]
-    model.graph.opset_imports[""] = wanted
+    model.graph.opset_imports[""] = target
     for function in model.functions.values():
         if "" in function.opset_imports:
-            function.opset_imports[""] = wanted
+            function.opset_imports[""] = target
 
 
 def _ir_version(model: ir.Model) -> int:

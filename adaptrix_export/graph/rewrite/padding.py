@@ -1,10 +1,10 @@
 """Make a graph with GroupQueryAttention right for batches that are padded on the left.
 
 The operator keeps each row's tokens at the start of its cache and counts them with the attention
-mask, so it is right when the padding follows the tokens and silently wrong when it comes first,
-which is what generation with transformers and optimum feeds. The cure: roll each row left by the
-number of its leading pads in this call, and roll the hidden states back before the head. Steps of
-one token, and rows without leading pads, are rolled by zero.
+mask: right if the padding follows the tokens, silently wrong if it comes first, as in generation
+with transformers and optimum. Therefore each row is rolled left by the number of its leading pads
+in this call, and the hidden states are rolled back before the head. Steps of one token, and rows
+without leading pads, are rolled by zero.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from adaptrix_export.errors import UnsupportedError
 
-_MASK_READERS = {"ReduceSum", "Shape"}  # what does not care where in a row the ones stand
+_MASK_READERS = {"ReduceSum", "Shape"}  # independent of where in a row the ones are
 _PER_TOKEN = {"MatMul", "Add", "Mul", "Div", "Tanh", "Cast"}
 
 
@@ -25,7 +25,7 @@ def needs_left_padding(model: ir.Model) -> bool:
 def wire_left_padding(model: ir.Model) -> int:
     """Roll tokens and positions in, hidden states out; returns the number of values rolled.
 
-    Raises UnsupportedError where the mask is also read by position: rolling would then be wrong.
+    Raises UnsupportedError if a node reads the mask by position: rolling would then be wrong.
     """
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
@@ -123,9 +123,9 @@ def _indices(made: _Nodes, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.
         )
     )
     places = made.add("Range", [zero, stop, one], "places")
-    found = []
+    indices = []
     for kind, name in (("Add", "forth"), ("Sub", "back")):
         moved = made.add(kind, [places, pads], f"{name}.moved")
         wrapped = made.add("Mod", [moved, length], f"{name}.wrapped")
-        found.append(made.add("Unsqueeze", [wrapped, made.constant(-1)], name))
-    return found[0], found[1]
+        indices.append(made.add("Unsqueeze", [wrapped, made.constant(-1)], name))
+    return indices[0], indices[1]

@@ -1,4 +1,4 @@
-"""One vector a row beside the hidden states: the output `sentence_embedding` of a features graph.
+"""The output `sentence_embedding` of a features graph: one vector a row, beside hidden states.
 
 Each kind is a row of `POOLINGS`, as sentence-transformers' Pooling takes it: `mean` over the tokens
 that the mask keeps (a row of pads alone gives zeros); `mean_sqrt_len` divides their sum by the root
@@ -51,7 +51,7 @@ def wire_pooling(model: ir.Model, kind: str) -> int:
 
 @dataclass
 class _Wiring:
-    """Nodes in the making, and the constants that they read; what two kinds need is made once."""
+    """Collects new nodes and their constants; values that several poolings need are shared."""
 
     graph: ir.Graph
     hidden: ir.Value
@@ -78,18 +78,18 @@ class _Wiring:
         return self.constant(name, np.array([value], np.int64))
 
     @property
-    def kept(self) -> ir.Value:
+    def token_mask(self) -> ir.Value:
         """The mask as numbers, (rows, tokens, 1)."""
-        if "kept" not in self.made:
+        if "token_mask" not in self.made:
             numbers = self.add("Cast", self.mask, to=ir.DataType.FLOAT)
-            self.made["kept"] = self.add("Unsqueeze", numbers, self.index("last_axis", -1))
-        return self.made["kept"]
+            self.made["token_mask"] = self.add("Unsqueeze", numbers, self.index("last_axis", -1))
+        return self.made["token_mask"]
 
     @property
     def masked(self) -> ir.Value:
         """The hidden states, zero at pads."""
         if "masked" not in self.made:
-            self.made["masked"] = self.add("Mul", self.hidden, self.kept)
+            self.made["masked"] = self.add("Mul", self.hidden, self.token_mask)
         return self.made["masked"]
 
     @property
@@ -100,9 +100,9 @@ class _Wiring:
 
     @property
     def count(self) -> ir.Value:
-        """Tokens of each row, one at least of what can be divided by."""
+        """Number of tokens of each row, at least SMALLEST."""
         if "count" not in self.made:
-            self.made["count"] = self.some(self.over_tokens("ReduceSum", self.kept))
+            self.made["count"] = self.some(self.over_tokens("ReduceSum", self.token_mask))
         return self.made["count"]
 
     def over_tokens(self, kind: str, value: ir.Value) -> ir.Value:
@@ -112,7 +112,7 @@ class _Wiring:
         return self.add("Max", value, self.constant("smallest", np.array(SMALLEST, np.float32)))
 
     def places(self, dtype: ir.DataType) -> ir.Value:
-        """1, 2, ... along the tokens at which the mask keeps one, 0 at pads: (rows, tokens)."""
+        """1, 2, ... at tokens, by position, and 0 at pads: (rows, tokens)."""
         axis = self.constant("axis", np.array(1, np.int64))
         one = ir.tensor(np.array([1], np.int64))
         ones = self.add("ConstantOfShape", self.add("Shape", self.mask), value=one)
@@ -142,13 +142,13 @@ def _weighted_mean(wiring: _Wiring) -> ir.Value:
 
 def _largest(wiring: _Wiring) -> ir.Value:
     zero = wiring.constant("zero", np.array(0, np.float32))
-    pad = wiring.add("Equal", wiring.kept, zero)
+    pad = wiring.add("Equal", wiring.token_mask, zero)
     lowest = wiring.constant("lowest", np.array(LOWEST, np.float32))
     return wiring.over_tokens("ReduceMax", wiring.add("Where", pad, lowest, wiring.hidden))
 
 
 def _last(wiring: _Wiring) -> ir.Value:
-    """The token of the greatest place; a row of pads alone gives zeros."""
+    """The last token that the mask keeps; a row of pads only gives zeros."""
     places = wiring.places(ir.DataType.INT64)
     index = wiring.add("ArgMax", places, axis=1, keepdims=1)
     return wiring.add("GatherND", wiring.masked, index, batch_dims=1)

@@ -1,9 +1,9 @@
-"""What clients expect of a graph beyond its being right; no value changes.
+"""Adapts a graph to what clients expect of its names; no value changes.
 
 - The names of symbolic sizes: transformers.js fills an empty cache by the name `batch_size`.
-- Optional outputs that nothing reads have no name: both float16 converters (onnxconverter-common,
-  onnxruntime.transformers) take a named output of Skip(Simplified)LayerNormalization for a tensor
-  that must be converted, and leave a graph that does not load.
+- Unused optional outputs have no name: both float16 converters (onnxconverter-common,
+  onnxruntime.transformers) convert every named output of Skip(Simplified)LayerNormalization, and
+  then write a graph that does not load.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _omit_outputs(graph: ir.Graph) -> int:
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    """Inputs, and what the nodes make; each once."""
+    """Graph inputs and outputs of nodes, each once."""
     yield from graph.inputs
     for node in graph:
         yield from node.outputs

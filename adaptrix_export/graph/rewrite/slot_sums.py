@@ -1,18 +1,19 @@
-"""Adds what slots contribute to the values of a graph, in as few and as cheap nodes as it takes.
+"""Adds the contributions of slots to the values of a graph, with as few and cheap nodes as
+possible.
 
     x2 -> MatMul A -> t  \\
     x2 -> MatMul W -> y0 -> Gemm(t, B, y0) -> y
 
-A Gemm adds while it multiplies: a node less than MatMul and Add, and a pass less over the outputs.
-It takes matrices, so that batch and tokens are one axis there (x2; see `matrices.py`). What it adds
-of an empty slot is nothing at all, so y is y0 bit for bit.
+A Gemm multiplies and adds: one node less than MatMul and Add, and one pass less over the outputs.
+It takes matrices, so batch and tokens are one axis there (x2; see `matrices.py`). An empty slot has
+inner dimension 0, so y is y0 bit for bit.
 
     x -> MatMul A -> [mask] -> MatMul B -> d,  y0 + d -> y
 
-is how it is done where the graph has no plain product to add to, or where rows are masked.
+is used where the value is not the output of a plain MatMul, or where rows are masked.
 
-Where modules are packed into one value, d is what their slots contribute, side by side, with zeros
-for modules without a slot, and the product of the module itself is the Gemm that adds it.
+Where modules are packed into one value, d is the concatenation of their slots' contributions, with
+zeros for modules without a slot, and the module's own product becomes the Gemm that adds it.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ import onnx_ir as ir
 
 from adaptrix_export.graph.rewrite.matrices import Matrices
 from adaptrix_export.graph.rewrite.slots import Branch, node
-from adaptrix_export.graph.rewrite.taps import integers, joined, replaced
+from adaptrix_export.graph.rewrite.taps import integers, joined, replace_uses
 
 
 def join(model: ir.Model, branches: Iterable[Branch], settle: bool = True) -> int:
-    """Add what each branch contributes to its place; returns how many there are.
+    """Add the contribution of each branch to its place; returns the number of branches.
 
-    Without `settle` the values of the graph that were whole stay so, for others to be wired to.
+    Without `settle` no further values become matrices, so that gates can be wired to them.
     """
     by_value: dict[int, list[Branch]] = {}
     for branch in branches:
@@ -51,18 +52,18 @@ def join(model: ir.Model, branches: Iterable[Branch], settle: bool = True) -> in
 
 
 def _add(model: ir.Model, branches: list[Branch]) -> None:
-    """MatMul and Add: what the branches contribute to one value joins it, for all who read it."""
+    """Add the branches' contributions to one value with MatMul and Add; readers use the sum."""
     value = branches[0].place.value
     contribution, nodes = _side_by_side(model, branches)
     total = node("Add", [value, contribution], f"{branches[0].place.slot.name}.lora_sum")
     producer = value.producer()
     assert producer is not None
     model.graph.insert_after(producer, [*nodes, total])
-    replaced(model, value, total.outputs[0], [total])
+    replace_uses(model, value, total.outputs[0], [total])
 
 
 def _side_by_side(model: ir.Model, branches: list[Branch]) -> tuple[ir.Value, list[ir.Node]]:
-    """What the branches contribute to one value, as wide as that is, and the nodes for it."""
+    """The concatenated contributions to one value, padded to its width, and their nodes."""
     nodes = [n for branch in branches for n in branch.nodes]
     parts: list[ir.Value] = []
     branches.sort(key=lambda branch: branch.place.columns)
@@ -85,14 +86,14 @@ def _side_by_side(model: ir.Model, branches: list[Branch]) -> tuple[ir.Value, li
 
 
 def _add_to_gemm(model: ir.Model, branch: Branch) -> bool:
-    """Where a Gemm made the value, all is matrices already."""
+    """Add the contribution with a Gemm, if the value is a Gemm's output: a matrix already."""
     value = branch.place.value
     producer = value.producer()
     if producer is None or producer.op_type != "Gemm" or producer.domain:
         return False
     total = _gemm(branch, value)
     model.graph.insert_after(producer, [*branch.nodes, total])
-    replaced(model, value, total.outputs[0], [total])
+    replace_uses(model, value, total.outputs[0], [total])
     return True
 
 
@@ -102,9 +103,9 @@ def _gemm(branch: Branch, value: ir.Value) -> ir.Node:
 
 
 class _Products:
-    """Products of a whole (batch, tokens, inputs) with a weight, made products of matrices.
+    """Turns products of (batch, tokens, inputs) with a weight into products of matrices.
 
-    Both ways to add return False, and do nothing, where the value is not such a product, with or
+    Both `add` methods return False and change nothing if the value is not such a product, with or
     without a bias.
     """
 
@@ -113,11 +114,11 @@ class _Products:
         self.matrices = Matrices(model)
 
     def add(self, branch: Branch) -> bool:
-        """A slot on all columns: its last product takes the module's own and adds to that."""
-        found = self._found([branch])
-        if found is None:
+        """For a slot on all columns: a Gemm with B that adds the module's own product."""
+        match = self._match([branch])
+        if match is None:
             return False
-        product, matrix = found
+        product, matrix = match
         for reader in (product, branch.nodes[0]):
             reader.replace_input_with(0, matrix)
         total = _gemm(branch, product.outputs[0])
@@ -125,12 +126,12 @@ class _Products:
         return True
 
     def add_packed(self, branches: list[Branch]) -> bool:
-        """Slots on some columns each: the module's own product takes what they give together."""
-        found = self._found(branches)
-        weight = found[0].inputs[1] if found is not None else None
-        if found is None or weight is None or weight.shape is None or len(weight.shape) != 2:
+        """For packed modules: the module's own product becomes a Gemm that adds all slots' sum."""
+        match = self._match(branches)
+        weight = match[0].inputs[1] if match is not None else None
+        if match is None or weight is None or weight.shape is None or len(weight.shape) != 2:
             return False
-        product, matrix = found
+        product, matrix = match
         for branch in branches:
             branch.nodes[0].replace_input_with(0, matrix)
         contribution, nodes = _side_by_side(self._model, branches)
@@ -140,8 +141,8 @@ class _Products:
         self._model.graph.remove(product, safe=True)
         return True
 
-    def _found(self, branches: list[Branch]) -> tuple[ir.Node, ir.Value] | None:
-        """The product, and the matrix that it and the branches are to read."""
+    def _match(self, branches: list[Branch]) -> tuple[ir.Node, ir.Value] | None:
+        """The product, and the matrix that it and the branches shall read; None if not such one."""
         place = branches[0].place
         x = branches[0].nodes[0].inputs[0]
         assert x is not None  # what `place.x` is by now: an earlier slot may have joined it
@@ -151,24 +152,24 @@ class _Products:
         return product, self.matrices.of(x, place.slot.inputs)
 
     def _join(self, product: ir.Node, nodes: list[ir.Node], name: str) -> None:
-        """Put the nodes behind the product; the last one gives what is read in its place."""
+        """Insert the nodes after the product; readers use the output of the last one instead."""
         (*_, total), value = nodes, product.outputs[0]
         weight = product.inputs[1]
         assert weight is not None  # of a MatMul
         whole = self.matrices.whole(total.outputs[0], f"{name}.lora_whole", weight)
         self._model.graph.insert_after(product, [*nodes, whole])
-        replaced(self._model, value, whole.outputs[0], [total])
+        replace_uses(self._model, value, whole.outputs[0], [total])
         value.shape = None  # a matrix now
 
 
 def _product(value: ir.Value, x: ir.Value) -> ir.Node | None:
-    """The MatMul of x that makes the value, by itself or with a bias that is added to it."""
-    made = value.producer()
-    if made is not None and made.op_type == "Add" and not made.domain:
-        found = [p for v in made.inputs if v is not None and (p := v.producer()) is not None]
-        made = next((p for p in found if p.op_type == "MatMul"), None)
-        if made is None or len(list(made.outputs[0].uses())) != 1:
+    """The MatMul of x that computes the value, or the value before a bias is added."""
+    node = value.producer()
+    if node is not None and node.op_type == "Add" and not node.domain:
+        producers = [p for v in node.inputs if v is not None and (p := v.producer()) is not None]
+        node = next((p for p in producers if p.op_type == "MatMul"), None)
+        if node is None or len(list(node.outputs[0].uses())) != 1:
             return None
-    if made is None or made.op_type != "MatMul" or made.domain or made.inputs[0] is not x:
+    if node is None or node.op_type != "MatMul" or node.domain or node.inputs[0] is not x:
         return None
-    return made
+    return node

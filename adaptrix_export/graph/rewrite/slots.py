@@ -1,16 +1,16 @@
-"""Adapter slots in a base graph: where they are, and what an adapter puts into them.
+"""Adapter slots in a base graph: where they are, and the values of an adapter for them.
 
     x -> MatMul W ----------------------------> y0 \
     x -> MatMul A (inputs, r) -> times B (r, outputs) -> sum -> y      see `slot_sums.py`
 
-A and B are overridable initializers: graph inputs whose default has rank 0, so that a graph that
-is fed none of them computes the base. A module has a slot of its own also where the graph packs
-query, key and value into one MatMul: a B for all three would be two thirds zeros. The scale is B's.
+A and B are overridable initializers: graph inputs whose default has rank 0, so that a run without
+an adapter computes the base. Each module has its own slot, also where the graph packs query, key
+and value into one MatMul: a B for all three would be two thirds zeros. B includes the scale.
 
-With an adapter for each row of a batch the factors of all adapters stand side by side along the
-rank instead, as weights, and what a row's own adapter did not make is multiplied by zero. There a
-slot belongs to a value of the graph: the A of the modules packed in it stand side by side, too, and
-their B are the blocks of a larger one.
+With one adapter for each row of a batch, the factors of all adapters are concatenated along the
+rank and stored as weights instead, and ranks that belong to another adapter than the row's are
+multiplied by zero. There a slot belongs to a value of the graph: the A of the modules packed in it
+are concatenated, too, and their B are the blocks of a larger one.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Place:
 
 
 def check_slots(plan: Plan) -> None:
-    """Refuse what no slot can hold: all but plain low-rank terms on weights of linear layers."""
+    """Refuse all changes but low-rank terms on weights of linear layers, the only ones slots
+    take."""
     base = plan.base
     if base.task != GENERATION:
         raise UnsupportedError(
@@ -101,12 +102,12 @@ def check_slots(plan: Plan) -> None:
     for adapter in plan.adapters:
         changes: tuple[Replacement | Delta, ...] = (*adapter.replacements, *adapter.deltas)
         for change in changes:
-            found = _unfit(change)
+            reason = _unsupported_reason(change)
             if base.architecture.is_embedding(change.site):
-                found = "an embedding"
-            if found:
+                reason = "an embedding"
+            if reason:
                 raise UnsupportedError(
-                    f"{adapter.name}: {change.name}", f"{found}, which no slot can hold",
+                    f"{adapter.name}: {change.name}", f"{reason}, which no slot can hold",
                     "plain LoRA on the weights of linear layers",
                     "merge this adapter (target onnx), or approximate its deltas "
                     "(slots.approximate=svd)",
@@ -116,10 +117,11 @@ def check_slots(plan: Plan) -> None:
 def is_plain(adapter: Adapter) -> bool:
     """Whether all that the adapter ships are low-rank deltas of weights."""
     changes: tuple[Replacement | Delta, ...] = (*adapter.replacements, *adapter.deltas)
-    return not any(map(_unfit, changes))
+    return not any(map(_unsupported_reason, changes))
 
 
-def _unfit(change: Delta | Replacement) -> str:
+def _unsupported_reason(change: Delta | Replacement) -> str:
+    """What the change is, if a slot cannot express it; else an empty string."""
     if isinstance(change, Replacement):
         return "a trained row or bias" if change.shared else "a module saved whole"
     if change.parameter != "weight":
@@ -130,12 +132,12 @@ def _unfit(change: Delta | Replacement) -> str:
 
 def sites_of(adapters: Iterable[Adapter]) -> tuple[Site, ...]:
     """The union of the adapters' sites, sorted."""
-    found = {delta.site for adapter in adapters for delta in adapter.deltas}
-    return tuple(sorted(found, key=lambda site: site.order))
+    sites = {delta.site for adapter in adapters for delta in adapter.deltas}
+    return tuple(sorted(sites, key=lambda site: site.order))
 
 
 def places_of(taps: Mapping[Site, Tap]) -> list[Place]:
-    """A place for each module, in the order of the sites; one for each part where it was cut."""
+    """A place for each module, in the order of the sites; one for each part of a split module."""
     places = []
     for site, tap in taps.items():
         for piece in tap.pieces:
@@ -143,11 +145,11 @@ def places_of(taps: Mapping[Site, Tap]) -> list[Place]:
             member = Member(site.path, (0, size), piece.rows)
             slot = Slot(_name([member]), tap.inputs, size, (member,))
             places.append(Place(slot, tap.x, piece.value, piece.columns, piece.width))
-    return _told_apart(places)
+    return _require_unique_names(places)
 
 
 def packed_places_of(taps: Mapping[Site, Tap]) -> list[Place]:
-    """One place for each value that some site acts on, in the order of the sites."""
+    """A place for each value of the graph that sites are packed in, in the order of the sites."""
     values: dict[int, tuple[ir.Value, ir.Value, int, int]] = {}
     members: dict[int, list[Member]] = {}
     for site, tap in taps.items():
@@ -157,14 +159,13 @@ def packed_places_of(taps: Mapping[Site, Tap]) -> list[Place]:
             members.setdefault(key, []).append(Member(site.path, piece.columns, piece.rows))
     places = []
     for key, (x, value, inputs, outputs) in values.items():
-        held = tuple(sorted(members[key], key=lambda m: m.columns))
-        places.append(
-            Place(Slot(_name(held), inputs, outputs, held), x, value, (0, outputs), outputs)
-        )
-    return _told_apart(places)
+        slot_members = tuple(sorted(members[key], key=lambda m: m.columns))
+        slot = Slot(_name(slot_members), inputs, outputs, slot_members)
+        places.append(Place(slot, x, value, (0, outputs), outputs))
+    return _require_unique_names(places)
 
 
-def _told_apart(places: list[Place]) -> list[Place]:
+def _require_unique_names(places: list[Place]) -> list[Place]:
     """The places, or UnsupportedError where two have one name."""
     counted = Counter(place.slot.name for place in places)
     twice = next((name for name, count in counted.items() if count > 1), None)
@@ -177,7 +178,7 @@ def _told_apart(places: list[Place]) -> list[Place]:
 
 
 def _name(members: Sequence[Member]) -> str:
-    """`model.layers.0.self_attn.q_proj+k_proj+v_proj`, with rows where a module was cut."""
+    """`model.layers.0.self_attn.q_proj+k_proj+v_proj`; with `@row` for a part of a split module."""
     first = members[0].site
     stem = first.rpartition(".")[0]
     parts = [m.site.removeprefix(f"{stem}.") for m in members]
@@ -188,12 +189,11 @@ def _name(members: Sequence[Member]) -> str:
 
 @dataclass(frozen=True)
 class Branch:
-    """The first half of what a slot contributes: `nodes`, in order, not in the graph yet, and the
-    factor `b` that their last output is to be multiplied by.
+    """The side branch of a slot up to A: `nodes`, in order, not in the graph yet, whose last output
+    is to be multiplied by `b`.
 
-    `masked` says that rows have their own adapters. Make the branches of all places before any is
-    joined: the output of one place may be what another one reads, and that must be the output with
-    the contribution in it.
+    `masked`: rows have their own adapters. Make the branches of all places before joining any: one
+    place may read the output of another, and must read it with the contribution added.
     """
 
     place: Place
@@ -202,14 +202,14 @@ class Branch:
     masked: bool = False
 
     def up(self) -> ir.Node:
-        """A node for the other half: it gives (batch, tokens, outputs), shaped as the value is."""
+        """The node that multiplies by B: (batch, tokens, outputs), in the shape of the value."""
         return node(
             "MatMul", [self.nodes[-1].outputs[0], self.b], f"{self.place.slot.name}.lora_up"
         )
 
 
 def slot_branches(model: ir.Model, places: Iterable[Place]) -> list[Branch]:
-    """The slots as inputs of the graph. Their default contributes zeros: the base, bit for bit."""
+    """Slots as graph inputs. With the default values the graph is the base, bit for bit."""
     branches = []
     for place in places:
         slot = place.slot
@@ -227,10 +227,11 @@ def row_branches(
     values: Mapping[str, Array],
     ranks: Mapping[str, Array],
 ) -> list[Branch]:
-    """The slots of all adapters as weights, and input `adapter_ids` (batch,) that chooses.
+    """Slots of all adapters as weights, and the input `adapter_ids` (batch,) that selects one a
+    row.
 
-    `values` are the stacked factors by name; `ranks` says for each slot to which adapter each of
-    its ranks belongs. -1 is the base.
+    `values` are the stacked factors by name; `ranks` has, for each slot, the index of the adapter
+    that each rank belongs to. Id -1 selects the base.
     """
     graph = model.graph
     ids = ir.Value(
@@ -255,8 +256,8 @@ def row_branches(
 def _row_mask(
     model: ir.Model, ids: ir.Value, owners: Array, number: int, nodes: list[ir.Node]
 ) -> ir.Value:
-    """(batch, 1, ranks): 1 where a rank belongs to the row's adapter. The last row is the base's,
-    which id -1 takes."""
+    """(batch, 1, ranks): 1 where a rank belongs to the row's adapter. The last row of the table is
+    the base's, selected by id -1."""
     count = int(owners.max()) + 1 if owners.size else 0
     table = np.zeros((count + 1, 1, owners.size), np.float32)
     for adapter in range(count):
@@ -302,8 +303,8 @@ def slot_values(
 ) -> dict[str, Array]:
     """The tensors of an adapter by input name; slots that it does not fill are left out.
 
-    The product scale * B is taken in float64 and rounded once; where `shares` names a site, that
-    share of it. Raises AdapterError for a site without a slot.
+    scale * B, times the site's share in `shares` if it has one, is computed in float64 and rounded
+    once. Raises AdapterError for a site without a slot.
     """
     deltas = {delta.site.path: delta for delta in adapter.deltas}
     values: dict[str, Array] = {}
@@ -342,16 +343,16 @@ def _block(slot: Slot, member: Member, term: LowRank, share: float) -> tuple[Arr
 def stacked(
     slots: Iterable[Slot], adapters: Sequence[Adapter], shares: Mapping[str, float] = NO_SHARES
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """For `row_branches`: the factors of all adapters side by side, and whose each rank is."""
+    """For `row_branches`: the concatenated factors of all adapters, and each rank's adapter."""
     each = [slot_values(slots, adapter, shares) for adapter in adapters]
     values: dict[str, Array] = {}
     owners: dict[str, Array] = {}
     for slot in slots:
-        having = [(n, v) for n, v in enumerate(each) if slot.a in v]
-        values[slot.a] = np.concatenate([v[slot.a] for _, v in having], axis=1)
-        values[slot.b] = np.concatenate([v[slot.b] for _, v in having], axis=0)
+        owning = [(n, v) for n, v in enumerate(each) if slot.a in v]
+        values[slot.a] = np.concatenate([v[slot.a] for _, v in owning], axis=1)
+        values[slot.b] = np.concatenate([v[slot.b] for _, v in owning], axis=0)
         owners[slot.name] = np.concatenate(
-            [np.full(v[slot.a].shape[1], n, np.int64) for n, v in having]
+            [np.full(v[slot.a].shape[1], n, np.int64) for n, v in owning]
         )
     return values, owners
 

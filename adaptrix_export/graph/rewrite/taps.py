@@ -1,11 +1,11 @@
-"""Where in a graph a module's weight acts: what goes in, what comes out, and in which columns.
+"""Locates modules in a graph: the input that a module reads, its output, and which columns of it.
 
-A front end may transpose a weight, pack several into one MatMul or cut one into several. The
-expressions of `Graph.weights` tell which values of which tensor an initializer holds, so the place
-is computed from them, never guessed from a name in the graph. A side branch is then added there:
-`low_rank` computes `x A^T B^T` beside the module, and `replaced` puts something in its place.
+A front end may transpose a weight, pack several into one MatMul or split one. The expressions of
+`Graph.weights` say which values of which tensor an initializer contains; the location is computed
+from them, not from names in the graph. `low_rank` then adds a side branch `x A^T B^T` there, and
+`replace_uses` lets readers use another value.
 
-What is read by anything but a MatMul or a Gemm (an embedding, stacked experts) is refused by name.
+Weights that anything but a MatMul or a Gemm reads (an embedding, stacked experts) are refused.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _SAME = ("Identity", "Cast")  # on the way from a weight to its reader, beside T
 
 @dataclass(frozen=True)
 class Piece:
-    """Outputs `rows` of a module are columns `columns` of `value`, which has `width` of them.
+    """Outputs `rows` of a module are columns `columns` of `value`, which has `width` columns.
 
-    `biased` says that `value` is the module's output as it is: with its bias, or it has none.
-    Where it is False the bias is added later, inside another operator.
+    `biased`: `value` includes the module's bias, or there is none. Otherwise another operator adds
+    the bias later.
     """
 
     value: ir.Value
@@ -42,9 +42,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Tap:
-    """A module in the graph: reads `x` (batch, tokens, inputs), gives `pieces` of its `outputs`.
+    """A module in the graph: it reads `x` (batch, tokens, inputs); `pieces` make up its `outputs`.
 
-    `flat` says that batch and tokens are one axis there, as around a Gemm.
+    `flat`: batch and tokens are one axis there, as around a Gemm.
     """
 
     site: Site
@@ -57,9 +57,9 @@ class Tap:
 
 @dataclass(frozen=True)
 class _Box:
-    """Part of a value that is taken, unchanged, from a tensor: all tuples have one number an axis
-    of the value. `axes` are the tensor's axes, `starts` where the part begins in the value,
-    `sources` where it begins in the tensor, `sizes` how long it is."""
+    """A block of a value that is copied from a tensor; every tuple has one entry an axis of the
+    value. `axes`: the tensor's axes; `starts`: offsets in the value; `sources`: offsets in the
+    tensor; `sizes`: lengths."""
 
     name: str
     axes: tuple[int, ...]
@@ -70,7 +70,7 @@ class _Box:
 
 @dataclass(frozen=True)
 class _Reader:
-    """A node that reads an initializer as a matrix; `turned` if a Transpose lies between them."""
+    """A node that reads an initializer; `turned` if it reads it transposed."""
 
     node: ir.Node
     index: int
@@ -80,7 +80,8 @@ class _Reader:
 def taps(plan: Plan, graph: Graph, sites: Iterable[Site]) -> dict[Site, Tap]:
     """The tap of each site's `weight`. Raises UnsupportedError for a site that has none.
 
-    Ask for all sites before changing the graph: a tap names the values that were there.
+    Get the taps of all sites before changing the graph: a tap refers to values of the graph as it
+    is.
     """
     readers: dict[str, list[str]] = {}
     for initializer, expression in sorted(graph.weights.items()):
@@ -96,7 +97,7 @@ def _tap(plan: Plan, graph: Graph, site: Site, readers: Mapping[str, list[str]])
     if len(shape) != 2:
         raise _refused(site, f"a weight of shape {list(shape)}", "two dimensions")
     axis = int(plan.base.architecture.is_transposed(site))  # of the outputs, as it is stored
-    found: list[tuple[ir.Node, Piece]] = []
+    node_pieces: list[tuple[ir.Node, Piece]] = []
     for initializer in readers.get(home, ()):
         value = graph.model.graph.initializers[initializer]
         _, boxes = _boxes(graph.weights[initializer], home, lambda n: _shape(plan, n), site)
@@ -105,19 +106,21 @@ def _tap(plan: Plan, graph: Graph, site: Site, readers: Mapping[str, list[str]])
                 continue  # the other end of a tie
             for box in _joined([b for b in boxes if b.name == home]):
                 piece = _piece(graph, site, reader, box, shape, axis)
-                found.append((reader.node, piece))
-    if not found:
+                node_pieces.append((reader.node, piece))
+    if not node_pieces:
         raise _refused(site, "a weight that no MatMul reads", "one in the graph")
-    found.sort(key=lambda pair: pair[1].rows)
-    ends = [0, *(piece.rows[1] for _, piece in found)]
-    if [piece.rows[0] for _, piece in found] != ends[:-1] or ends[-1] != shape[axis]:
-        raise _refused(site, f"a weight read by {len(found)} nodes in parts", "each part once")
-    x = found[0][0].inputs[0]
+    node_pieces.sort(key=lambda pair: pair[1].rows)
+    ends = [0, *(piece.rows[1] for _, piece in node_pieces)]
+    if [piece.rows[0] for _, piece in node_pieces] != ends[:-1] or ends[-1] != shape[axis]:
+        raise _refused(
+            site, f"a weight read by {len(node_pieces)} nodes in parts", "each part once"
+        )
+    x = node_pieces[0][0].inputs[0]
     assert x is not None
-    if any(node.inputs[0] is not x for node, _ in found):
+    if any(node.inputs[0] is not x for node, _ in node_pieces):
         raise _refused(site, "parts of a weight that read different inputs", "one input")
-    flat = found[0][0].op_type == "Gemm" or (x.shape is not None and len(x.shape) == 2)
-    return Tap(site, x, shape[1 - axis], shape[axis], tuple(p for _, p in found), flat)
+    flat = node_pieces[0][0].op_type == "Gemm" or (x.shape is not None and len(x.shape) == 2)
+    return Tap(site, x, shape[1 - axis], shape[axis], tuple(p for _, p in node_pieces), flat)
 
 
 def _refused(site: Site, found: str, expected: str) -> UnsupportedError:
@@ -134,22 +137,22 @@ def _shape(plan: Plan, name: str) -> tuple[int, ...]:
 
 
 def _boxes(
-    expression: Expression, wanted: str, shape_of: Callable[[str], tuple[int, ...]], site: Site
+    expression: Expression, source: str, shape_of: Callable[[str], tuple[int, ...]], site: Site
 ) -> tuple[tuple[int, ...], list[_Box]]:
-    """Shape of the expression's value, and the parts of it that come from tensor `wanted`."""
+    """Shape of the expression's value, and the blocks of it that come from tensor `source`."""
     kind, *rest = expression
     if kind == "tensor":
         shape = shape_of(rest[0])
         zeros, axes = (0,) * len(shape), tuple(range(len(shape)))
-        return shape, [_Box(rest[0], axes, zeros, zeros, shape)] if rest[0] == wanted else []
+        return shape, [_Box(rest[0], axes, zeros, zeros, shape)] if rest[0] == source else []
     if kind == "concat":
         axis, length, boxes = rest[0], 0, list[_Box]()
         for part in rest[1]:
-            shape, inside = _boxes(part, wanted, shape_of, site)
+            shape, inside = _boxes(part, source, shape_of, site)
             boxes += [replace(b, starts=_with(b.starts, axis, length, add=True)) for b in inside]
             length += shape[axis]
         return _with(shape, axis, length), boxes
-    shape, boxes = _boxes(rest[-1], wanted, shape_of, site)
+    shape, boxes = _boxes(rest[-1], source, shape_of, site)
     if kind == "transpose":
         return _permuted(shape, rest[0]), [
             _Box(b.name, *(_permuted(v, rest[0]) for v in (b.axes, b.starts, b.sources, b.sizes)))
@@ -177,7 +180,7 @@ def _permuted(values: tuple[int, ...], order: list[int]) -> tuple[int, ...]:
 
 
 def _cut(boxes: list[_Box], axis: int, start: int, stop: int) -> Iterator[_Box]:
-    """What of the boxes lies in start..stop of an axis, counted from start."""
+    """The parts of the boxes in the range start..stop of an axis, with offsets from `start`."""
     for box in boxes:
         first = max(start, box.starts[axis])
         last = min(stop, box.starts[axis] + box.sizes[axis])
@@ -191,9 +194,9 @@ def _cut(boxes: list[_Box], axis: int, start: int, stop: int) -> Iterator[_Box]:
 
 
 def _joined(boxes: list[_Box]) -> list[_Box]:
-    """Boxes that continue each other, in the value as in the tensor, made one.
+    """The boxes, with those merged that are adjacent both in the value and in the tensor.
 
-    GPT-2's c_attn is cut into three by the front end and packed again by a fusion.
+    GPT-2's c_attn is split into three by the front end and packed again by a fusion.
     """
     joined: list[_Box] = []
     for box in sorted(boxes, key=lambda b: b.starts):
@@ -234,7 +237,7 @@ def _readers(value: ir.Value, turned: bool = False) -> Iterator[_Reader]:
 def _piece(
     graph: Graph, site: Site, reader: _Reader, box: _Box, shape: tuple[int, ...], axis: int
 ) -> Piece:
-    """Which columns of the reader's output the box makes."""
+    """The columns of the reader's output that the box accounts for."""
     node = reader.node
     if node.domain or node.op_type not in ("MatMul", "Gemm") or reader.index != 1:
         raise _refused(site, f"a weight read by {node.domain or 'ai.onnx'}::{node.op_type}",
@@ -270,7 +273,7 @@ def _number(node: ir.Node, name: str, default: float) -> float:
 
 
 def _width(graph: Graph, reader: _Reader, column: int) -> int:
-    """Columns of the reader's output: as many as the initializer that it reads has."""
+    """Number of columns of the reader's output: that of the initializer it reads."""
     weight = reader.node.inputs[1]
     while weight is not None and weight.name not in graph.model.graph.initializers:
         producer = weight.producer()
@@ -314,11 +317,11 @@ def bound(
 
 
 def low_rank(model: ir.Model, tap: Tap, a: ir.Value, b: ir.Value, name: str) -> ir.Value:
-    """Adds `x a b` to the graph: (batch, tokens, outputs), what a side branch contributes.
+    """Add a side branch `x a b` to the graph; returns its output (batch, tokens, outputs).
 
     `a` is A transposed (inputs, r), `b` is B transposed (r, outputs) with the scale in it: both
-    initializers or inputs of the graph. Make every branch before `replaced` is called: an output
-    that is replaced may be the input of another module.
+    initializers or inputs of the graph. Make every branch before `replace_uses` is called: an
+    output that is replaced may be the input of another module.
     """
     down = _node("MatMul", [tap.x, a], f"{name}.down")
     up = _node("MatMul", [down.outputs[0], b], f"{name}.delta")
@@ -339,9 +342,9 @@ def _node(kind: str, inputs: list[ir.Value], name: str) -> ir.Node:
 def columns_of(
     model: ir.Model, value: ir.Value, width: int, ranges: Iterable[Range], name: str
 ) -> tuple[dict[Range, ir.Value], list[ir.Node]]:
-    """The column ranges of a packed value, and what lies between them, each as a value of its own.
+    """Split a packed value at the edges of column ranges, each range a value of its own.
 
-    Returns every part in order and the node that cuts them; without a cut the value is the part.
+    Returns every part, in order, and the Split node; a single part is the value itself.
     """
     edges = sorted({0, width, *(edge for r in ranges for edge in r)})
     parts = list(pairwise(edges))
@@ -369,7 +372,7 @@ def integers(model: ir.Model, name: str, numbers: list[int]) -> ir.Value:
 
 
 def joined(parts: list[ir.Value], name: str) -> tuple[ir.Value, list[ir.Node]]:
-    """Parts side by side along the last axis, and the node that it takes."""
+    """The parts concatenated along the last axis, and the Concat node, if one is needed."""
     if len(parts) == 1:
         return parts[0], []
     join = ir.node("Concat", parts, attributes={"axis": -1}, name=name)
@@ -377,10 +380,10 @@ def joined(parts: list[ir.Value], name: str) -> tuple[ir.Value, list[ir.Node]]:
     return join.outputs[0], [join]
 
 
-def replaced(model: ir.Model, value: ir.Value, made: ir.Value, own: Iterable[ir.Node]) -> None:
-    """Whoever read `value` reads `made` instead, but for the nodes in `own`, which make it.
+def replace_uses(model: ir.Model, value: ir.Value, made: ir.Value, own: Iterable[ir.Node]) -> None:
+    """Let all readers of `value` read `made` instead, except the nodes in `own`, which compute it.
 
-    Sort the graph after the last change: `made` may depend on what is computed after `value`.
+    Sort the graph after the last change: `made` may depend on nodes after `value`.
     """
     keep = set(map(id, own))
     for node, index in list(value.uses()):
@@ -389,6 +392,6 @@ def replaced(model: ir.Model, value: ir.Value, made: ir.Value, own: Iterable[ir.
     made.shape, made.type = value.shape, value.type
     outputs = model.graph.outputs
     for index, output in enumerate(outputs):
-        if output is value:  # the name belongs to the interface
+        if output is value:  # a graph output keeps its name
             value.name, made.name = f"{value.name}.base", value.name
             outputs[index] = made

@@ -19,7 +19,7 @@ from adaptrix_export.graph.rewrite.taps import (
     columns_of,
     joined,
     low_rank,
-    replaced,
+    replace_uses,
     taps,
 )
 from adaptrix_export.load import open_adapter, open_base
@@ -64,7 +64,7 @@ def _wired(plan: Plan, graph: Graph, adapter: Path, found: dict[Site, Tap]) -> G
             new.append(part)
         made, join = joined(new, f"{sites[0].path}.joined")
         graph.model.graph.extend([*nodes, *join])
-        replaced(graph.model, first.value, made, [*nodes, *join])
+        replace_uses(graph.model, first.value, made, [*nodes, *join])
     graph.model.graph.sort()
     for name, expression in weights.items():
         value = graph.model.graph.initializers[name]

@@ -14,7 +14,7 @@ import pytest
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.graph.expression import Expression, tensor
 from adaptrix_export.graph.graph import Graph
-from adaptrix_export.graph.rewrite.taps import Tap, columns_of, joined, low_rank, replaced, taps
+from adaptrix_export.graph.rewrite.taps import Tap, columns_of, joined, low_rank, replace_uses, taps
 from adaptrix_export.plan import Plan, Site
 from tests.artifacts import plan_of
 from tests.tiny import save_base
@@ -157,7 +157,7 @@ def _run(
         made.append(joined([added.outputs[0]], "unused")[0])
     graph.model.graph.extend(nodes)
     for piece, value in zip(tap.pieces, made, strict=True):
-        replaced(graph.model, piece.value, value, nodes)
+        replace_uses(graph.model, piece.value, value, nodes)
     graph.model.graph.sort()
     for name, expression in graph.weights.items():
         array = np.ascontiguousarray(Values(plan)(expression))
