@@ -66,8 +66,8 @@ def open_checkpoint(source: Source, task: str = "auto", adapters: Iterable[str] 
     tensors: Mapping[str, Tensor] = named
     quantization: str | None = None
     if config.get("quantization_config"):
-        found = dequantized(source.spec, named, config, family)
-        tensors, config, quantization = found.tensors, dict(found.config), found.quantization
+        plain = dequantized(source.spec, named, config, family)
+        tensors, config, quantization = plain.tensors, dict(plain.config), plain.quantization
     tensors = stack_experts(tensors, str(config.get("model_type")), source.spec)
     base = check_sizes(make_base(source, files, config, tensors, task))
     return replace(base, unseen=unseen, rebuilt=quantization is not None, quantization=quantization)
@@ -173,16 +173,16 @@ def _check_merged(source: Source, stored: list[StoredTensor]) -> None:
 
 def _check_index(source: Source, stored: list[StoredTensor]) -> None:
     """Index and shards must tell of the same tensors in the same files."""
-    found = {tensor.name: tensor.path.name for tensor in stored}
-    if len(found) != len(stored):
+    file_of = {tensor.name: tensor.path.name for tensor in stored}
+    if len(file_of) != len(stored):
         raise SourceError(source.spec, "a tensor in two shards", "each tensor once")
     if not (source.folder / INDEX).exists():
         return
     listed = _weight_map(source.folder)
-    if listed != found:
-        name = min(n for n in {*listed, *found} if listed.get(n) != found.get(n))
+    if listed != file_of:
+        name = min(n for n in {*listed, *file_of} if listed.get(n) != file_of.get(n))
         raise SourceError(
-            f"{source.spec}: {name}", f"in {found.get(name, 'no shard')}",
+            f"{source.spec}: {name}", f"in {file_of.get(name, 'no shard')}",
             f"in {listed.get(name, 'no shard')} by the index", "fetch the checkpoint again",
         )  # fmt: skip
 

@@ -98,15 +98,15 @@ def how_stored(base: Base) -> str:
     return base.quantization or ("GGUF" if base.gguf_file else "plain")
 
 
-def which(base: Base) -> str:
+def weights_read(base: Base) -> str:
     """The word for the weights that a base reads as."""
     rounded = base.quantization or base.simulated or base.gguf_file
     return DEQUANTIZED if rounded else ORIGINAL
 
 
-def how_read(base: Base) -> dict[str, str | None]:
+def weights_record(base: Base) -> dict[str, str | None]:
     """What the manifest records: the weights merged into, how stored, and what was simulated."""
-    return {"weights": which(base), "stored": how_stored(base), "simulated": base.simulated}
+    return {"weights": weights_read(base), "stored": how_stored(base), "simulated": base.simulated}
 
 
 def note_of(base: Base) -> tuple[str, ...]:

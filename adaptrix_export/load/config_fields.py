@@ -64,9 +64,9 @@ def check_config(place: str, config: Mapping[str, Any]) -> None:
 
 def check_sizes(base: Base) -> Base:
     """The base, or SourceError where sizes in its config.json are not those of its tensors."""
-    for key, found, expected in _contradictions(base):
+    for key, value, expected in _contradictions(base):
         raise SourceError(
-            f"{base.spec}: config.json: {key}", str(found), expected,
+            f"{base.spec}: config.json: {key}", str(value), expected,
             "config and weights belong to different models; fetch both again",
         )  # fmt: skip
     return base
@@ -110,9 +110,9 @@ def _projections(
         name = next((name for name in base.tensors if name.endswith(f".0.{ending}")), None)
         if name is None or not isinstance(value, int):
             continue
-        found, expected = base.tensors[name].shape[0], value if rows is None else rows
-        if found != expected:
-            yield key, value, f"what gives {name} its {found} rows, not {expected}"
+        actual, expected = base.tensors[name].shape[0], value if rows is None else rows
+        if actual != expected:
+            yield key, value, f"what gives {name} its {actual} rows, not {expected}"
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, int | None]:

@@ -1,4 +1,4 @@
-"""Which format an adapter is in, by what lies in its folder, and the reader for it."""
+"""Detects the format of an adapter from the files in its folder, and selects the reader."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Reader = Callable[[Source, Base, str, Reading], Adapter]
 
 
 def _has(*names: str) -> Callable[[Path], str]:
-    """The first of these files that is there, or nothing."""
+    """Returns the first of these files that the folder has, or an empty string."""
     return lambda folder: next((n for n in names if (folder / n).is_file()), "")
 
 
@@ -34,7 +34,7 @@ def _gguf(folder: Path) -> str:
     return next((path.name for path in sorted(folder.glob("*.gguf"))), "")
 
 
-# (format, the file that shows it, its reader)
+# (format, function that returns the file it is recognised by, reader)
 FORMATS: tuple[tuple[str, Callable[[Path], str], Reader], ...] = (
     ("PEFT", _has(WEIGHTS, WEIGHTS_INDEX, PICKLED), open_peft),
     ("mlx-lm", _has(MLX_WEIGHTS), open_mlx),
@@ -46,33 +46,35 @@ FORMATS: tuple[tuple[str, Callable[[Path], str], Reader], ...] = (
 def open_adapter(
     spec: str, base: Base, name: str | None = None, reading: Reading = DEFAULT
 ) -> Adapter:
-    """Read one adapter's headers against `base`, whatever its format; no weight is read.
+    """Read one adapter's headers against `base`, in any format; no weight is read.
 
-    Raises SourceError for damage and for a folder of two formats, UnsupportedError for a kind
-    that is refused, AdapterError for a tensor that belongs nowhere.
+    Raises SourceError for damage and for a folder of two formats, UnsupportedError for an
+    unsupported kind, AdapterError for a tensor that belongs to no module.
     """
-    source, nested = _inside(resolve(spec))
+    source, nested = _adapter_source(resolve(spec))
     place = name or (Path(source.gguf_file).stem if source.gguf_file else "")
     place = place or source.folder.resolve().name
     if source.gguf_file:
         return open_gguf_adapter(source, base, place, reading)
-    found = [(kind, file, read) for kind, shows, read in FORMATS if (file := shows(source.folder))]
-    if len(found) > 1:
+    matches = [
+        (kind, file, read) for kind, shows, read in FORMATS if (file := shows(source.folder))
+    ]
+    if len(matches) > 1:
         raise SourceError(
-            spec, " and ".join(f"{file} ({kind})" for kind, file, _ in found), "one format",
+            spec, " and ".join(f"{file} ({kind})" for kind, file, _ in matches), "one format",
             "move one of them to a folder of its own",
         )  # fmt: skip
-    if not found:
-        return open_peft(source, base, place, reading)  # whose errors say what is missing
-    kind, file, read = found[0]
+    if not matches:
+        return open_peft(source, base, place, reading)  # its errors name what is missing
+    kind, file, read = matches[0]
     opened = read(
         Source(spec, source.folder, file) if kind == "GGUF" else source, base, place, reading
     )
     return replace(opened, notes=(*opened.notes, *nested))
 
 
-def _inside(source: Source) -> tuple[Source, tuple[str, ...]]:
-    """The sub-folder that has the adapter, where only one has."""
+def _adapter_source(source: Source) -> tuple[Source, tuple[str, ...]]:
+    """The source of the adapter: a sub-folder of the named folder, if only that has an adapter."""
     if source.gguf_file is not None:
         return source, ()
     folder, notes = nested_folder(source.spec, source.folder)

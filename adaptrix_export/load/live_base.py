@@ -1,6 +1,6 @@
-"""A checkpoint's tensors under the names of its live model, by transformers' own rules.
+"""A checkpoint's tensors under the names of the live model, by transformers' conversion rules.
 
-For every type and task without a row of names (`arch/skeleton.py`).
+Used for every model type and task without a `Family` row (`arch/skeleton.py`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from adaptrix_export.plan import Tensor
 
 @dataclass(frozen=True)
 class Named:
-    """`tensors` by live name, in file order; `unseen` are no part of the live model; `lacking`
-    are parameters that it has and the files do not."""
+    """`tensors` by live name, in file order; `unseen`: tensors that the live model does not have;
+    `lacking`: parameters of the live model that the files do not have."""
 
     tensors: dict[str, Tensor]
     unseen: tuple[Tensor, ...]
@@ -45,8 +45,8 @@ def named_by_class(place: str, stored: Iterable[StoredTensor], skeleton: Skeleto
             tensors[name] = tensor
         else:
             unseen.append(tensor)
-    for name, found in pieces.items():
-        tensors[name] = _stacked(place, name, found, skeleton)
+    for name, by_pattern in pieces.items():
+        tensors[name] = _stacked(place, name, by_pattern, skeleton)
     for name, value in tensors.items():
         if tuple(value.shape) != skeleton.shapes[name] and name not in _resizable(skeleton):
             raise SourceError(
@@ -66,17 +66,17 @@ def _resizable(skeleton: Skeleton) -> tuple[str, ...]:
 
 
 def _stacked(
-    place: str, name: str, found: Mapping[str, list[StoredTensor]], skeleton: Skeleton
+    place: str, name: str, by_pattern: Mapping[str, list[StoredTensor]], skeleton: Skeleton
 ) -> Tensor:
     """The experts of one parameter, as transformers stacks them."""
-    rule: Any = next(c for c in skeleton.converters if set(found) & set(c.source_patterns))
-    if stacks_of(rule) is None or set(found) != set(rule.source_patterns):
+    rule: Any = next(c for c in skeleton.converters if set(by_pattern) & set(c.source_patterns))
+    if stacks_of(rule) is None or set(by_pattern) != set(rule.source_patterns):
         raise UnsupportedError(
             f"{place}: {name}", "values that transformers computes while loading ("
             + ", ".join(type(step).__name__ for step in rule.operations) + ")",
             "a type that is stored as it runs", "merge this adapter with PEFT",
         )  # fmt: skip
-    columns = [sorted(found[pattern], key=natural) for pattern in rule.source_patterns]
+    columns = [sorted(by_pattern[pattern], key=natural) for pattern in rule.source_patterns]
     if len({len(column) for column in columns}) > 1:
         raise SourceError(
             f"{place}: {name}", "experts with a matrix missing", "all alike",
@@ -86,7 +86,7 @@ def _stacked(
 
 
 def tied_by_class(skeleton: Skeleton, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Parameter -> the stored one that it shares, whichever of the two the files have."""
+    """Tied parameter -> the parameter it shares; the latter is the one that the files have."""
     tied: dict[str, str] = {}
     for name, source in skeleton.tied.items():
         if source in tensors:

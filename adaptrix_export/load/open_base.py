@@ -1,4 +1,4 @@
-"""Open a base model, whatever its files are."""
+"""Open a base model from a checkpoint folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from adaptrix_export.plan import Base
 def open_base(spec: str, task: str = "auto", adapters: Iterable[str] = ()) -> Base:
     """Read the headers of the base that `spec` names (see `source.py` for the forms).
 
-    `adapters` are the specs of the adapters to come: they tell the task where `task` is auto.
+    `adapters` are the specs of the adapters of the build: their configs decide the task if `task`
+    is auto.
 
     Raises SourceError for what is missing or damaged, UnsupportedError for what is refused.
     """

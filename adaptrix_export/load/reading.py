@@ -1,4 +1,4 @@
-"""How adapter files are read, where that is for the user to say."""
+"""User options for reading adapter files."""
 
 from __future__ import annotations
 

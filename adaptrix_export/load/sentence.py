@@ -1,4 +1,4 @@
-"""How a base pools the states of its tokens: what its sentence-transformers files say."""
+"""The pooling of a base, read from its sentence-transformers files."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ _REMEDY = "name the pooling: mean, cls, lasttoken, max, mean_sqrt_len or weighte
 
 
 def saved_pooling(folder: Path) -> str:
-    """A kind of pooling, or several joined by `+`.
+    """The name of a pooling, or several joined by `+`.
 
-    Raises SourceError for a base without the files, or with a kind that has no name here.
+    Raises SourceError for a base without these files, or with an unknown pooling.
     """
-    found = sorted(folder.glob("*_Pooling/config.json"))
+    configs = sorted(folder.glob("*_Pooling/config.json"))
     place = f"{folder.name}: pooling"
-    if len(found) != 1:
-        raise SourceError(place, f"{len(found)} folders *_Pooling", "one", _REMEDY)
-    config = read_json(found[0])
+    if len(configs) != 1:
+        raise SourceError(place, f"{len(configs)} folders *_Pooling", "one", _REMEDY)
+    config = read_json(configs[0])
     kinds = [kind for flag, kind in _FLAGS.items() if config.get(flag) is True]
     kinds = kinds or _named(config.get("pooling_mode"))
     known = set(_FLAGS.values())
     if not kinds or not set(kinds) <= known:
-        told = "+".join(kinds) or "no pooling_mode"
+        stated = "+".join(kinds) or "no pooling_mode"
         raise SourceError(
-            f"{place}: {found[0].parent.name}", told, ", ".join(sorted(known)), _REMEDY
+            f"{place}: {configs[0].parent.name}", stated, ", ".join(sorted(known)), _REMEDY
         )
     return "+".join(kinds)
 

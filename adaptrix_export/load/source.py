@@ -27,7 +27,7 @@ HUB_FILES = (
 
 @dataclass(frozen=True)
 class Source:
-    """`spec` as the user wrote it; the folder it means; the GGUF file in it, if it is one."""
+    """`spec` as the user wrote it, its folder, and the GGUF file in it, if the spec names one."""
 
     spec: str
     folder: Path
@@ -64,17 +64,17 @@ def _in_package(spec: str) -> Path:
     name, _, inside = spec.removeprefix("package:").partition("/")
     if ".." in PurePosixPath(inside).parts:
         raise SourceError(spec, "a path that leaves the package", "package:NAME/FILE")
-    found = importlib.util.find_spec(name) if name.isidentifier() else None
-    if found is None or not found.submodule_search_locations:
+    module_spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if module_spec is None or not module_spec.submodule_search_locations:
         raise SourceError(
             spec, f"no installed package {name!r}", "one", f"pip install {name.replace('_', '-')}"
         )
-    return Path(next(iter(found.submodule_search_locations))) / inside
+    return Path(next(iter(module_spec.submodule_search_locations))) / inside
 
 
 @dataclass(frozen=True)
 class HubName:
-    """`org/name`, what of the repository is meant (empty: all of it), and a revision."""
+    """`org/name`, a path inside the repository (empty: all of it), and a revision."""
 
     repo: str
     inside: str
@@ -82,7 +82,7 @@ class HubName:
 
 
 def hub_name(spec: str) -> HubName:
-    """`hf:org/name/inside@revision` apart. Raises SourceError for a path that leads out."""
+    """Parse `hf:org/name/inside@revision`. Raises SourceError for a path outside the repository."""
     path, _, revision = spec.removeprefix("hf:").partition("@")
     parts = path.split("/")
     inside = "/".join(parts[2:])
@@ -92,7 +92,7 @@ def hub_name(spec: str) -> HubName:
 
 
 def commit_of(spec: str, folder: Path) -> str | None:
-    """The commit of a hub source, which its place in the cache says; None for other sources."""
+    """The commit of a hub source, from its path in the hub cache; None for other sources."""
     if not spec.startswith("hf:"):
         return None
     parts = folder.parts
@@ -108,12 +108,12 @@ def _from_hub(spec: str) -> Source:
         LocalEntryNotFoundError,
     )
 
-    wanted = hub_name(spec)
-    file = wanted.inside.endswith(".gguf")
-    within = f"{wanted.inside}/" if wanted.inside else ""
-    patterns = [wanted.inside] if file else [f"{within}{pattern}" for pattern in HUB_FILES]
+    hub = hub_name(spec)
+    file = hub.inside.endswith(".gguf")
+    within = f"{hub.inside}/" if hub.inside else ""
+    patterns = [hub.inside] if file else [f"{within}{pattern}" for pattern in HUB_FILES]
     try:
-        folder = snapshot_download(wanted.repo, revision=wanted.revision, allow_patterns=patterns)
+        folder = snapshot_download(hub.repo, revision=hub.revision, allow_patterns=patterns)
     except HFValidationError as error:
         raise SourceError(spec, f"not a hub id ({error})", "hf:org/name@revision") from error
     except LocalEntryNotFoundError as error:
@@ -127,7 +127,7 @@ def _from_hub(spec: str) -> Source:
         raise SourceError(
             spec, f"the hub refused it ({error})", "a repository you can read"
         ) from error
-    path = Path(folder, *PurePosixPath(wanted.inside).parts)
+    path = Path(folder, *PurePosixPath(hub.inside).parts)
     if not path.exists():
-        raise SourceError(spec, f"no {wanted.inside} in {wanted.repo}", "a folder or .gguf of it")
+        raise SourceError(spec, f"no {hub.inside} in {hub.repo}", "a folder or .gguf of it")
     return Source(spec, path.parent, path.name) if file else Source(spec, path)

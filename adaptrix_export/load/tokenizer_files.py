@@ -1,11 +1,11 @@
-"""The files that a tokenizer is made of."""
+"""File names of tokenizers and processors."""
 
 from __future__ import annotations
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
-# Whatever a tokenizer of transformers is made of, by any of its names; copied byte for byte.
+# All file names that tokenizers of transformers use; copied byte for byte.
 TOKENIZER_FILES = (
     TOKENIZER,
     TOKENIZER_CONFIG,
@@ -22,7 +22,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# What makes a model's inputs of sounds and images, and what Whisper's tokenizer normalises by.
+# Processors of audio and images, and the normalizer of Whisper's tokenizer.
 PROCESSOR_FILES = (
     "preprocessor_config.json",
     "processor_config.json",

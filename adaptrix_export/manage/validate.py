@@ -19,8 +19,8 @@ import numpy as np
 from adaptrix_export.errors import InputError
 from adaptrix_export.load import open_adapter, open_base
 from adaptrix_export.load.adapters.peft_adapter import CONFIG, config_problems
-from adaptrix_export.load.adapters.targets import ALL_LINEAR, modules, targeted
-from adaptrix_export.load.files.finite import blocks, not_finite, shipped
+from adaptrix_export.load.adapters.targets import ALL_LINEAR, is_targeted, modules
+from adaptrix_export.load.files.finite import blocks, not_finite, shipped_tensors
 from adaptrix_export.load.files.tensors import read_json
 from adaptrix_export.load.fit.adjust import adjusted
 from adaptrix_export.load.fit.invariants import misfits
@@ -204,7 +204,9 @@ def _targets(subject: Subject) -> Rows:
     yield from _untrained(subject, unused)
     others = [str(name) for name in config.get("target_parameters") or ()]
     for path in sorted(sites):
-        meant = targeted(config, path) or targeted(config, subject.adapter.written.get(path, path))
+        meant = is_targeted(config, path) or is_targeted(
+            config, subject.adapter.written.get(path, path)
+        )
         if wanted and not meant and not path.endswith(tuple(others) or ("\0",)):
             yield Finding(
                 ERROR, "targets", path, "tensors for a module that the config does not target",
@@ -215,7 +217,7 @@ def _targets(subject: Subject) -> Rows:
 def _excluded(subject: Subject, name: str) -> bool:
     """Whether the base has modules of that name and the config itself takes them all out."""
     matching = [path for path in modules(subject.base) if _ends(name, (path,))]
-    return bool(matching) and not any(targeted(subject.adapter.config, p) for p in matching)
+    return bool(matching) and not any(is_targeted(subject.adapter.config, p) for p in matching)
 
 
 def _ends(name: str, paths: Iterable[str]) -> bool:
@@ -232,7 +234,7 @@ def _untrained(subject: Subject, unused: list[str]) -> Rows:
         for site in map(base.architecture.site_of, modules(base))
         if site not in have
         and not site.path.endswith(tuple(unused) or ("\0",))
-        and targeted(adapter.config, site.path)
+        and is_targeted(adapter.config, site.path)
     ]
     for kind, count in Counter(site.module for site in missing).items():
         first = next(site.path for site in missing if site.module == kind)
@@ -243,7 +245,7 @@ def _untrained(subject: Subject, unused: list[str]) -> Rows:
 
 
 def _dtypes(subject: Subject) -> Rows:
-    found = Counter(tensor.dtype for _, tensor in shipped(subject.adapter))
+    found = Counter(tensor.dtype for _, tensor in shipped_tensors(subject.adapter))
     if len(found) > 1:
         shown = ", ".join(f"{count} {dtype}" for dtype, count in sorted(found.items()))
         yield Finding(
@@ -340,6 +342,6 @@ CHECKS = (
     Check("size", _sizes, _sizes_fine),
     Check("targets", _targets, lambda s: "config and tensors name the same modules"),
     Check("tokenizer", _tokenizer, _tokenizer_fine),
-    Check("dtypes", _dtypes, lambda s: " ".join({t.dtype for _, t in shipped(s.adapter)})),
+    Check("dtypes", _dtypes, lambda s: " ".join({t.dtype for _, t in shipped_tensors(s.adapter)})),
     Check("origin", _origin, _origin_fine),
 )

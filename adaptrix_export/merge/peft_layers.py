@@ -23,7 +23,12 @@ from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
 
 from adaptrix_export.errors import AdapterError, UnsupportedError
-from adaptrix_export.load.adapters.tuned_adapter import WEIGHTS, Sorted, module_paths, tuner_keys
+from adaptrix_export.load.adapters.tuned_adapter import (
+    WEIGHTS,
+    SortedTensors,
+    module_paths,
+    tuner_keys,
+)
 from adaptrix_export.load.adapters.tuners import TUNERS, Tuner
 from adaptrix_export.merge.in_double import in_double, tensors_of
 from adaptrix_export.plan import Array, Base, Tuned
@@ -154,7 +159,7 @@ def _make_real(model: Any) -> None:
                 values[name] = made[id(old)]
 
 
-def _wrapped(model: Any, folder: Path, found: Sorted) -> tuple[Any, set[str]]:
+def _wrapped(model: Any, folder: Path, found: SortedTensors) -> tuple[Any, set[str]]:
     """`model` wrapped by PEFT with the adapter's own tensors, and the keys that the file lacks."""
     config = peft.PeftConfig.from_pretrained(str(folder))
     config.base_model_name_or_path = ""  # else PEFT asks the hub about the model of that name

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptrix_export import __version__
 from adaptrix_export.errors import MachineError, SourceError, VerificationError
-from adaptrix_export.load.base_weights import how_read
+from adaptrix_export.load.base_weights import weights_record
 from adaptrix_export.load.files.regular import require_regular
 from adaptrix_export.package.documents import MANIFEST_FORMAT, ManifestDocument, check_document
 from adaptrix_export.save.hashes import (
@@ -103,7 +103,7 @@ def build_manifest(
         **({"composition": plan.composition.as_dict()} if plan.composition else {}),
         **({"fidelity": plan.measured["fidelity"]} if "fidelity" in plan.measured else {}),
         "adjustments": [asdict(adjustment) for adjustment in plan.adjustments],
-        "base_weights": how_read(plan.base),
+        "base_weights": weights_record(plan.base),
         "context": _context(plan),
         "sites": [site.path for site in plan.sites()],
         "untied": list(artifact.untied),

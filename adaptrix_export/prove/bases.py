@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adaptrix_export.load.base_weights import which
+from adaptrix_export.load.base_weights import weights_read
 from adaptrix_export.oracle.compare import Logits, distance, rounded
 from adaptrix_export.oracle.job import Job, OtherBase
 from adaptrix_export.oracle.prompts import Prompts
@@ -21,7 +21,7 @@ def other_base(plan: Plan) -> OtherBase | None:
     base = plan.alternative
     if base is None:
         return None
-    return OtherBase(which(base), base.folder, base.gguf_file, base.simulated)
+    return OtherBase(weights_read(base), base.folder, base.gguf_file, base.simulated)
 
 
 def compare_bases(job: Job, ask: Ask, prompts: Prompts, chosen: Logits) -> dict[str, Any]:

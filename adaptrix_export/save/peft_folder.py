@@ -10,7 +10,7 @@ from pathlib import Path
 
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.load.adapters.peft_adapter import CONFIG, OURS, WEIGHTS
-from adaptrix_export.load.adapters.peft_form import Factors, peft_config, says
+from adaptrix_export.load.adapters.peft_form import Factors, config_matches, peft_config
 from adaptrix_export.load.adapters.peft_keys import PREFIX
 from adaptrix_export.plan import (
     Adapter,
@@ -53,7 +53,7 @@ def write_peft(adapter: Adapter, base: Base, folder: Path) -> None:
             f"{adapter.name}: {strange}", "a replacement without a name in PEFT", "one of PEFT's"
         )
     config = dict(adapter.config)
-    if not says(adapter.name, config, factors):
+    if not config_matches(adapter.name, config, factors):
         config.update(peft_config(base, factors))
     if adapter.written or stacked:
         config.update(parameter_config(config, factors, stacked))

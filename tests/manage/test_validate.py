@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from adaptrix_export.cli import main
 from adaptrix_export.load import open_adapter, open_base
-from adaptrix_export.load.adapters.targets import modules, targeted
+from adaptrix_export.load.adapters.targets import is_targeted, modules
 from adaptrix_export.manage.findings import ERROR, OK, WARNING, Finding
 from adaptrix_export.manage.validate import CHECKS, validate
 from adaptrix_export.merge.norms import delta_norm, tensor_norm
@@ -186,7 +186,7 @@ def test_targeting_is_that_of_peft(
         for name, module in peft.named_modules()
         if hasattr(module, "lora_A")
     }
-    assert {p for p in modules(open_base(str(models[0]))) if targeted(config, p)} == live
+    assert {p for p in modules(open_base(str(models[0]))) if is_targeted(config, p)} == live
     assert [row for row in wrong(models[0], saved) if row[1] == "targets"] == []
 
 

@@ -1,8 +1,8 @@
 """An adapter of the original Adaptrix: `metadata.json` and one `layer_<i>.pt` for each layer.
 
-Each layer file holds `{module: {lora_A (r, in), lora_B (out, r), rank?, alpha?, scaling?}}`. Of the
-two writers of that format one stored rank and alpha, the other the scaling, and the last engine
-applied 1.0 whatever was stored; so which one counts is for the user to say (`adaptrix_scaling`).
+Each layer file contains `{module: {lora_A (r, in), lora_B (out, r), rank?, alpha?, scaling?}}`. One
+writer of that format stored rank and alpha, the other the scaling, and the last engine applied 1.0
+in any case; the option `adaptrix_scaling` selects which to use.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _KNOWN = {"lora_A", "lora_B", "rank", "alpha", "scaling"}
 def open_adaptrix(source: Source, base: Base, place: str, reading: Reading) -> Adapter:
     """Read an Adaptrix folder; tensors stay in their files.
 
-    Raises SourceError or UnsupportedError for a damaged or suspicious layer file, AdapterError
-    for layers, modules or numbers that are missing, double or without a meaning.
+    Raises SourceError or UnsupportedError for a damaged or suspicious layer file, AdapterError for
+    layers, modules or numbers that are missing, duplicate or invalid.
     """
     metadata = read_json(source.folder / METADATA)
     notes: list[str] = []
@@ -76,23 +76,27 @@ def open_adaptrix(source: Source, base: Base, place: str, reading: Reading) -> A
 
 def _layer_files(place: str, folder: Path, metadata: Mapping[str, Any]) -> dict[int, Path]:
     """Layer -> file; the files must be those that target_layers names."""
-    wanted = metadata.get("target_layers")
-    if not isinstance(wanted, list) or not all(type(n) is int and n >= 0 for n in wanted):
-        raise AdapterError(f"{place}: {METADATA}", f"target_layers {wanted!r}", "a list of layers")
-    found = {layer_of(path): path for path in folder.glob("layer_*.pt")}
+    target_layers = metadata.get("target_layers")
+    if not isinstance(target_layers, list) or not all(
+        type(n) is int and n >= 0 for n in target_layers
+    ):
+        raise AdapterError(
+            f"{place}: {METADATA}", f"target_layers {target_layers!r}", "a list of layers"
+        )
+    files = {layer_of(path): path for path in folder.glob("layer_*.pt")}
     strange = [p.name for p in folder.glob("layer_*.pt") if p.name != f"layer_{layer_of(p)}.pt"]
-    if strange or set(found) != set(wanted):
-        names = strange or sorted(p.name for n, p in found.items() if n not in wanted)
-        missing = sorted(set(wanted) - set(found))
+    if strange or set(files) != set(target_layers):
+        names = strange or sorted(p.name for n, p in files.items() if n not in target_layers)
+        missing = sorted(set(target_layers) - set(files))
         raise AdapterError(
             place, f"{names[0]} beyond target_layers" if names else f"no layer_{missing[0]}.pt",
-            f"a file for each of the layers {sorted(wanted)}", "is the folder complete?",
+            f"a file for each of the layers {sorted(target_layers)}", "is the folder complete?",
         )  # fmt: skip
-    return {layer: found[layer] for layer in sorted(wanted)}
+    return {layer: files[layer] for layer in sorted(target_layers)}
 
 
 def layer_of(path: Path) -> int:
-    """`layer_12.pt` -> 12; -1 for what is no layer file."""
+    """`layer_12.pt` -> 12; -1 for other names."""
     number = path.name.removeprefix("layer_").removesuffix(".pt")
     return int(number) if number.isascii() and number.isdecimal() and len(number) < 7 else -1
 
@@ -109,27 +113,27 @@ def _entries(place: str, path: Path) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _check_target(where: str, module: str, metadata: Mapping[str, Any]) -> None:
-    wanted = metadata.get("target_modules")
-    if isinstance(wanted, list) and module not in wanted:
+    target_modules = metadata.get("target_modules")
+    if isinstance(target_modules, list) and module not in target_modules:
         raise AdapterError(
-            where, "not in target_modules", ", ".join(map(str, wanted)),
+            where, "not in target_modules", ", ".join(map(str, target_modules)),
             f"correct {METADATA} or remove the module",
         )  # fmt: skip
 
 
 def _site(where: str, base: Base, layer: int, module: str, modules: Set[str]) -> str:
-    """The base's module that is meant: by its own name, or by what the original called it."""
+    """The path of the base's module, from its own name or from the original system's name."""
     names = [module, RENAMES[module]] if module in RENAMES else [module]
-    found = [
+    matches = [
         path
         for stack in base.architecture.stacks
         for name in names
         if (path := f"{stack.prefix}.{layer}.{name}") in modules
     ]
-    if len(found) == 1:
-        return found[0]
+    if len(matches) == 1:
+        return matches[0]
     raise AdapterError(
-        where, f"could mean {' or '.join(found)}" if found else "no such module in that layer",
+        where, f"could mean {' or '.join(matches)}" if matches else "no such module in that layer",
         "one module of the base", "was this adapter trained on another model?",
     )  # fmt: skip
 
@@ -137,7 +141,7 @@ def _site(where: str, base: Base, layer: int, module: str, modules: Set[str]) ->
 def _term(
     where: str, entry: Mapping[str, Any], metadata: Mapping[str, Any], scaling: str
 ) -> tuple[LowRank, str]:
-    """The factors of one module, and a note where its stored scaling says otherwise."""
+    """The factors of one module, and a note if its stored scaling differs from the one applied."""
     unknown = sorted(str(key) for key in entry if key not in _KNOWN)
     if unknown:
         raise AdapterError(where, f"unknown key {unknown[0]!r}", ", ".join(sorted(_KNOWN)))
@@ -167,13 +171,13 @@ def _scale(
     if scaling == "one":
         return 1.0
     key = "alpha" if scaling == "alpha_over_rank" else "scaling"
-    found = _number(where, key, entry, metadata)
-    if found is None:
+    value = _number(where, key, entry, metadata)
+    if value is None:
         raise AdapterError(
             where, f"no {key}, which adaptrix_scaling {scaling} needs", "a number",
             "choose another with --adaptrix-scaling: alpha_over_rank, stored or one",
         )  # fmt: skip
-    return found / rank if key == "alpha" else found
+    return value / rank if key == "alpha" else value
 
 
 def _number(

@@ -1,8 +1,9 @@
-"""A LoRA for each expert's Linear, as transformers 4 had them, on parameters that stack them.
+"""LoRAs of single experts' Linears (transformers 4), on parameters that stack the experts (5).
 
 `mlp.experts.3.gate_proj` is rows 0 to I - 1 of expert 3 in `mlp.experts.gate_up_proj`. The factors
 of all experts become one pair in PEFT's layout for a parameter (`plan.Experts`): for each expert
-the ranks of its parts one below the other, B block-diagonal. That is the same product, exactly.
+the A of its parts are concatenated along the rank, and B is block-diagonal. The product is the
+same.
 """
 
 from __future__ import annotations
@@ -102,24 +103,24 @@ def take_experts(
     parts: Mapping[str, Parts],
     rank_and_scale: RankAndScale,
 ) -> tuple[list[Delta], dict[str, Parts], tuple[str, ...]]:
-    """Deltas of stacked parameters, what is left of `parts`, and a note if there were any.
+    """(deltas of stacked parameters, the other entries of `parts`, a note if there are deltas).
 
-    Raises AdapterError for an expert that the base does not have, UnsupportedError for what is no
-    plain LoRA, or has a scale for each expert.
+    Raises AdapterError for an expert that the base does not have, UnsupportedError for anything but
+    plain LoRA, and for scales that differ between experts.
     """
-    found: dict[str, dict[tuple[int, str], Parts]] = {}
+    by_module: dict[str, dict[tuple[int, str], Parts]] = {}
     left: dict[str, Parts] = {}
-    for path, held in parts.items():
+    for path, tensors in parts.items():
         module = _stacked_module(base, path)
-        if module is None or not {"a", "b"} & set(held):
-            left[path] = held
+        if module is None or not {"a", "b"} & set(tensors):
+            left[path] = tensors
         else:
             expert, part = path.rsplit(".", 2)[1:]
-            found.setdefault(module, {})[int(expert), part] = held
+            by_module.setdefault(module, {})[int(expert), part] = tensors
     deltas = []
-    for module, experts in found.items():
+    for module, experts in by_module.items():
         deltas += _deltas(place, config, base, module, experts, rank_and_scale)
-    count = sum(len(experts) for experts in found.values())
+    count = sum(len(experts) for experts in by_module.values())
     note = f"{count} LoRAs of single experts are read onto the stacked parameters of this base"
     return deltas, left, ((note,) if count else ())
 
@@ -141,14 +142,14 @@ def _deltas(
     config: Mapping[str, Any],
     base: Base,
     module: str,
-    found: Mapping[tuple[int, str], Parts],
+    by_expert: Mapping[tuple[int, str], Parts],
     rank_and_scale: RankAndScale,
 ) -> list[Delta]:
     fusion = fusion_of(base.architecture.model_type)
     assert fusion is not None
     deltas = []
     for parameter, names in fusion.parameters.items():
-        mine = {key: held for key, held in found.items() if key[1] in names}
+        mine = {key: tensors for key, tensors in by_expert.items() if key[1] in names}
         if not mine:
             continue
         stored = base.tensors[f"{module}.{parameter}"]
@@ -162,9 +163,9 @@ def _deltas(
         height = outputs // len(names)
         blocks: list[list[Block | None]] = [[None] * len(names) for _ in range(experts)]
         scales = set()
-        for (expert, part), held in mine.items():
+        for (expert, part), tensors in mine.items():
             path = f"{module}.{expert}.{part}"
-            a, b, scale = _factors(place, path, config, held, rank_and_scale, (height, inputs))
+            a, b, scale = _factors(place, path, config, tensors, rank_and_scale, (height, inputs))
             scales.add(scale)
             where = names.index(part)
             blocks[expert][where] = Block(a, b, where * height)
@@ -182,17 +183,17 @@ def _factors(
     place: str,
     path: str,
     config: Mapping[str, Any],
-    held: Parts,
+    tensors: Parts,
     rank_and_scale: RankAndScale,
     shape: tuple[int, int],
 ) -> tuple[Tensor, Tensor, float]:
-    if set(held) != {"a", "b"}:
+    if set(tensors) != {"a", "b"}:
         raise UnsupportedError(
-            f"{place}: {path}", f"parts {', '.join(sorted(held))}", "lora_A and lora_B alone",
+            f"{place}: {path}", f"parts {', '.join(sorted(tensors))}", "lora_A and lora_B alone",
             "merge this adapter with PEFT and build the merged model",
         )  # fmt: skip
     rank, scale = rank_and_scale(place, path, config)
-    a, b = held["a"], held["b"]
+    a, b = tensors["a"], tensors["b"]
     expected = ((rank, shape[1]), (shape[0], rank))
     if (a.shape, b.shape) != expected:
         raise AdapterError(

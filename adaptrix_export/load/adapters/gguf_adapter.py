@@ -1,8 +1,8 @@
-"""A LoRA as llama.cpp has it: a GGUF file of type adapter.
+"""A LoRA in llama.cpp's format: a GGUF file of type adapter.
 
-The tensors have llama.cpp's names; `lora_b` of LLaMA's q and k has its rows reordered as the base's
-are, because the converter permutes what it adds like what it adds to; of the token embedding's
-factors, `lora_a` is a table with a row a token. Sources: convert_lora_to_gguf.py, llama-adapter.h.
+The tensors have llama.cpp's names. The converter permutes the rows of `lora_b` of LLaMA's q and k
+like those of the base's weight. For the token embedding, `lora_a` has a row for each token.
+Sources: convert_lora_to_gguf.py, llama-adapter.h.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from adaptrix_export.load.reading import Reading
 from adaptrix_export.load.source import Source
 from adaptrix_export.plan import Adapter, Base, LowRank
 
-# GGUF architecture -> the model types that llama.cpp converts to it, of those that we can name.
+# GGUF architecture -> the supported model types that llama.cpp converts to it.
 _MODEL_TYPES = {"llama": ("llama", "mistral"), "qwen2": ("qwen2",), "qwen3": ("qwen3",)}
 _REFUSED = {"adapter.alora.invocation_tokens": "an activated LoRA, which depends on the prompt"}
 
@@ -35,7 +35,7 @@ def open_gguf_adapter(source: Source, base: Base, place: str, reading: Reading) 
     path = source.folder / source.gguf_file
     header = read_gguf(path)
     kind, alpha = _kind(place, header, base)
-    found: dict[str, dict[str, DequantizedTensor]] = {}
+    factors: dict[str, dict[str, DequantizedTensor]] = {}
     modules = module_paths(base)
     for stored in header.tensors:
         weight, _, part = stored.name.rpartition(".")
@@ -53,26 +53,26 @@ def open_gguf_adapter(source: Source, base: Base, place: str, reading: Reading) 
                 "was this adapter trained on another model?",
             )  # fmt: skip
         tensor = DequantizedTensor(stored.name, path, stored, heads)
-        found.setdefault(module, {})[part] = tensor
+        factors.setdefault(module, {})[part] = tensor
     embedding = base.architecture.family.embedding
-    terms = {m: _term(place, m, p, alpha, m == embedding) for m, p in found.items()}
+    terms = {m: _term(place, m, p, alpha, m == embedding) for m, p in factors.items()}
     metadata = {"format": "gguf", "gguf": _plain(header.metadata)}
     return foreign_adapter(place, source.spec, (path,), base, terms, metadata)
 
 
 def _kind(place: str, header: GgufHeader, base: Base) -> tuple[str, float]:
     """(architecture, alpha) of a LoRA for this base."""
-    said = header.metadata
-    kinds = (said.get("general.type"), said.get("adapter.type"))
+    metadata = header.metadata
+    kinds = (metadata.get("general.type"), metadata.get("adapter.type"))
     if kinds != ("adapter", "lora"):
         raise UnsupportedError(
             place, f"a GGUF file of type {kinds[0]!r} and adapter type {kinds[1]!r}",
             "an adapter of type lora", "a whole model goes to --base",
         )  # fmt: skip
     for key, what in _REFUSED.items():
-        if key in said:
+        if key in metadata:
             raise UnsupportedError(f"{place}: {key}", what, "a plain LoRA", "serve it unmerged")
-    kind = said.get("general.architecture")
+    kind = metadata.get("general.architecture")
     if kind not in _MODEL_TYPES:
         raise UnsupportedError(
             place, f"GGUF architecture {kind!r}", " ".join(_MODEL_TYPES),
@@ -83,14 +83,14 @@ def _kind(place: str, header: GgufHeader, base: Base) -> tuple[str, float]:
             place, f"an adapter for {kind}", f"one for {base.architecture.model_type}",
             "was this adapter trained on another model?",
         )  # fmt: skip
-    alpha = said.get("adapter.lora.alpha")
+    alpha = metadata.get("adapter.lora.alpha")
     if type(alpha) is not float:
         raise AdapterError(place, f"adapter.lora.alpha = {alpha!r}", "a number", "convert it again")
     return kind, alpha
 
 
 def _heads(base: Base, block: str) -> int:
-    """Heads whose rows are reordered in this tensor; 0 for none."""
+    """Number of heads whose rows are permuted in this tensor; 0 for none."""
     kind = base.architecture
     return {"attn_q": kind.attention_heads, "attn_k": kind.key_value_heads}.get(block, 0)
 
@@ -113,5 +113,5 @@ def _term(
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What the header says beside tensors, without long lists."""
+    """The header's metadata without its lists."""
     return {k: v for k, v in sorted(metadata.items()) if not isinstance(v, list)}

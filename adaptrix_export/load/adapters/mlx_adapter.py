@@ -1,6 +1,6 @@
 """An mlx-lm adapter: `adapters.safetensors` and its own `adapter_config.json`.
 
-`X.lora_a` is (in, r) and `X.lora_b` (r, out), both the other way round than PEFT's, and `scale` is
+`X.lora_a` is (in, r) and `X.lora_b` (r, out), both transposed compared with PEFT's, and `scale` is
 the factor itself, not an alpha. Source: mlx_lm/tuner/lora.py and dora.py.
 """
 
@@ -28,12 +28,12 @@ _PARTS = ("lora_a", "lora_b", "m")
 def open_mlx(source: Source, base: Base, place: str, reading: Reading) -> Adapter:
     """Read the headers of an mlx-lm adapter.
 
-    Raises UnsupportedError for full fine-tunes, mixtures of experts and configs of before scale
-    was absolute; AdapterError for a tensor without a module or a partner.
+    Raises UnsupportedError for full fine-tunes, mixtures of experts and old configs with an alpha;
+    AdapterError for a tensor without a module, and for a missing factor.
     """
     config = read_json(source.folder / CONFIG)
     rank, scale, dora = _settings(place, config)
-    found: dict[str, dict[str, StoredTensor]] = {}
+    factors: dict[str, dict[str, StoredTensor]] = {}
     spelled: dict[tuple[str, str], str] = {}
     modules = module_paths(base)
     for tensor in read_safetensors(source.folder / WEIGHTS).tensors:
@@ -50,8 +50,8 @@ def open_mlx(source: Source, base: Base, place: str, reading: Reading) -> Adapte
                 "each tensor once", "save the adapter again",
             )  # fmt: skip
         spelled[path, part] = tensor.name
-        found.setdefault(path, {})[part] = tensor
-    terms = {p: _term(f"{place}: {p}", parts, rank, scale, dora) for p, parts in found.items()}
+        factors.setdefault(path, {})[part] = tensor
+    terms = {p: _term(f"{place}: {p}", parts, rank, scale, dora) for p, parts in factors.items()}
     files: tuple[Path, ...] = (source.folder / CONFIG, source.folder / WEIGHTS)
     metadata = {"format": "mlx-lm", CONFIG: config}
     return foreign_adapter(place, source.spec, files, base, terms, metadata)

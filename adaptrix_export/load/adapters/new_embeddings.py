@@ -1,5 +1,5 @@
-"""`new_embeddings.safetensors` beside an adapter: the rows of added tokens alone, which go behind
-the base's own (vLLM's and Punica's form)."""
+"""`new_embeddings.safetensors` beside an adapter: rows of added tokens, which are appended to the
+base's embedding (the format of vLLM and Punica)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OUTPUT = ("output_embeddings", "lm_head", "lm_head.weight")
 
 @dataclass(frozen=True)
 class Appended:
-    """The rows of one matrix, and behind them those of another, in the first one's dtype."""
+    """The rows of `source`, then those of `more`, in the dtype of `source`."""
 
     name: str
     source: Tensor
@@ -45,15 +45,15 @@ class Appended:
 
 
 def added_rows(place: str, folder: Path, base: Base) -> list[Replacement]:
-    """The embedding and head with the added rows, in place of the base's.
+    """Replacements of embedding and head by the base's rows and the added ones.
 
-    Raises AdapterError for rows that no embedding of the base can take.
+    Raises AdapterError for rows that fit neither embedding nor head.
     """
     path = folder / FILE
     if not path.is_file():
         return []
     family = base.architecture.family
-    found = []
+    replacements = []
     for tensor in read_safetensors(path).tensors:
         module = (
             family.embedding if tensor.name in _INPUT
@@ -70,6 +70,6 @@ def added_rows(place: str, folder: Path, base: Base) -> list[Replacement]:
             )  # fmt: skip
         whole = Appended(f"{PREFIX}{name}", stored, tensor)
         site = base.architecture.site_of(module)
-        # Into the base's own parameter: a tied head follows its embedding.
-        found.append(Replacement(site, "weight", whole, shared=True))
-    return found
+        # Shared: a tied head keeps following its embedding.
+        replacements.append(Replacement(site, "weight", whole, shared=True))
+    return replacements

@@ -1,7 +1,7 @@
-"""LoRA on parameters themselves (`target_parameters`): the fused experts of a mixture, mostly.
+"""LoRA on parameters (`target_parameters`), mostly on the stacked experts of a mixture.
 
-PEFT wraps the module once for each parameter, in the order in which the module holds them, and
-each wrapper wraps the one before. So the factors of the last parameter are saved as
+PEFT wraps the module once for each parameter, in the module's order of parameters, and each wrapper
+wraps the previous one. So the factors of the last parameter are saved as
 `...experts.lora_A.weight`, those of the one before as `...experts.base_layer.lora_A.weight`.
 """
 
@@ -27,21 +27,21 @@ def take_parameters(
     parts: Mapping[str, Parts],
     rank_and_scale: RankAndScale,
 ) -> tuple[list[Delta], dict[str, Parts]]:
-    """Deltas of all targeted parameters, and what is left of `parts` for others to read.
+    """(deltas of all targeted parameters, the other entries of `parts`).
 
-    Raises AdapterError when the wrappers in the file are not those that the config asks for.
+    Raises AdapterError if the number of wrappers in the file is not that of the config's targets.
     """
     targets = tuple(config.get("target_parameters") or ())
     wrapped: dict[str, dict[int, Parts]] = {}
     left: dict[str, Parts] = {}
-    for path, found in parts.items():
+    for path, tensors in parts.items():
         module, depth = path, 0
         while targets and module.endswith(WRAPPER):
             module, depth = module.removesuffix(WRAPPER), depth + 1
-        if targets and _targeted(base, module, targets) and {"a", "b"} & set(found):
-            wrapped.setdefault(module, {})[depth] = found
+        if targets and _targeted(base, module, targets) and {"a", "b"} & set(tensors):
+            wrapped.setdefault(module, {})[depth] = tensors
         else:
-            left[path] = found
+            left[path] = tensors
     deltas = []
     for module, by_depth in wrapped.items():
         names = _targeted(base, module, targets)
@@ -50,9 +50,9 @@ def take_parameters(
                 f"{place}: {module}", f"{len(by_depth)} pairs of factors",
                 f"one for each of {', '.join(names)}", "target_parameters names other parameters",
             )  # fmt: skip
-        for depth, found in by_depth.items():
+        for depth, tensors in by_depth.items():
             parameter = names[len(names) - 1 - depth]
-            deltas.append(_delta(place, config, base, (module, parameter), found, rank_and_scale))
+            deltas.append(_delta(place, config, base, (module, parameter), tensors, rank_and_scale))
     return deltas, left
 
 
@@ -74,15 +74,15 @@ def _delta(
     config: Mapping[str, Any],
     base: Base,
     target: tuple[str, str],
-    found: Parts,
+    tensors: Parts,
     rank_and_scale: RankAndScale,
 ) -> Delta:
     module, parameter = target
     name = f"{module}.{parameter}"
     stored = base.tensors[base.tied.get(name, name)]
-    if set(found) != {"a", "b"}:
+    if set(tensors) != {"a", "b"}:
         raise AdapterError(
-            f"{place}: {name}", f"parts {', '.join(sorted(found))}", "lora_A and lora_B",
+            f"{place}: {name}", f"parts {', '.join(sorted(tensors))}", "lora_A and lora_B",
             "save the adapter again",
         )  # fmt: skip
     fusion = fusion_of(base.architecture.model_type)
@@ -95,7 +95,7 @@ def _delta(
         raise UnsupportedError(f"{place}: {name}", f"shape {list(stored.shape)}", "a matrix")
     experts = stored.shape[0] if len(stored.shape) == 3 else 1
     rank, scale = rank_and_scale(place, name, config)
-    a, b = found["a"], found["b"]
+    a, b = tensors["a"], tensors["b"]
     if len(a.shape) != 2 or len(b.shape) != 2 or (a.shape[0], b.shape[1]) != (rank * experts,) * 2:
         raise AdapterError(
             f"{place}: {name}", f"factors of shape {list(a.shape)} and {list(b.shape)}",

@@ -1,7 +1,7 @@
 """A PEFT folder: `adapter_config.json` and `adapter_model.safetensors`, read from headers.
 
-What PEFT does in silence is decided here in the open: each tensor in the file goes to exactly one
-site or is named in an error, and each config field is understood or refused.
+PEFT ignores unknown tensors and fields; here each tensor in the file belongs to exactly one site or
+is named in an error, and each config field is supported or refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from adaptrix_export.load.adapters.peft_keys import PREFIX, FileTensor, read_key
 from adaptrix_export.load.adapters.stored_weights import OURS, stored_weights
 from adaptrix_export.load.adapters.tuned_adapter import open_tuned
 from adaptrix_export.load.files.tensors import read_json
-from adaptrix_export.load.files.views import Flattened, upright
+from adaptrix_export.load.files.views import Flattened, orient_factors
 from adaptrix_export.load.reading import Reading
 from adaptrix_export.load.source import Source
 from adaptrix_export.plan import (
@@ -55,7 +55,7 @@ _HARMLESS = {
     "megatron_core", "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
 _MERGE = "merge this adapter with PEFT and build the merged model"
-_INPUTS = "what it adds depends on the input, and no one weight does that; serve it with PEFT"
+_INPUTS = "what it adds depends on the input, so it cannot be merged; serve it with PEFT"
 # Fields of LoraConfig that are understood and refused, with what to do.
 _REFUSED = {
     "init_lora_weights": "this initialisation takes a part out of the base: save the adapter with "
@@ -75,11 +75,11 @@ _REFUSED = {
     "lora_ga_config": _MERGE,
 }
 _BIASES = ("none", "all", "lora_only")
-# Initialisations that leave the base's weights alone; the others take a part out of the base.
+# Initialisations that do not change the base's weights; the others subtract from them.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
-# How a key ends, and what it holds; the longest that fits is meant. Without the endings, the rest
-# of the key is the path of the module.
+# End of a key -> kind of tensor; the longest match counts. The rest of the key is the module's
+# path.
 _PARTS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
@@ -102,8 +102,8 @@ Parts = dict[str, FileTensor]
 def open_peft(source: Source, base: Base, place: str, reading: Reading) -> Adapter:
     """Read one adapter's headers against `base`; no weight is read.
 
-    Raises SourceError for damage, UnsupportedError for a kind that is refused, AdapterError for
-    a tensor that belongs nowhere.
+    Raises SourceError for damage, UnsupportedError for an unsupported kind, AdapterError for a
+    tensor that belongs to no module.
     """
     folder = source.folder
     check_is_adapter(place, folder)
@@ -121,7 +121,9 @@ def open_peft(source: Source, base: Base, place: str, reading: Reading) -> Adapt
     single, parts, noted = take_experts(place, config, base, parts, rank_and_scale)
     parts = _attention_paths(base, parts)
     sites = {path: base.architecture.site_of(path) for path in sorted(parts)}
-    whole = [r for path, site in sites.items() for r in _whole(place, config, site, parts[path])]
+    whole = [
+        r for path, site in sites.items() for r in _replacements(place, config, site, parts[path])
+    ]
     added = added_rows(place, folder, base)
     fused = {path: _FUSED for path in sites if f"{path}.{_FUSED}" in base.tensors}
     deltas = [
@@ -139,26 +141,26 @@ def open_peft(source: Source, base: Base, place: str, reading: Reading) -> Adapt
         config=config,
         deltas=tuple(sorted(inside + single + deltas, key=lambda d: (d.site.order, d.parameter))),
         replacements=(*whole, *added),
-        notes=(*keys.notes, *noted, *weights.notes, *(_rows_noted(added))),
+        notes=(*keys.notes, *noted, *weights.notes, *(_added_rows_note(added))),
         foreign=bool(keys.notes or noted or added) or not weights.usual,
         metadata=weights.metadata,
         written=keys.written,
     )
 
 
-def _rows_noted(added: list[Replacement]) -> tuple[str, ...]:
-    """PEFT does not read the file of added rows."""
+def _added_rows_note(added: list[Replacement]) -> tuple[str, ...]:
+    """A note on the file of added rows, which PEFT does not read."""
     names = ", ".join(saved.site.path for saved in added)
     return (f"{ROWS}: rows of added tokens behind those of {names}",) if added else ()
 
 
 def _by_written_path(written: Mapping[str, str]) -> RankAndScale:
-    """`rank_and_scale` of a module by its path in the file, which the config's patterns mean."""
+    """`rank_and_scale` by a module's path in the file, which the config's patterns match."""
 
-    def found(place: str, path: str, config: Mapping[str, Any]) -> tuple[int, float]:
+    def by_written_path(place: str, path: str, config: Mapping[str, Any]) -> tuple[int, float]:
         return rank_and_scale(place, written.get(path, path), config)
 
-    return found
+    return by_written_path
 
 
 def check_type(place: str, config: Mapping[str, Any]) -> None:
@@ -171,15 +173,15 @@ def check_type(place: str, config: Mapping[str, Any]) -> None:
 
 
 def check_config(place: str, config: Mapping[str, Any]) -> None:
-    """Refuse by name whatever the merge would get wrong."""
+    """Raise UnsupportedError for the first field of `config_problems`."""
     for problem in config_problems(place, config):
         raise problem
 
 
 def config_problems(place: str, config: Mapping[str, Any]) -> Iterator[UnsupportedError]:
-    """Every field of the config that the merge would get wrong."""
+    """An error for every field of the config that the merge does not support."""
     if config.get("peft_type") != "LORA":
-        return  # the tuner's own row decides; see `tuned_adapter.py`
+        return  # the tuner's row in `tuners.py` decides; see `tuned_adapter.py`
     for key, value in sorted(config.items()):
         if key in _OBEYED or key in _HARMLESS or value in (None, False, {}, []):
             continue
@@ -191,21 +193,21 @@ def config_problems(place: str, config: Mapping[str, Any]) -> Iterator[Unsupport
 
 
 def _refusal(place: str, key: str, value: Any, config: Mapping[str, Any]) -> UnsupportedError:
-    """A field that the merge would get wrong, or may get wrong."""
-    found = f"{key} = {value!r}"
+    """The error for a field that is unsupported or unknown."""
+    problem = f"{key} = {value!r}"
     if key in _REFUSED:
         expected, remedy = "plain LoRA", _REFUSED[key]
     else:
         written = config.get("peft_version")
         by = f", written by PEFT {written}" if written else ""
-        found += f", a field that is not known here{by}"
+        problem += f", a field that is not known here{by}"
         expected = "the fields of PEFT 0.21's LoraConfig"
         remedy = "if it only concerns training, take it out there; else merge with that PEFT"
-    return UnsupportedError(f"{place}: {CONFIG}", found, expected, remedy)
+    return UnsupportedError(f"{place}: {CONFIG}", problem, expected, remedy)
 
 
 def _sort_tensors(place: str, stored: tuple[FileTensor, ...]) -> dict[str, Parts]:
-    """Module path -> what the file holds for it."""
+    """Module path -> kind of tensor -> the file's tensor."""
     sorted_: dict[str, Parts] = {}
     for tensor in stored:
         if not tensor.name.startswith(PREFIX):
@@ -227,23 +229,25 @@ def _sort_tensors(place: str, stored: tuple[FileTensor, ...]) -> dict[str, Parts
     return sorted_
 
 
-def _whole(place: str, config: Mapping[str, Any], site: Site, parts: Parts) -> list[Replacement]:
-    """What the file ships whole for one module, each with the config field that says so."""
-    found = []
+def _replacements(
+    place: str, config: Mapping[str, Any], site: Site, parts: Parts
+) -> list[Replacement]:
+    """The tensors of one module that replace the base's: saved modules, trained biases and rows."""
+    replacements = []
     for kind in ("weight", "bias"):
         if tensor := parts.get(f"base.{kind}"):
-            found.append(Replacement(site, kind, tensor, shared=True))
+            replacements.append(Replacement(site, kind, tensor, shared=True))
         if not (tensor := parts.get(kind)):
             continue
         own = saved_by(site.path, config.get("modules_to_save")) is not None
         trained_bias = kind == "bias" and config.get("bias", "none") != "none"
         if not (own or trained_bias or _is_vocabulary(tensor, site)):
             raise _unknown(place, tensor.name, "a module in modules_to_save")
-        found.append(Replacement(site, kind, tensor, shared=not own))
+        replacements.append(Replacement(site, kind, tensor, shared=not own))
     if tensor := parts.get("token_rows"):
         rows = _token_rows(place, config, site)
-        found.append(Replacement(site, "weight", tensor, shared=True, rows=rows))
-    return found
+        replacements.append(Replacement(site, "weight", tensor, shared=True, rows=rows))
+    return replacements
 
 
 def _is_vocabulary(tensor: FileTensor, site: Site) -> bool:
@@ -281,15 +285,17 @@ def _attention_paths(base: Base, parts: dict[str, Parts]) -> dict[str, Parts]:
     return {
         path.removesuffix(inner) + ".out_proj"
         if path.endswith(inner) and f"{path.removesuffix(inner)}.{_FUSED}" in base.tensors
-        else path: held
-        for path, held in parts.items()
+        else path: tensors
+        for path, tensors in parts.items()
     }
 
 
 def _as_attention_runs(base: Base, delta: Delta) -> Delta:
-    """PEFT's MultiheadAttention merges its output projection twice whenever it runs, in training
-    as well (`merge` of PEFT 0.21, with and without `safe_merge`): the live model has twice the
-    delta there, and so has ours."""
+    """Double the delta of a MultiheadAttention's output projection, as PEFT does.
+
+    Its layer merges that projection twice whenever it runs, in training as well (`merge` of PEFT
+    0.21, with and without `safe_merge`).
+    """
     owner, _, last = delta.site.path.rpartition(".")
     if last != "out_proj" or f"{owner}.{_FUSED}" not in base.tensors:
         return delta
@@ -316,9 +322,9 @@ def _deltas(
     b: Tensor = parts["b"]
     rank, scale = rank_and_scale(place, path, config)
     if len(a.shape) == len(b.shape) == 2:
-        a, b = upright(a, b, rank)
+        a, b = orient_factors(a, b, rank)
     else:
-        a, b = _of_convolution(place, path, parts, rank)
+        a, b = _convolution_factors(place, path, parts, rank)
     if a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterError(
             f"{place}: {path}", f"rank {a.shape[0]} in lora_A and {b.shape[1]} in lora_B",
@@ -341,15 +347,15 @@ def _deltas(
     return deltas
 
 
-def _of_convolution(place: str, path: str, parts: Parts, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors (r, in, k...) and (out, r, 1...) as matrices: their product, laid out as the
-    kernel is, is what PEFT adds. Raises UnsupportedError for DoRA and for groups."""
+def _convolution_factors(place: str, path: str, parts: Parts, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors (r, in, k...) and (out, r, 1...) as matrices, whose product, reshaped to the
+    kernel, is what PEFT adds. Raises UnsupportedError for DoRA and for groups."""
     a, b = parts["a"], parts["b"]
     plain = len(a.shape) == len(b.shape) and b.shape[1:] == (rank, *(1,) * (len(b.shape) - 2))
     if not plain or "magnitude" in parts:
-        found = "DoRA" if plain else f"factors of shape {a.shape} and {b.shape}"
+        problem = "DoRA" if plain else f"factors of shape {a.shape} and {b.shape}"
         raise UnsupportedError(
-            f"{place}: {path}", f"{found} on a convolution", "plain LoRA, one group",
+            f"{place}: {path}", f"{problem} on a convolution", "plain LoRA, one group",
             "merge this adapter with PEFT and build the merged model",
         )  # fmt: skip
     return Flattened(a), Flattened(b)
@@ -358,11 +364,11 @@ def _of_convolution(place: str, path: str, parts: Parts, rank: int) -> tuple[Ten
 def _check_flag(
     place: str, path: str, config: Mapping[str, Any], field: str, shipped: bool
 ) -> None:
-    """A tensor and the config field that gives it a meaning come together or not at all."""
+    """Refuse a tensor without its config field, and the field without its tensor."""
     if shipped != bool(config.get(field)):
-        found = "a tensor for it" if shipped else "no tensor for it"
+        problem = "a tensor for it" if shipped else "no tensor for it"
         raise AdapterError(
-            f"{place}: {path}", f"{field} = {config.get(field)!r} and {found}", "both or neither",
+            f"{place}: {path}", f"{field} = {config.get(field)!r} and {problem}", "both or neither",
             "the config belongs to other weights",
         )  # fmt: skip
 

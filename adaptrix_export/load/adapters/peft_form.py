@@ -1,7 +1,7 @@
-"""An adapter of another format, told in PEFT's terms: its configuration, and the rest of Adapter.
+"""Gives an adapter of another format a PEFT configuration.
 
-What PEFT computes from that configuration is what we apply, to the last bit, so that the oracle
-and the lowering cannot differ in a scale.
+The scale that is applied is the one that PEFT computes from that configuration, bit for bit, so the
+oracle and the lowering cannot differ in it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from adaptrix_export.load.adapters.peft_adapter import check_config, rank_and_sc
 from adaptrix_export.load.adapters.peft_keys import module_paths
 from adaptrix_export.plan import Adapter, Base, Delta, Dora, LowRank
 
-SAME = 1e-15  # two ways to compute one scale: a few roundings of a float64 apart
+SAME = 1e-15  # relative difference of two ways to compute a scale: a few float64 roundings
 
 Factors = LowRank | Dora
 
@@ -33,15 +33,15 @@ def foreign_adapter(
     notes: tuple[str, ...] = (),
     config: Mapping[str, Any] | None = None,
 ) -> Adapter:
-    """The Adapter of module path -> factors; `config` is kept if it says the same as they do.
+    """The Adapter for `terms`, module path -> factors; `config` is used if it agrees with them.
 
-    Raises AdapterError where there is nothing to apply.
+    Raises AdapterError if there are no terms.
     """
     if not terms:
         raise AdapterError(place, "no tensors", "at least one site", "is the folder complete?")
     if config is not None:
         check_config(place, config)
-    stated = config if config and says(place, config, terms) else peft_config(base, terms)
+    stated = config if config and config_matches(place, config, terms) else peft_config(base, terms)
     scaled = {p: replace(t, scale=rank_and_scale(place, p, stated)[1]) for p, t in terms.items()}
     deltas = [Delta(base.architecture.site_of(path), (term,)) for path, term in scaled.items()]
     return Adapter(
@@ -58,8 +58,8 @@ def foreign_adapter(
     )
 
 
-def says(place: str, config: Mapping[str, Any], terms: Mapping[str, Factors]) -> bool:
-    """Whether PEFT would take this rank and scale at each module from `config`."""
+def config_matches(place: str, config: Mapping[str, Any], terms: Mapping[str, Factors]) -> bool:
+    """Whether `config` gives each module the rank and scale of its term, by PEFT's rules."""
     if bool(config.get("use_dora")) != any(isinstance(t, Dora) for t in terms.values()):
         return False
     for path, term in terms.items():
@@ -73,7 +73,7 @@ def peft_config(base: Base, terms: Mapping[str, Factors]) -> dict[str, Any]:
     """An adapter_config.json for these modules; ranks and scales that differ become patterns."""
     numbers = {path: (t.rank, t.scale * t.rank) for path, t in sorted(terms.items())}
     rank, alpha = max(Counter(numbers.values()).items(), key=lambda n: (n[1], n[0]))[0]
-    # The first pattern that fits the end of a path wins, so that of the longest path comes first.
+    # The first pattern that matches the end of a path counts, so the longest path comes first.
     paths = sorted(numbers, key=lambda p: (-len(p), p))
     causal = any(str(n).endswith("ForCausalLM") for n in base.config.get("architectures") or ())
     stacked = any(base.architecture.site_of(path).layer is not None for path in terms)
@@ -97,7 +97,7 @@ def peft_config(base: Base, terms: Mapping[str, Factors]) -> dict[str, Any]:
 
 
 def _targets(base: Base, paths: set[str]) -> list[str]:
-    """Names as short as they can be without meaning a module that has no factors."""
+    """Module names if they match only modules with factors; else full paths."""
     modules = module_paths(base)
     short = {base.architecture.site_of(path).module for path in paths}
     meant = {m for m in modules if any(m == s or m.endswith("." + s) for s in short)}

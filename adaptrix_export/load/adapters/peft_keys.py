@@ -1,9 +1,9 @@
-"""The names of tensors in PEFT's files, taken apart word by word, in all the forms found about.
+"""Parses the names of tensors in adapter files into PEFT's canonical keys.
 
 PEFT writes `base_model.model.<module>.lora_A.weight`. Other forms come from raw state dicts
 (`lora_A.default.weight`), from tools that add or drop a prefix, and from models whose modules were
-renamed. PEFT drops what it does not know in silence; here each key means one site, or it is an
-error.
+renamed. PEFT silently ignores keys that it does not know; here each key belongs to one module, or
+it is an error.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 
 from adaptrix_export.errors import AdapterError
-from adaptrix_export.load.adapters.wrappers import note_of, unwrapped
+from adaptrix_export.load.adapters.wrappers import note_of, strip_wrappers
 from adaptrix_export.load.files.tensors import StoredTensor
 from adaptrix_export.load.files.turned import Turned
 from adaptrix_export.plan import Base
@@ -21,7 +21,7 @@ PREFIX = "base_model.model."
 _PREFIX_WORDS = ("base_model", "model")
 NAME = "<adapter name>"  # in a row below: any one word
 
-# How a key ends in a form that PEFT does not write, and how PEFT writes it.
+# Endings with the adapter's name, which PEFT does not write, and PEFT's ending.
 _ENDINGS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("lora_A", NAME, "weight"), "lora_A.weight"),
     (("lora_B", NAME, "weight"), "lora_B.weight"),
@@ -36,7 +36,7 @@ _ENDINGS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("modules_to_save", NAME, "weight"), "weight"),
     (("modules_to_save", NAME, "bias"), "bias"),
 )
-# The same where the word after the part is no adapter's name.
+# Endings without an adapter's name, and PEFT's ending.
 _NAMELESS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("lora_A", "weight"), "lora_A.weight"),
     (("lora_B", "weight"), "lora_B.weight"),
@@ -90,7 +90,7 @@ RENAMES: tuple[Rename, ...] = (
 
 @dataclass(frozen=True)
 class Key:
-    """A key taken apart: module path as written, how PEFT ends it, the adapter's name if given."""
+    """A parsed key: module path as written, PEFT's ending, and the adapter's name if it has one."""
 
     words: Words
     ending: str
@@ -98,9 +98,9 @@ class Key:
 
 
 def split_key(key: str) -> Key | None:
-    """Cut a key where its module ends; None for an ending that no row knows.
+    """Split a key into module path and ending; None for an unknown ending.
 
-    Rows with most words are tried first, so that `lora_A.weight` is not the weight of a `lora_A`.
+    The longest endings are tried first, so that `lora_A.weight` is not the weight of a `lora_A`.
     """
     words = tuple(key.split("."))
     for size in (3, 2, 1):
@@ -118,7 +118,7 @@ def _fits(row: Words, tail: Words) -> bool:
 
 
 def module_paths(base: Base) -> frozenset[str]:
-    """Every module of the base, inner ones too, from the names of its tensors."""
+    """Paths of all modules of the base, containers included, from the names of its tensors."""
     paths: set[str] = set()
     for name in (*base.tensors, *base.tied):
         words = name.split(".")[:-1]
@@ -128,32 +128,33 @@ def module_paths(base: Base) -> frozenset[str]:
 
 def sites_of(words: Words, modules: Set[str]) -> tuple[str, ...]:
     """The modules of the base that a path as written may mean, sorted."""
-    found = set()
+    matches = set()
     for start in range(0, len(words), len(_PREFIX_WORDS)):
         for rename in RENAMES:
             renamed = rename(words[start:])
             if renamed and ".".join(renamed) in modules:
-                found.add(".".join(renamed))
+                matches.add(".".join(renamed))
         if words[start : start + len(_PREFIX_WORDS)] != _PREFIX_WORDS:
             break
-    return tuple(sorted(found))
+    return tuple(sorted(matches))
 
 
 def one_site(place: str, key: str, words: Words, modules: Set[str]) -> str:
     """The one module of the base that `words` name, or AdapterError."""
-    found = sites_of(words, modules)
-    if len(found) == 1:
-        return found[0]
+    matches = sites_of(words, modules)
+    if len(matches) == 1:
+        return matches[0]
     raise AdapterError(
-        f"{place}: {key}", f"could mean {' or '.join(found)}" if found else "no module of the base",
+        f"{place}: {key}",
+        f"could mean {' or '.join(matches)}" if matches else "no module of the base",
         "one module of the base", "was this adapter trained on another model?",
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Tensors under the keys that PEFT writes, what to know of it, and module of the base -> path
-    of the module as the file has it, where that is another one."""
+    """`tensors` under PEFT's keys; `notes` for the user; `written`: module of the base -> its path
+    in the file, where the two differ."""
 
     tensors: tuple[FileTensor, ...]
     notes: tuple[str, ...]
@@ -163,27 +164,27 @@ class Keys:
 def canonical(
     place: str, stored: Iterable[FileTensor], base: Base
 ) -> tuple[tuple[FileTensor, ...], tuple[str, ...]]:
-    """The tensors under the keys that PEFT writes, and a note if that changed any."""
+    """The tensors under PEFT's keys, and a note if any key was changed."""
     keys = read_keys(place, stored, base)
     return keys.tensors, keys.notes
 
 
 def read_keys(place: str, stored: Iterable[FileTensor], base: Base) -> Keys:
-    """Every key as PEFT would write it for this base.
+    """Rename every key to the form that PEFT would write for this base.
 
-    Raises AdapterError, naming both, where one key could mean two modules or two keys mean the
-    same tensor. A key without any meaning keeps its name: who sorts the tensors reports it.
+    Raises AdapterError, naming both, if one key could mean two modules or two keys mean the same
+    tensor. Unknown keys are not changed; the caller reports them.
     """
     modules = module_paths(base)
     named: list[FileTensor] = []
     names: dict[str, str] = {}
     written: dict[str, str] = {}
-    stored, stripped = _unwrapped(tuple(stored), modules, base)
-    given = {tensor.name for tensor in stored}
+    stored, stripped = _strip_wrappers(tuple(stored), modules, base)
+    stored_names = {tensor.name for tensor in stored}
     for tensor in stored:
         # A module of modules_to_save with a resized vocabulary is saved under both its names;
         # PEFT reads the plain one, and the check compares the other with that.
-        if _SAVED_TWICE in tensor.name and tensor.name.replace(_SAVED_TWICE, ".") in given:
+        if _SAVED_TWICE in tensor.name and tensor.name.replace(_SAVED_TWICE, ".") in stored_names:
             continue
         key, name = _canonical_key(place, tensor.name, modules, base)
         if key in written:
@@ -203,10 +204,10 @@ def read_keys(place: str, stored: Iterable[FileTensor], base: Base) -> Keys:
         )  # fmt: skip
     changed = [(old, new) for new, old in written.items() if old != new]
     notes = ((_note(changed),) if changed else ()) + stripped
-    return Keys(tuple(named), notes, dict(_moved(changed)))
+    return Keys(tuple(named), notes, dict(_renamed_modules(changed)))
 
 
-def _moved(changed: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+def _renamed_modules(changed: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     for old, new in changed:
         before, after = split_key(old), split_key(new)
         if before and after:
@@ -218,32 +219,32 @@ def _moved(changed: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
                 yield here, ".".join(words)
 
 
-def _unwrapped(
+def _strip_wrappers(
     stored: tuple[FileTensor, ...], modules: Set[str], base: Base
 ) -> tuple[tuple[FileTensor, ...], tuple[str, ...]]:
-    """The tensors without the words of wrappers, and a note if there were any."""
+    """The tensors without wrapper names in their keys, and a note if there were any."""
 
     def is_known(key: str) -> bool:
         parsed = split_key(key)
         return parsed is not None and bool(_sites(parsed.words, modules, base))
 
-    made: list[FileTensor] = []
+    renamed: list[FileTensor] = []
     words: list[str] = []
     count = 0
     for tensor in stored:
-        name, stripped = unwrapped(tensor.name, is_known)
-        made.append(replace(tensor, name=name) if stripped else tensor)
+        name, stripped = strip_wrappers(tensor.name, is_known)
+        renamed.append(replace(tensor, name=name) if stripped else tensor)
         words += stripped
         count += bool(stripped)
-    return tuple(made), ((note_of(count, tuple(words)),) if count else ())
+    return tuple(renamed), ((note_of(count, tuple(words)),) if count else ())
 
 
 def _sites(words: Words, modules: Set[str], base: Base) -> tuple[str, ...]:
-    """`sites_of`, and where that is none the names that transformers itself has since changed."""
-    return sites_of(words, modules) or _since_renamed(words, modules, base)
+    """`sites_of`, else the module by the renames of newer versions of transformers."""
+    return sites_of(words, modules) or _sites_by_live_name(words, modules, base)
 
 
-def _since_renamed(words: Words, modules: Set[str], base: Base) -> tuple[str, ...]:
+def _sites_by_live_name(words: Words, modules: Set[str], base: Base) -> tuple[str, ...]:
     skeleton = getattr(base, "skeleton", None)
     for start in range(0, len(words), len(_PREFIX_WORDS)):
         path = f"{'.'.join(words[start:])}.weight"
@@ -266,13 +267,15 @@ def _canonical_key(place: str, key: str, modules: Set[str], base: Base) -> tuple
     plain = ".".join(parsed.words[2:])
     if parsed.words[:2] == _PREFIX_WORDS and plain in modules:
         return f"{PREFIX}{plain}.{parsed.ending}", parsed.name  # as PEFT itself reads it
-    found = _sites(parsed.words, modules, base)
-    if len(found) > 1:
+    matches = _sites(parsed.words, modules, base)
+    if len(matches) > 1:
         raise AdapterError(
-            f"{place}: {key}", f"could mean {' or '.join(found)}", "one module of the base",
-            f"rename the key to the form {PREFIX}{found[0]}.{parsed.ending}",
+            f"{place}: {key}", f"could mean {' or '.join(matches)}", "one module of the base",
+            f"rename the key to the form {PREFIX}{matches[0]}.{parsed.ending}",
         )  # fmt: skip
-    return (f"{PREFIX}{found[0]}.{parsed.ending}" if found else key), parsed.name if found else None
+    return (
+        f"{PREFIX}{matches[0]}.{parsed.ending}" if matches else key
+    ), parsed.name if matches else None
 
 
 def _note(changed: list[tuple[str, str]]) -> str:
@@ -281,8 +284,8 @@ def _note(changed: list[tuple[str, str]]) -> str:
 
 
 def saved_by(path: str, modules_to_save: Iterable[str] | None) -> str | None:
-    """The entry of `modules_to_save` that means this module, or one that holds it (a head of two
-    layers), by PEFT's rule: names are compared by their ends, so `norm` means `input_layernorm`."""
+    """The entry of `modules_to_save` that matches this module or one that contains it, by PEFT's
+    rule: a path matches if it ends with the entry, so `norm` matches `input_layernorm`."""
     words = path.split(".")
     holders = [".".join(words[:count]) for count in range(len(words), 0, -1)]
     names = list(modules_to_save or ())

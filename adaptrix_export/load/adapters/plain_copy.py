@@ -1,5 +1,5 @@
-"""A copy of an adapter that PEFT itself is to merge, where it could not read the files as they are:
-in shards, in a pickle, or with names that wrappers left.
+"""A copy of an adapter in the form that PEFT reads, for adapters that PEFT's layers merge and whose
+files PEFT cannot read: shards, a pickle, or keys with wrapper names.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from adaptrix_export.load.adapters.folders import CONFIG, WEIGHTS
 from adaptrix_export.load.adapters.peft_keys import PREFIX, module_paths
 from adaptrix_export.load.adapters.stored_weights import FileTensor, StoredWeights
 from adaptrix_export.load.adapters.tuners import Tuner
-from adaptrix_export.load.adapters.wrappers import note_of, unwrapped
+from adaptrix_export.load.adapters.wrappers import note_of, strip_wrappers
 from adaptrix_export.load.files.tensors import DTYPES
 from adaptrix_export.plan import Base
 
 
 @dataclass(frozen=True)
 class PlainCopy:
-    """The folder, None where the adapter's own will do; and what was changed in it."""
+    """The folder, or None if PEFT can read the adapter's own; and notes on what was changed."""
 
     folder: Path | None
     notes: tuple[str, ...] = ()
 
 
 def plain_copy(folder: Path, base: Base, tuner: Tuner, weights: StoredWeights) -> PlainCopy:
-    """The adapter under one file's name and the keys that PEFT writes."""
+    """A copy of the adapter with one weights file and PEFT's keys, if it needs one."""
     modules = module_paths(base)
 
     def is_known(key: str) -> bool:
@@ -43,7 +43,7 @@ def plain_copy(folder: Path, base: Base, tuner: Tuner, weights: StoredWeights) -
     words: list[str] = []
     count = 0
     for tensor in weights.tensors:
-        name, stripped = unwrapped(tensor.name, is_known)
+        name, stripped = strip_wrappers(tensor.name, is_known)
         tensors[name] = tensor
         words += stripped
         count += bool(stripped)

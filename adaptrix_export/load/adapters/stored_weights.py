@@ -21,9 +21,9 @@ FileTensor = StoredTensor | Turned
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The files that PEFT would take (or could not), their tensors, and our note in them.
+    """The files of an adapter, their tensors, and this package's metadata in them.
 
-    `usual` says that it is the one file that PEFT reads.
+    `usual`: it is the one file that PEFT reads.
     """
 
     files: tuple[Path, ...]
@@ -36,20 +36,20 @@ class StoredWeights:
 def stored_weights(place: str, folder: Path, reading: Reading) -> StoredWeights:
     """Read the headers; no weight is read.
 
-    Raises SourceError for what is missing or damaged, AdapterError for tensors without values.
+    Raises SourceError for missing or damaged files, AdapterError for tensors without values.
     """
-    found = _found(place, folder, reading)
-    check_gathered(place, found.tensors)
-    return found
+    weights = _read_headers(place, folder, reading)
+    check_gathered(place, weights.tensors)
+    return weights
 
 
-def _found(place: str, folder: Path, reading: Reading) -> StoredWeights:
+def _read_headers(place: str, folder: Path, reading: Reading) -> StoredWeights:
     path = folder / WEIGHTS
     if path.is_file():
         file = read_safetensors(path)
         beside = (f"{PICKLED} beside {WEIGHTS} is not read, as PEFT does not read it",)
         notes = beside if (folder / PICKLED).is_file() else ()
-        metadata = _noted(file.metadata.get(OURS))
+        metadata = _own_metadata(file.metadata.get(OURS))
         return StoredWeights((path,), file.tensors, metadata, True, notes)
     if (folder / WEIGHTS_INDEX).is_file():
         return _sharded(place, folder)
@@ -65,7 +65,7 @@ def _found(place: str, folder: Path, reading: Reading) -> StoredWeights:
 
 
 def _sharded(place: str, folder: Path) -> StoredWeights:
-    """All shards that the index names; together they must hold what it lists."""
+    """All shards that the index names; they must have exactly the tensors that it lists."""
     listed = read_json(folder / WEIGHTS_INDEX).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise SourceError(f"{place}: {WEIGHTS_INDEX}", "no weight_map", "tensor name -> file")
@@ -79,9 +79,9 @@ def _sharded(place: str, folder: Path) -> StoredWeights:
             )  # fmt: skip
         files.append(folder / shard)
         tensors += read_safetensors(folder / shard).tensors
-    held = {tensor.name for tensor in tensors}
-    if held != set(listed) or len(held) != len(tensors):
-        name = min((held ^ set(listed)) or held)
+    stored_names = {tensor.name for tensor in tensors}
+    if stored_names != set(listed) or len(stored_names) != len(tensors):
+        name = min((stored_names ^ set(listed)) or stored_names)
         raise SourceError(
             f"{place}: {name}", "index and shards disagree on it", "each tensor in one shard",
             "fetch the adapter again",
@@ -102,13 +102,13 @@ def _pickled(place: str, path: Path) -> tuple[FileTensor, ...]:
     return tuple(tensors)
 
 
-def _noted(text: str | None) -> dict[str, Any]:
-    """Our own JSON in a file's metadata; a stranger's, under the same key, is no error."""
+def _own_metadata(text: str | None) -> dict[str, Any]:
+    """The JSON that this package writes into a file's metadata; other text there is ignored."""
     try:
-        noted = json.loads(text or "null")
+        metadata = json.loads(text or "null")
     except (ValueError, RecursionError):
         return {}
-    return noted if isinstance(noted, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def check_gathered(place: str, tensors: Iterable[FileTensor]) -> None:

@@ -1,8 +1,8 @@
 """Which modules a PEFT config targets, by PEFT's own rule and without a model.
 
-The rule is `check_target_module_exists` of peft.tuners.tuners_utils (0.21): excluded, then saved
-whole, then a regex or a list of endings, then the layer number. The patterns come from a stranger,
-so each match has a time limit.
+The rule is `check_target_module_exists` of peft.tuners.tuners_utils (0.21): `exclude_modules`, then
+`modules_to_save`, then a regex or a list of endings, then the layer number. Patterns are untrusted
+input, so each match has a time limit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ ALL_LINEAR = "all-linear"
 
 
 def modules(base: Base) -> list[str]:
-    """Paths of the modules that a tuner can act on: those with a weight that is no vector."""
+    """Paths of the modules that a tuner can act on: those whose weight has two or more
+    dimensions."""
     stored = {name: base.tensors.get(home) for name, home in base.tied.items()}
     stored.update(base.tensors)
     return [
@@ -30,11 +31,11 @@ def modules(base: Base) -> list[str]:
     ]
 
 
-def targeted(config: Mapping[str, Any], path: str) -> bool:
+def is_targeted(config: Mapping[str, Any], path: str) -> bool:
     """Whether PEFT puts an adapter on the module `path`.
 
-    `all-linear` depends on module classes, which a header does not tell: every path then counts.
-    Raises AdapterError for a pattern that is none, or that takes too long.
+    `all-linear` depends on module classes, which headers do not have: then every path is a target.
+    Raises AdapterError for an invalid pattern, and for one that takes too long.
     """
     excluded = config.get("exclude_modules") or ()
     if isinstance(excluded, str) and _matches(excluded, path, whole=True):
@@ -44,12 +45,12 @@ def targeted(config: Mapping[str, Any], path: str) -> bool:
     for name in config.get("modules_to_save") or ():
         if _matches(rf"(^|.*\.){name}($|\..*)", path, whole=False):
             return False
-    wanted = config.get("target_modules")
-    if isinstance(wanted, str):
-        return wanted.lower() == ALL_LINEAR or _matches(wanted, path, whole=True)
-    if path in (wanted or ()):
+    target_modules = config.get("target_modules")
+    if isinstance(target_modules, str):
+        return target_modules.lower() == ALL_LINEAR or _matches(target_modules, path, whole=True)
+    if path in (target_modules or ()):
         return True
-    return _ends(path, wanted or ()) and _in_layers(config, path)
+    return _ends(path, target_modules or ()) and _in_layers(config, path)
 
 
 def _in_layers(config: Mapping[str, Any], path: str) -> bool:
@@ -62,9 +63,9 @@ def _in_layers(config: Mapping[str, Any], path: str) -> bool:
         rf"(?:^|.*?\.){p}\.(\d+)\." for p in ([patterns] if isinstance(patterns, str) else patterns)
     ]
     for form in forms or [r".*?\.[^.]*\.(\d+)\."]:
-        found = _search(form, path)
-        if found is not None:
-            return found in (layers if isinstance(layers, list) else [layers])
+        layer = _search(form, path)
+        if layer is not None:
+            return layer in (layers if isinstance(layers, list) else [layers])
     return False
 
 

@@ -20,8 +20,8 @@ PREFIX = "base_model.model."
 _SHARED_PREFIX = "base_model."
 
 
-class Sorted(NamedTuple):
-    """What an adapter's file holds: by module, for all modules, and whole parameters."""
+class SortedTensors(NamedTuple):
+    """Tensors of an adapter's file: by module, shared by all modules, and whole parameters."""
 
     parts: dict[str, dict[str, StoredTensor]]  # module path -> part -> tensor
     shared: tuple[StoredTensor, ...]
@@ -39,7 +39,7 @@ def open_tuned(
     """The adapter in `folder`, from its headers; `config` is its parsed adapter_config.json.
 
     Raises UnsupportedError for a tuner that cannot be merged, AdapterError for a tensor that
-    belongs nowhere.
+    belongs to no module.
     """
     kind = str(config.get("peft_type"))
     tuner = _tuner(place, kind)
@@ -47,16 +47,16 @@ def open_tuned(
     plain = plain_copy(folder, base, tuner, weights)
     files = (folder / CONFIG, *weights.files)
     source, folder = folder, plain.folder or folder
-    found = sort_tensors(place, config, tuner, read_safetensors(folder / WEIGHTS).tensors)
+    sorted_tensors = sort_tensors(place, config, tuner, read_safetensors(folder / WEIGHTS).tensors)
     deltas: list[Delta] = []
     replacements = [
         Replacement(base.architecture.site_of(path), parameter, tensor, shared=own is None)
-        for (path, parameter), tensor in sorted(found.whole.items())
+        for (path, parameter), tensor in sorted(sorted_tensors.whole.items())
         for own in [saved_by(path, config.get("modules_to_save"))]
     ]
-    paths = module_paths(place, config, tuner, found, base)
+    paths = module_paths(place, config, tuner, sorted_tensors, base)
     for site in (base.architecture.site_of(path) for path in paths):
-        tensors = found.parts.get(site.path, {})
+        tensors = sorted_tensors.parts.get(site.path, {})
         if kind in REPLACING:
             replacements += _replacements(place, kind, config, site, tensors)
         else:
@@ -72,7 +72,7 @@ def open_tuned(
         notes=(*plain.notes, *weights.notes),
         foreign=plain.folder is not None,
         peft_copy=plain.folder,
-        shared=found.shared,
+        shared=sorted_tensors.shared,
     )
 
 
@@ -93,19 +93,19 @@ def _tuner(place: str, kind: str) -> Tuner:
 
 
 def _check_needs(place: str, config: Mapping[str, Any], tuner: Tuner) -> None:
-    for name, (wanted, remedy) in tuner.needs.items():
-        found = config.get(name, wanted)
-        if found != wanted and (found or wanted):
+    for name, (required, remedy) in tuner.needs.items():
+        value = config.get(name, required)
+        if value != required and (value or required):
             raise UnsupportedError(
-                f"{place}: {CONFIG}", f"{name} = {found!r}", f"{wanted!r}", remedy
+                f"{place}: {CONFIG}", f"{name} = {value!r}", f"{required!r}", remedy
             )
 
 
 def sort_tensors(
     place: str, config: Mapping[str, Any], tuner: Tuner, stored: tuple[StoredTensor, ...]
-) -> Sorted:
-    """Each tensor of the file to its module, to all of them, or into an error that names it."""
-    found = Sorted({}, (), {})
+) -> SortedTensors:
+    """Sort the file's tensors. Raises AdapterError for one that belongs to no module."""
+    sorted_tensors = SortedTensors({}, (), {})
     shared = []
     for tensor in stored:
         if tuner.is_shared(tensor.name.removeprefix(_SHARED_PREFIX)):
@@ -114,7 +114,7 @@ def sort_tensors(
         inside = tensor.name.startswith(PREFIX)
         key = tensor.name.removeprefix(PREFIX)
         if inside and (at := tuner.part_of(key)):
-            found.parts.setdefault(at[0], {})[at[1]] = tensor
+            sorted_tensors.parts.setdefault(at[0], {})[at[1]] = tensor
             continue
         path, _, parameter = key.rpartition(".")
         if not (inside and path and _is_whole(path, parameter, config)):
@@ -123,12 +123,12 @@ def sort_tensors(
                 f"{PREFIX}<module>.<{tuner.parts}>",
                 "PEFT would drop it in silence; was the file renamed or saved by another tool?",
             )  # fmt: skip
-        found.whole[path.removesuffix(".base_layer"), parameter] = tensor
-    return found._replace(shared=tuple(shared))
+        sorted_tensors.whole[path.removesuffix(".base_layer"), parameter] = tensor
+    return sorted_tensors._replace(shared=tuple(shared))
 
 
 def _is_whole(path: str, parameter: str, config: Mapping[str, Any]) -> bool:
-    """Whether a parameter may be shipped as it is: saved modules, trained biases, embeddings."""
+    """Whether the adapter may ship a whole parameter: saved modules, trained biases, embeddings."""
     if parameter not in ("weight", "bias"):
         return False
     trained_bias = parameter == "bias" and config.get("bias", "none") != "none"
@@ -140,15 +140,15 @@ def _is_whole(path: str, parameter: str, config: Mapping[str, Any]) -> bool:
 
 
 def module_paths(
-    place: str, config: Mapping[str, Any], tuner: Tuner, found: Sorted, base: Base
+    place: str, config: Mapping[str, Any], tuner: Tuner, sorted_tensors: SortedTensors, base: Base
 ) -> list[str]:
     """Paths of the modules that the adapter changes, sorted: those that have tensors.
 
-    A tuner whose modules share everything stores none of their own; there the config's
-    `target_modules` decides, among the base's matrices.
+    A tuner whose modules share all tensors stores none for single modules; then the config's
+    `target_modules` selects among the base's matrices.
     """
-    if found.parts or not tuner.by_config:
-        return sorted(found.parts)
+    if sorted_tensors.parts or not tuner.by_config:
+        return sorted(sorted_tensors.parts)
     targets = config.get("target_modules")
     for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         if config.get(name):
@@ -195,7 +195,7 @@ def _deltas(
 def _replacements(
     place: str, kind: str, config: Mapping[str, Any], site: Site, parts: dict[str, StoredTensor]
 ) -> list[Replacement]:
-    """What LN tuning and trainable tokens put in the place of the base's values."""
+    """The replacements of LN tuning and of trainable tokens."""
     if kind == "LN_TUNING":
         return [
             Replacement(site, part.rpartition(".")[2], tensor) for part, tensor in parts.items()
@@ -207,7 +207,7 @@ def _replacements(
     return [Replacement(site, "weight", tensor, shared=True, rows=tuple(rows))]
 
 
-def tuner_keys(folder: Path) -> tuple[dict[str, Any], Sorted]:
+def tuner_keys(folder: Path) -> tuple[dict[str, Any], SortedTensors]:
     """Config and sorted tensors of a folder that was opened before."""
     config = read_json(folder / CONFIG)
     tuner = _tuner(folder.name, str(config.get("peft_type")))

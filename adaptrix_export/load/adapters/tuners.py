@@ -1,8 +1,8 @@
-"""The tuners of PEFT 0.21, one row each: how their tensors are named, what they change, or why not.
+"""The tuners of PEFT 0.21, one row each: names of their tensors, what they change, or the refusal.
 
-A tensor of a module is `base_model.model.<module>.<part>`; one that all modules share is
-`base_model.<name>`, or `base_model.model.<name>` for none of them. Formulas are not here: a
-module's own PEFT layer merges it (see `merge/peft_layers.py`).
+A tensor of a module is `base_model.model.<module>.<part>`; a tensor that all modules share is
+`base_model.<name>`. Formulas are not here: the module's PEFT layer computes the merge (see
+`merge/peft_layers.py`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Sizes = tuple[str | None, ...]  # which of the two each dimension of a tensor is
 class Tuner:
     """How one tuner stores its tensors.
 
-    `parts` is a pattern for what follows the module's path, `shared` one for what follows
-    `base_model.`; `sizes` names the dimensions that must be the module's own. `needs` are config
-    fields with the one value that can be built, because with another the layer's frozen tensors
-    would be computed from the base's weights, or drawn anew; the text says what to do.
+    `parts`: pattern of a key after the module's path; `shared`: pattern of a key after
+    `base_model.`; `sizes`: the dimensions that must be the module's own. `needs`: config fields
+    with the only supported value, and a remedy; with other values the layer's frozen tensors would
+    be computed from the base's weights, or drawn at random.
     """
 
     parts: str
@@ -41,8 +41,8 @@ class Tuner:
 
     def part_of(self, key: str) -> tuple[str, str] | None:
         """(module path, part) of a key without `base_model.model.`, or None if it is no part."""
-        found = regex.fullmatch(rf"(.+?)\.({self.parts})", key)
-        return (found[1], found[2]) if found else None
+        match = regex.fullmatch(rf"(.+?)\.({self.parts})", key)
+        return (match[1], match[2]) if match else None
 
     def is_shared(self, key: str) -> bool:
         return self.shared is not None and bool(regex.fullmatch(self.shared, key))
@@ -117,7 +117,7 @@ REPLACING = {
 
 _PROMPT = ("it learns a prompt, not weights", "merge is impossible; serve it with PEFT")
 _INPUT = (
-    "what it adds depends on the input, and no one weight does that",
+    "what it adds depends on the input, so it cannot be merged",
     "serve it with PEFT, or train a LoRA for the same task",
 )
 _DECOMPOSED = (
@@ -148,11 +148,11 @@ REFUSED: dict[str, tuple[str, str]] = {
 def own_sizes(term: Tuned, outputs: int, inputs: int) -> list[tuple[str, int, int]]:
     """(what, found, expected) for each dimension that must be the module's own (out, in)."""
     expected = {OUT: outputs, IN: inputs}
-    found = []
+    checks = []
     for tensor in term.tensors:
         part = tensor.name.rpartition(term.path + ".")[2]
         sizes = TUNERS[term.kind].sizes.get(part, ())
         for size, dimension in zip(tensor.shape, sizes, strict=False):
             if dimension is not None:
-                found.append((f"{part} with {{}} {dimension}", size, expected[dimension]))
-    return found
+                checks.append((f"{part} with {{}} {dimension}", size, expected[dimension]))
+    return checks

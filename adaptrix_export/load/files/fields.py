@@ -1,6 +1,7 @@
-"""The types of fields in a JSON file that comes in, checked where it is read.
+"""Type checks of the fields of JSON input, made where the file is read.
 
-What follows may then rely on them. A field that no table names is left to whoever reads it.
+Later code relies on these types. Fields that no table names are checked by the code that reads
+them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SHOWN = 60  # characters of a value in an error
 
 @dataclass(frozen=True)
 class Kind:
-    """`words` say what a value may be, `fits` whether it is."""
+    """A type of values: `words` describe it in errors, `fits` tests a value."""
 
     words: str
     fits: Callable[[Any], bool]
@@ -68,9 +69,9 @@ TEXTS = list_of(TEXT)
 
 
 def check_fields(place: str, document: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
-    """Raise SourceError at the first field whose value is of another kind than its row says.
+    """Raise SourceError for the first field whose value is not of its kind.
 
-    A field that is missing or null is left to whoever needs it.
+    Missing and null fields are accepted here; the code that needs them checks for them.
     """
     for key in sorted(kinds.keys() & document.keys()):
         value = document[key]

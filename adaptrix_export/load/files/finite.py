@@ -1,4 +1,4 @@
-"""NaN and infinity in an adapter: found before anything is merged, let alone published."""
+"""NaN and infinity in an adapter, detected before anything is merged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from adaptrix_export.errors import AdapterError
 from adaptrix_export.plan import Adapter, Array, Plan, Tensor
 from adaptrix_export.progress import Progress
 
-BLOCK = 1 << 20  # values that are held at a time
+BLOCK = 1 << 20  # values in memory at a time
 
 
 def check_finite(plan: Plan, progress: Progress) -> None:
@@ -23,27 +23,27 @@ def check_finite(plan: Plan, progress: Progress) -> None:
 
 def not_finite(adapter: Adapter) -> Iterator[AdapterError]:
     """One error for every tensor of the adapter that holds NaN or infinity."""
-    for place, tensor in shipped(adapter):
+    for place, tensor in shipped_tensors(adapter):
         nan = infinite = 0
         for values in blocks(tensor):
             nan += int(np.count_nonzero(np.isnan(values)))
             infinite += int(np.count_nonzero(np.isinf(values)))
         if nan or infinite:
-            found = f"{nan} NaN and {infinite} infinite values in {tensor.name}"
+            problem = f"{nan} NaN and {infinite} infinite values in {tensor.name}"
             yield AdapterError(
-                f"{adapter.name}: {place}", found,
+                f"{adapter.name}: {place}", problem,
                 "finite numbers", "training went wrong; use an earlier checkpoint",
             )  # fmt: skip
 
 
-def shipped(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that the adapter ships, with the module that it is for, each once."""
-    seen: set[Tensor] = set()
+def shipped_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """(module path, tensor) for every tensor that the adapter ships, each tensor once."""
+    visited: set[Tensor] = set()
     for delta in adapter.deltas:
         for term in delta.terms:
             for tensor in term.tensors:
-                if tensor not in seen:
-                    seen.add(tensor)
+                if tensor not in visited:
+                    visited.add(tensor)
                     yield delta.site.path, tensor
     for saved in adapter.replacements:
         yield saved.site.path, saved.tensor

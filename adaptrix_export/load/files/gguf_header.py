@@ -1,7 +1,7 @@
-"""The header of a GGUF file, read with bounds.
+"""The header of a GGUF file, read with size limits.
 
-A 43-byte file that claims an array of 2^63 items hangs readers that believe it, so every count is
-held against the bytes that are left. Format: https://github.com/ggml-org/ggml, docs/gguf.md.
+A 43-byte file that claims an array of 2^63 items hangs readers without limits, so every count is
+compared with the bytes that are left. Format: https://github.com/ggml-org/ggml, docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class _Reader:
 
 
 def read_gguf(path: Path) -> GgufHeader:
-    """Metadata and tensor directory. Raises SourceError for anything that does not add up."""
+    """Metadata and tensor directory. Raises SourceError for an inconsistent or truncated file."""
     if path.stat().st_size < 24:
         raise SourceError(path.name, f"{path.stat().st_size} bytes", "a GGUF file")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -113,7 +113,7 @@ def read_gguf(path: Path) -> GgufHeader:
         start = -(-reader.at // alignment) * alignment
         tensors = tuple(_placed(reader, e, start, len(data)) for e in entries)
     if len({t.name for t in tensors}) != len(tensors):
-        raise SourceError(path.name, "a tensor name that stands twice", "each name once")
+        raise SourceError(path.name, "a duplicate tensor name", "each name once")
     return GgufHeader(metadata, tensors)
 
 

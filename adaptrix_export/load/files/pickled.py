@@ -1,9 +1,9 @@
-"""What a pickle by `torch.save` describes, worked out without unpickling it.
+"""Interprets a pickle written by `torch.save` without unpickling it.
 
-A pickle is a program; running one, even under torch's `weights_only`, has let attackers in twice.
-The few instructions and functions that `torch.save` uses for tensors in dicts are interpreted here
-over plain values, and every other one is refused by name. Nothing is imported, no class is looked
-up, and no code of the file runs.
+A pickle is a program, and even torch's `weights_only` unpickler has had two known exploits. The few
+opcodes and functions that `torch.save` uses for tensors in dicts are interpreted here over plain
+values; every other one is refused by name. Nothing is imported, no class is looked up, and no code
+of the file runs.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ STORAGES = {
 
 @dataclass(frozen=True)
 class Global:
-    """A name that the pickle asks for, as `module name`."""
+    """A global that the pickle refers to, as `module name`."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A run of values: which member of the archive holds it, and how many it claims."""
+    """A torch storage: the archive member that contains it, and its declared number of values."""
 
     key: str
     dtype: str
@@ -59,7 +59,7 @@ class PickledTensor:
 
 
 class _Machine:
-    """Stack, marks and memo. A program that makes no sense ends in one of `_NONSENSE`."""
+    """Stack, marks and memo. A malformed program raises one of `_NONSENSE`."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -67,20 +67,20 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def pop(self, count: int) -> list[Any]:
-        """The last `count` values; none from below the last mark."""
+        """Remove and return the last `count` values; none from below the last mark."""
         floor = self.marks[-1] if self.marks else 0
         if count > len(self.stack) - floor:
             raise IndexError("a value is missing")
         return self._above(len(self.stack) - count)
 
     def marked(self) -> list[Any]:
-        """All values above the last mark, which goes, too."""
+        """Remove and return all values above the last mark, and remove the mark."""
         return self._above(self.marks.pop())
 
     def _above(self, at: int) -> list[Any]:
-        taken = self.stack[at:]
+        values = self.stack[at:]
         del self.stack[at:]
-        return taken
+        return values
 
     def top(self, kind: type) -> Any:
         if type(self.stack[-1]) is not kind:
@@ -93,7 +93,7 @@ class _Machine:
             if not isinstance(key, (str, int)):  # hashing a deep tuple would overflow the C stack
                 raise ValueError(f"a key of type {type(key).__name__}")
             if key in target:
-                raise ValueError(f"{str(key)[:80]!r} stands twice")
+                raise ValueError(f"duplicate key {str(key)[:80]!r}")
             target[key] = value
 
 
@@ -111,7 +111,7 @@ def _storage(machine: _Machine) -> Storage:
 def _tensor(arguments: tuple[Any, ...]) -> PickledTensor:
     """`_rebuild_tensor_v2(storage, offset, size, stride, ...)`."""
     storage, offset, shape, strides = arguments[:4]
-    # The lengths first: a long tuple, named a million times, would take for ever to look through.
+    # Lengths first: iterating over a long tuple that is referenced a million times would not end.
     if not isinstance(storage, Storage) or not len(shape) == len(strides) <= MAX_DIMS:
         raise ValueError("a tensor of an unknown form")
     numbers = (offset, *shape, *strides)
@@ -141,7 +141,7 @@ def _reduce(machine: _Machine) -> Any:
 
 
 def _build(machine: _Machine) -> None:
-    """A state dict's `_metadata`, which holds no values: taken off and let go."""
+    """Discard a state dict's `_metadata`, which has no tensor values."""
     machine.pop(1)
     machine.top(dict)
 
@@ -204,8 +204,8 @@ def _append(machine: _Machine, values: list[Any]) -> None:
 def describe_pickle(data: bytes, place: str) -> Any:
     """The value that `data` describes, tensors as `PickledTensor`.
 
-    Raises UnsupportedError for an instruction or name beyond those of tensors in dicts,
-    SourceError for a program that makes no sense or is longer than MAX_PICKLE.
+    Raises UnsupportedError for an opcode or global that tensors in dicts do not need, SourceError
+    for a malformed program or one longer than MAX_PICKLE.
     """
     if len(data) > MAX_PICKLE:
         raise SourceError(place, f"a pickle of {len(data)} bytes", f"at most {MAX_PICKLE}")

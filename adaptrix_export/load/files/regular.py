@@ -1,4 +1,4 @@
-"""Only regular files are read: a FIFO waits for ever, and /dev/zero never ends."""
+"""Only regular files are read: reading a FIFO may block for ever, and /dev/zero never ends."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _KINDS = (
 def require_regular(path: Path) -> int:
     """The size of a file in bytes. Raises SourceError for anything but a regular file.
 
-    Raises OSError where there is nothing, or where it may not be looked at.
+    Raises OSError if the file does not exist or is not accessible.
     """
-    found = path.stat()
+    status = path.stat()
     for is_kind, words in _KINDS:
-        if is_kind(found.st_mode):
+        if is_kind(status.st_mode):
             raise SourceError(str(path), words, "a file", "put the file itself there")
-    return found.st_size
+    return status.st_size

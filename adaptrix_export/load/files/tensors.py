@@ -1,8 +1,8 @@
-"""Tensors in safetensors files: headers read with bounds, values read when they are asked for.
+"""Tensors in safetensors files: headers are read with size limits, values on demand.
 
-The safetensors library maps a whole file and accepts duplicate keys, gaps and unknown fields; a
-compiler that promises bounded memory and exact inputs wants neither, so the header (an 8-byte
-length, JSON, then the bytes) is read here. Format: https://huggingface.co/docs/safetensors.
+The safetensors library maps the whole file and accepts duplicate keys, gaps and unknown fields.
+This compiler promises bounded memory and exact inputs, so it reads the header (an 8-byte length,
+JSON, then the values) itself. Format: https://huggingface.co/docs/safetensors.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MAX_DIMENSIONS = 64  # of PyTorch and numpy
 
 
 class ByRows(ABC):
-    """A `plan.Tensor` that is decoded row by row: all of it is all of its rows."""
+    """A `plan.Tensor` that is decoded row by row: `read()` is `rows(0, shape[0])`."""
 
     shape: Any  # tuple[int, ...], as a field or as a property
 
@@ -60,7 +60,7 @@ class ByRows(ABC):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that lies in a file as plain little-endian values; `offset` counts from byte 0."""
+    """A tensor stored in a file as plain little-endian values; `offset` counts from byte 0."""
 
     name: str
     dtype: str
@@ -96,7 +96,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """One file: its header bytes as they are, and its tensors in the order of their bytes."""
+    """One file: its unchanged header bytes, and its tensors in the order of their offsets."""
 
     path: Path
     header: bytes
@@ -107,8 +107,8 @@ class SafetensorsFile:
 def read_safetensors(path: Path) -> SafetensorsFile:
     """Read and check the header of one file; no tensor is read.
 
-    Raises SourceError for a file that is damaged in any way the header can show: cut short,
-    duplicate names, gaps, overlaps, sizes that do not fit their shapes.
+    Raises SourceError for damage that shows in the header: a truncated file, duplicate names, gaps,
+    overlaps, sizes that do not fit their shapes.
     """
     damaged = "fetch or save the file again"
     size = require_regular(path)
@@ -134,12 +134,12 @@ def read_safetensors(path: Path) -> SafetensorsFile:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    document = dict(pairs)
+    if len(document) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands twice")
-    return found
+        raise ValueError(f"duplicate name {twice!r}")
+    return document
 
 
 def _tensor(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:
@@ -159,7 +159,7 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredT
 
 
 def _check_bytes(path: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
-    """The tensors must fill the file exactly, one after the other."""
+    """Refuse gaps, overlaps, and bytes after the last tensor."""
     for tensor in tensors:
         if tensor.offset != start:
             raise SourceError(

@@ -1,7 +1,7 @@
-"""Files by `torch.save`: a zip archive of a pickle and of one member for each run of values.
+"""Files written by `torch.save`: a zip archive of a pickle and one member for each storage.
 
-The container is checked before its pickle is looked at, and the values are never unpacked: members
-are stored plainly, so a tensor is a place in the file, read when it is asked for.
+The archive is checked before its pickle is interpreted. Members are stored uncompressed, so a
+tensor is an offset in the file and is read on demand.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _BAD_ZIP = (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, E
 
 @dataclass(frozen=True)
 class Member:
-    """Where a member's bytes lie in the file."""
+    """Offset and size of an archive member in the file."""
 
     offset: int
     size: int
 
 
 def read_torch_file(path: Path) -> Any:
-    """What was saved, each tensor as a reference into the file; nothing is unpickled.
+    """The saved object, with each tensor as a reference into the file; nothing is unpickled.
 
-    Raises SourceError for a damaged or implausible file, UnsupportedError for what may run code
-    and for files of before torch 1.6, which are bare pickles.
+    Raises SourceError for a damaged or implausible file, UnsupportedError for a pickle that may run
+    code and for files written before torch 1.6, which are bare pickles.
     """
     with path.open("rb") as file:
         magic = file.read(4)
@@ -57,7 +57,7 @@ def read_torch_file(path: Path) -> Any:
 
 
 def check_archive(path: Path) -> dict[str, Member]:
-    """Members by name. Raises SourceError unless all are plain, inside the file and apart."""
+    """Members by name. Raises SourceError for compressed, out-of-bounds or overlapping members."""
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
@@ -70,18 +70,18 @@ def check_archive(path: Path) -> dict[str, Member]:
         raise SourceError(path.name, f"{len(infos)} members", f"at most {MAX_MEMBERS}")
     members: dict[str, Member] = {}
     for info in infos:
-        wrong = _wrong(info, size)
+        wrong = _problem(info, size)
         if wrong or info.filename in members:
             raise SourceError(
-                f"{path.name}: {info.filename}", wrong or "a name that stands twice",
+                f"{path.name}: {info.filename}", wrong or "a duplicate name",
                 "a stored member within the file", "fetch it again",
             )  # fmt: skip
         members[info.filename] = Member(_start(path, info), info.file_size)
-    _check_apart(path, members, size)
+    _check_overlaps(path, members, size)
     return members
 
 
-def _wrong(info: zipfile.ZipInfo, size: int) -> str:
+def _problem(info: zipfile.ZipInfo, size: int) -> str:
     name = info.orig_filename
     if name != info.filename or name.startswith("/") or "\\" in name or "\0" in name:
         return "an absolute or strange name"
@@ -97,7 +97,7 @@ def _wrong(info: zipfile.ZipInfo, size: int) -> str:
 
 
 def _start(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where the values begin, by the header before them, which must name the same member."""
+    """Offset of a member's bytes after its local header, which must have the member's name."""
     with path.open("rb") as file:
         file.seek(info.header_offset)
         magic, name_length, extra_length = _LOCAL.unpack(file.read(_LOCAL.size))
@@ -109,15 +109,17 @@ def _start(path: Path, info: zipfile.ZipInfo) -> int:
     return info.header_offset + _LOCAL.size + int(name_length) + int(extra_length)
 
 
-def _check_apart(path: Path, members: dict[str, Member], size: int) -> None:
+def _check_overlaps(path: Path, members: dict[str, Member], size: int) -> None:
     end, before = 0, ""
     for name, member in sorted(members.items(), key=lambda m: (m[1].offset, m[1].size)):
-        if member.offset < end or member.offset + member.size > size:
+        last = member.offset + member.size
+        if member.offset < end or last > size:
+            problem = f"which overlap {before}" if member.offset < end else f"of a file of {size}"
             raise SourceError(
-                f"{path.name}: {name}", f"at byte {member.offset}, where {before or 'no one'} lies",
-                "members apart and within the file", "fetch it again",
+                f"{path.name}: {name}", f"bytes {member.offset} to {last}, {problem}",
+                "members within the file that do not overlap", "fetch it again",
             )  # fmt: skip
-        end, before = member.offset + member.size, name
+        end, before = last, name
 
 
 def _check_byte_order(path: Path, member: Member | None) -> None:
@@ -135,7 +137,7 @@ def _bytes(path: Path, member: Member, limit: int) -> bytes:
 
 @dataclass
 class _Places:
-    """Gives tensors their places in the file; each dict once, however often it is named."""
+    """Resolves tensors to offsets in the file; a dict that is referenced often is resolved once."""
 
     path: Path
     root: str
@@ -157,8 +159,8 @@ class _Places:
         member = self.members.get(f"{self.root}data/{storage.key}")
         width = DTYPES[storage.dtype].itemsize
         if member is None or member.size != storage.count * width:
-            found = f"{member.size} bytes" if member else "no such member"
-            raise SourceError(place, found, f"{storage.count * width} bytes", "fetch it again")
+            problem = f"{member.size} bytes" if member else "no such member"
+            raise SourceError(place, problem, f"{storage.count * width} bytes", "fetch it again")
         if value.offset + prod(value.shape) > storage.count:
             raise SourceError(place, f"shape {list(value.shape)} at {value.offset}", "within it")
         offset = member.offset + value.offset * width
@@ -174,7 +176,7 @@ class _Places:
 
 
 def _follows(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether the values lie one after the other, last axis fastest."""
+    """Whether the strides are those of a contiguous tensor."""
     expected = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and stride != expected and 0 not in shape:

@@ -1,4 +1,4 @@
-"""A matrix that a file stores with its axes the other way round."""
+"""A matrix that a file stores transposed."""
 
 from __future__ import annotations
 

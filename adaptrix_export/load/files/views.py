@@ -1,7 +1,6 @@
-"""Tensors on disk seen otherwise than they are stored: turned, cut, or placed among zeros.
+"""Views of stored tensors: transposed, flattened, sliced, or padded with zero rows.
 
-Each is a `plan.Tensor` over another one. Nothing is read before lowering asks for it, and no value
-is changed.
+Each is a `plan.Tensor` over another one. Values are read only while lowering, and are not changed.
 """
 
 from __future__ import annotations
@@ -79,8 +78,8 @@ class Cut(_View):
 
 @dataclass(frozen=True)
 class Placed(_View):
-    """The source as rows `start` and on of `count` rows, the others zero: a factor that acts on
-    a part of the outputs. Never used on a weight."""
+    """The source as the rows from `start` on of a tensor of `count` rows, the others zero: a factor
+    that acts on some outputs only. Never used on a weight."""
 
     start: int
     count: int
@@ -104,11 +103,11 @@ class Placed(_View):
         return values
 
 
-def upright(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """LoRA factors as PEFT stores them, (r, in) and (out, r), if they are stored the other way.
+def orient_factors(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """LoRA factors in PEFT's layout, (r, in) and (out, r), from factors that may be transposed.
 
-    They are turned only if both of them have the rank on the other axis alone, so that there is
-    one way to read them; anything else is returned as it is, for the caller's checks to refuse.
+    They are transposed only if both have the rank on the other axis and not on PEFT's, so that
+    there is only one way to read them. All others are returned unchanged, for the caller's checks.
     """
     natural = a.shape[0] == rank and b.shape[1] == rank
     turned = a.shape[1] == rank and b.shape[0] == rank

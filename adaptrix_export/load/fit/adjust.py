@@ -53,14 +53,14 @@ def adjusted(plan: Plan) -> Plan:
     adapters, notes = [], list(plan.adjustments)
     for adapter in plan.adapters:
         for step in _STEPS:
-            adapter, made = step(plan.base, adapter)
-            notes += made
+            adapter, records = step(plan.base, adapter)
+            notes += records
         adapters.append(adapter)
     return replace(plan, adapters=tuple(adapters), adjustments=tuple(notes))
 
 
-def _turned(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
-    """Records the factors that the loader turned (`views.upright`)."""
+def _record_transposed(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
+    """Records the factors that the loader turned (`views.orient_factors`)."""
     places = [
         delta.site.path
         for delta in adapter.deltas
@@ -70,7 +70,7 @@ def _turned(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
     return adapter, [Adjustment(adapter.name, "transposed", p, text) for p in places]
 
 
-def _renamed(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
+def _rename_paths(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
     """Module paths of transformers 4 become those of 5, where the base has only the latter.
 
     None is renamed if two would land on one module, or one where the adapter has something.
@@ -101,16 +101,16 @@ def _has(base: Base, name: str) -> bool:
 def _new_path(base: Base, path: str, name: str) -> str | None:
     """The one path that a rename gives and the base has; None when there is none or a choice."""
     parameter, kind = name.rpartition(".")[2], base.architecture.model_type
-    found = set()
+    candidates = set()
     for old, new, types in RENAMES:
         if path.startswith(old) and kind in (types or (kind,)):
             candidate = new + path.removeprefix(old)
             if _has(base, f"{candidate}.{parameter}"):
-                found.add(candidate)
-    return found.pop() if len(found) == 1 else None
+                candidates.add(candidate)
+    return candidates.pop() if len(candidates) == 1 else None
 
 
-def _split(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
+def _split_fused(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
     """An adapter on a fused module, on a base that has the parts: B's rows go to their parts."""
     deltas: list[Delta] = []
     notes = []
@@ -118,10 +118,10 @@ def _split(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
     for delta in adapter.deltas:
         site = delta.site
         parts = parts_of(base, site.stack, site.layer, site.module)
-        taken = any(_at(delta, part.name).name in present for part in parts)
+        part_adapted = any(_at(delta, part.name).name in present for part in parts)
         rows = {_outputs(term) for term in delta.terms}
         fused = delta.name in base.tensors
-        if not parts or fused or taken or rows != {parts[-1].stop}:
+        if not parts or fused or part_adapted or rows != {parts[-1].stop}:
             deltas.append(delta)
             continue
         for part in parts:
@@ -156,33 +156,33 @@ def _cut(term: Term, part: Part) -> Term:
     return replace(term, b=b)
 
 
-def _stacked(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
+def _stack_parts(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
     """Adapters on parts, on a base that fuses them: a sum on the whole, each at its own rows.
 
     Not for DoRA, whose magnitude would need a value for the rows of the other parts, too.
     """
-    kept: list[Delta] = []
+    unchanged: list[Delta] = []
     sums: dict[str, Delta] = {}
     notes = []
     present = {delta.name for delta in adapter.deltas}
     for delta in adapter.deltas:
         part = parts_in_base(base, delta.site.stack, delta.site.layer).get(delta.site.module)
-        terms = _placed(base, delta, part) if part else ()
+        terms = _place_in_whole(base, delta, part) if part else ()
         if not part or not terms or _at(delta, part.whole).name in present:
-            kept.append(delta)
+            unchanged.append(delta)
             continue
         whole = _at(delta, part.whole)
         sums[whole.name] = replace(whole, terms=sums.get(whole.name, _none(whole)).terms + terms)
         text = f"rows {part.start} to {part.stop - 1} of {part.whole} in this base"
         notes.append(Adjustment(adapter.name, "stacked", delta.site.path, text))
-    return replace(adapter, deltas=_sorted([*kept, *sums.values()])), notes
+    return replace(adapter, deltas=_sorted([*unchanged, *sums.values()])), notes
 
 
 def _none(delta: Delta) -> Delta:
     return replace(delta, terms=())
 
 
-def _placed(base: Base, delta: Delta, part: Part) -> tuple[Term, ...]:
+def _place_in_whole(base: Base, delta: Delta, part: Part) -> tuple[Term, ...]:
     """The terms of a part as terms of the whole; none if they are of another kind or size."""
     rows = base.tensors[_at(delta, part.whole).name].shape[0] if delta.parameter == "weight" else 0
     terms: list[Term] = []
@@ -193,7 +193,7 @@ def _placed(base: Base, delta: Delta, part: Part) -> tuple[Term, ...]:
     return tuple(terms)
 
 
-def _vocabulary(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
+def _fit_vocabulary(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
     """LoRA on an embedding or head with more or fewer rows than the base, all beyond its tokens.
 
     Both have a row for every token that the tokenizers beside base and adapter know, so they
@@ -221,7 +221,7 @@ def _vocabulary(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]
             deltas.append(delta)
             continue
         deltas.append(
-            replace(delta, terms=tuple(_fit(t, rows, embedding) for t in _low_rank(delta)))
+            replace(delta, terms=tuple(_fit_rows(t, rows, embedding) for t in _low_rank(delta)))
         )
         text = f"{max(sizes)} rows in the adapter, {rows} in the base, {tokens} tokens: padding"
         notes.append(Adjustment(adapter.name, "vocabulary", delta.site.path, text))
@@ -232,7 +232,7 @@ def _low_rank(delta: Delta) -> list[LowRank]:
     return [term for term in delta.terms if isinstance(term, LowRank)]
 
 
-def _fit(term: LowRank, rows: int, embedding: bool) -> LowRank:
+def _fit_rows(term: LowRank, rows: int, embedding: bool) -> LowRank:
     """The factor with a row a token, with `rows` of them."""
     factor = Transposed(term.a) if embedding else term.b
     fitted = Cut(factor, 0, rows) if factor.shape[0] > rows else Placed(factor, 0, rows)
@@ -266,4 +266,10 @@ def _sorted(deltas: list[Delta]) -> tuple[Delta, ...]:
     return tuple(sorted(deltas, key=lambda d: (d.site.order, d.parameter)))
 
 
-_STEPS: tuple[Step, ...] = (_turned, _renamed, _split, _stacked, _vocabulary)
+_STEPS: tuple[Step, ...] = (
+    _record_transposed,
+    _rename_paths,
+    _split_fused,
+    _stack_parts,
+    _fit_vocabulary,
+)

@@ -41,20 +41,20 @@ def parts_in_base(base: Base, stack: str, layer: int | None) -> dict[str, Part]:
 
     Empty when the sizes in the config do not add up to the rows that are stored.
     """
-    found: dict[str, Part] = {}
+    parts: dict[str, Part] = {}
     for whole, names in FUSED_BASES.get(base.architecture.model_type, ()):
         stored = base.tensors.get(f"{stack}.{layer}.{whole}.weight")
         sizes = _sizes(base, len(names), stored.shape[0]) if stored else ()
         if stored and sum(sizes) == stored.shape[0]:
-            found.update({p.name: p for p in _laid_out(whole, names, sizes)})
-    return found
+            parts.update({p.name: p for p in _layout(whole, names, sizes)})
+    return parts
 
 
 def parts_of(base: Base, stack: str, layer: int | None, whole: str) -> tuple[Part, ...]:
     """The base's modules that the adapter's fused module `whole` means; empty if it has none."""
     names = dict(FUSED_ADAPTERS).get(whole, ())
     stored = [base.tensors.get(f"{stack}.{layer}.{name}.weight") for name in names]
-    return _laid_out(whole, names, [t.shape[0] for t in stored if t]) if all(stored) else ()
+    return _layout(whole, names, [t.shape[0] for t in stored if t]) if all(stored) else ()
 
 
 def fused_hint(base: Base, path: str) -> str:
@@ -78,7 +78,7 @@ def _sizes(base: Base, count: int, rows: int) -> tuple[int, ...]:
     return (kind.attention_heads * width, *[kind.key_value_heads * width] * 2)
 
 
-def _laid_out(
+def _layout(
     whole: str, names: tuple[str, ...], sizes: list[int] | tuple[int, ...]
 ) -> tuple[Part, ...]:
     starts = [sum(sizes[:i]) for i in range(len(sizes))]

@@ -175,10 +175,10 @@ def _check_terms(
                 f"{adapter.name}: {path}", f"a scale of {scale}", "a finite number",
                 "correct lora_alpha and r, or save the adapter again",
             )  # fmt: skip
-        for what, found, expected in _sizes(term, outputs, inputs):
-            if found != expected and found != vocabulary:
+        for what, actual, expected in _sizes(term, outputs, inputs):
+            if actual != expected and actual != vocabulary:
                 yield AdapterError(
-                    f"{adapter.name}: {path}", f"{what.format(found)}",
+                    f"{adapter.name}: {path}", f"{what.format(actual)}",
                     f"{expected} as in the base", "was this adapter trained on another model?",
                 )  # fmt: skip
         floats = () if isinstance(term, Tuned) else term.tensors  # a tuner may store indices
@@ -218,7 +218,7 @@ def _check_replacement(base: Base, adapter: Adapter, saved: Replacement) -> Iter
     path = saved.site.path
     if _is_new_head(base, saved):
         return
-    shape, found = _stored(base, adapter, path, saved.parameter), saved.tensor.shape
+    shape, saved_shape = _stored(base, adapter, path, saved.parameter), saved.tensor.shape
     if isinstance(shape, InputError):
         yield shape
         return
@@ -228,17 +228,17 @@ def _check_replacement(base: Base, adapter: Adapter, saved: Replacement) -> Iter
         )
         return
     if saved.rows is not None:
-        if any(not 0 <= row < shape[0] for row in saved.rows) or len(saved.rows) != found[0]:
+        if any(not 0 <= row < shape[0] for row in saved.rows) or len(saved.rows) != saved_shape[0]:
             yield AdapterError(
                 f"{adapter.name}: {saved.name}", f"rows {list(saved.rows)[:5]}",
-                f"{found[0]} rows below {shape[0]}", "is the base's vocabulary another one?",
+                f"{saved_shape[0]} rows below {shape[0]}", "is the base's vocabulary another one?",
             )  # fmt: skip
             return
-        found = (shape[0], *found[1:])
-    vocabulary = saved.name in _vocabulary(base) and found[1:] == shape[1:]
-    if found != shape and not vocabulary:
+        saved_shape = (shape[0], *saved_shape[1:])
+    vocabulary = saved.name in _vocabulary(base) and saved_shape[1:] == shape[1:]
+    if saved_shape != shape and not vocabulary:
         yield AdapterError(
-            f"{adapter.name}: {saved.name}", f"shape {list(found)}",
+            f"{adapter.name}: {saved.name}", f"shape {list(saved_shape)}",
             f"{list(shape)} as in the base", "was this adapter trained on another model?",
         )  # fmt: skip
 
@@ -342,14 +342,14 @@ def _check_gates(plan: Plan) -> Iterator[InputError]:
         )  # fmt: skip
     count = Counter(gate.site for gate in plan.gates)
     for gate in plan.gates:
-        error = ungateable(plan, gate.site, gate.mode) or _misset(gate)
+        error = ungateable(plan, gate.site, gate.mode) or _gate_error(gate)
         if error is None and count[gate.site] > 1:
             error = AdapterError(f"context: {gate.site.path}", "two gates", "one a site")
         if error is not None:
             yield error
 
 
-def _misset(gate: Gate) -> InputError | None:
+def _gate_error(gate: Gate) -> InputError | None:
     place = f"context: {gate.site.path}"
     if gate.mode not in MODES:
         return UnsupportedError(place, f"mode {gate.mode!r}", " or ".join(MODES))

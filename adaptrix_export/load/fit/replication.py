@@ -19,17 +19,17 @@ _PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
 def repeat_layers(plan: Plan) -> Plan:
     """The plan on a base with repeated layers, if an adapter asks for that; else as it is."""
-    wanted = {str(a.config.get("layer_replication") or "") for a in plan.adapters}
-    if wanted == {""}:
+    replications = {str(a.config.get("layer_replication") or "") for a in plan.adapters}
+    if replications == {""}:
         return plan
     adapter = plan.adapters[0]
-    if len(wanted) > 1:
+    if len(replications) > 1:
         raise AdapterError(
-            "layer_replication", f"{len(wanted)} different ones", "the same in all adapters",
+            "layer_replication", f"{len(replications)} different ones", "the same in all adapters",
             "build them one by one",
         )  # fmt: skip
     order = _order(adapter.name, plan.base, adapter.config["layer_replication"])
-    return replace(plan, base=_repeated(plan.base, order))
+    return replace(plan, base=_repeat(plan.base, order))
 
 
 def _order(place: str, base: Base, ranges: Any) -> list[int]:
@@ -46,7 +46,7 @@ def _order(place: str, base: Base, ranges: Any) -> list[int]:
     return order
 
 
-def _repeated(base: Base, order: list[int]) -> Base:
+def _repeat(base: Base, order: list[int]) -> Base:
     stack = base.architecture.stacks[0]
     new_places: dict[int, list[int]] = {}
     for new, old in enumerate(order):

@@ -221,16 +221,16 @@ def _part(
     if tensor is None:
         raise SourceError(f"{place}: {name}", "missing", expected, DAMAGED)
     if prod(tensor.shape) != count or tensor.dtype not in dtypes:
-        found = f"{prod(tensor.shape)} values of {tensor.dtype}"
-        raise SourceError(f"{place}: {name}", found, expected, DAMAGED)
+        actual = f"{prod(tensor.shape)} values of {tensor.dtype}"
+        raise SourceError(f"{place}: {name}", actual, expected, DAMAGED)
     return replace(tensor, shape=(count,))
 
 
-def _check_levels(place: str, found: Array, kind: str) -> None:
+def _check_levels(place: str, levels: Array, kind: str) -> None:
     """bitsandbytes goes by the kind and ignores the table; one that differs is another format."""
-    if not np.allclose(found, LEVELS[kind], rtol=0, atol=1e-4):
+    if not np.allclose(levels, LEVELS[kind], rtol=0, atol=1e-4):
         raise UnsupportedError(
-            place, f"levels {np.round(found, 3).tolist()}", f"those of {kind}",
+            place, f"levels {np.round(levels, 3).tolist()}", f"those of {kind}",
             "bitsandbytes would ignore them; use the original weights",
         )  # fmt: skip
 

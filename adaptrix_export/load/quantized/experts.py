@@ -84,13 +84,13 @@ class Stacked:
 
     def pieces(self) -> list[tuple[StoredTensor, int, int, int]]:
         """(stored matrix, expert, first row, last row) of every part."""
-        found = []
+        pieces = []
         for expert, parts in enumerate(self.parts):
             row = 0
             for part in parts:
-                found.append((part, expert, row, row + part.shape[0]))
+                pieces.append((part, expert, row, row + part.shape[0]))
                 row += part.shape[0]
-        return found
+        return pieces
 
 
 def stack_experts(tensors: Mapping[str, Tensor], model_type: str, place: str) -> dict[str, Tensor]:
@@ -103,20 +103,22 @@ def stack_experts(tensors: Mapping[str, Tensor], model_type: str, place: str) ->
     fusion = fusion_of(model_type)
     if fusion is None:
         return dict(tensors)
-    wanted = {part: name for name, parts in fusion.parameters.items() for part in parts}
-    made: dict[str, Tensor] = {}
-    found: dict[str, dict[tuple[int, str], StoredTensor]] = {}
+    parameter_of = {part: name for name, parts in fusion.parameters.items() for part in parts}
+    stacked_tensors: dict[str, Tensor] = {}
+    by_parameter: dict[str, dict[tuple[int, str], StoredTensor]] = {}
     for name, tensor in tensors.items():
         match = _EXPERT.match(name)
-        if match is None or match[3] not in wanted or not isinstance(tensor, StoredTensor):
-            made[name] = tensor
+        if match is None or match[3] not in parameter_of or not isinstance(tensor, StoredTensor):
+            stacked_tensors[name] = tensor
             continue
-        stacked = f"{match[1]}.{wanted[match[3]]}"
-        made.setdefault(stacked, tensor)  # keeps the place in file order
-        found.setdefault(stacked, {})[int(match[2]), match[3]] = tensor
-    for name, matrices in found.items():
-        made[name] = _stack(place, name, fusion.parameters[name.rpartition(".")[2]], matrices)
-    return made
+        stacked = f"{match[1]}.{parameter_of[match[3]]}"
+        stacked_tensors.setdefault(stacked, tensor)  # keeps the place in file order
+        by_parameter.setdefault(stacked, {})[int(match[2]), match[3]] = tensor
+    for name, matrices in by_parameter.items():
+        stacked_tensors[name] = _stack(
+            place, name, fusion.parameters[name.rpartition(".")[2]], matrices
+        )
+    return stacked_tensors
 
 
 def _stack(

@@ -116,5 +116,5 @@ def nested_round_trip(absmax: Array) -> Array:
     shifted = absmax - offset
     largest = block_maxima(shifted, NESTED_BLOCK)
     numbers = _nearest(_scaled(shifted, largest, NESTED_BLOCK), dynamic_levels())
-    kept: Array = scaled_levels(numbers, dynamic_levels(), largest, NESTED_BLOCK, 0) + offset
-    return kept
+    restored: Array = scaled_levels(numbers, dynamic_levels(), largest, NESTED_BLOCK, 0) + offset
+    return restored

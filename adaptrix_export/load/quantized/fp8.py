@@ -71,7 +71,7 @@ def read_fp8(
             )  # fmt: skip
         scales = stored.get(name + SCALE)
         tensors[name] = Fp8Tensor(
-            tensor.name, dtype, tensor, _checked(place, tensor, scales, name, tile), tile
+            tensor.name, dtype, tensor, _check_scales(place, tensor, scales, name, tile), tile
         )
     return tensors
 
@@ -91,7 +91,7 @@ def _tile(place: str, settings: Mapping[str, Any]) -> tuple[int, int] | None:
     return sizes[0], sizes[1]
 
 
-def _checked(
+def _check_scales(
     place: str,
     weight: StoredTensor,
     scales: StoredTensor | None,
@@ -100,8 +100,8 @@ def _checked(
 ) -> StoredTensor:
     """The scales of one weight, if there are as many as it needs."""
     expected = tuple(ceil(n / t) for n, t in zip(weight.shape, tile, strict=True)) if tile else ()
-    found = None if scales is None else scales.shape
-    fits = scales is not None and (found == expected if tile else prod(scales.shape) == 1)
+    shape = None if scales is None else scales.shape
+    fits = scales is not None and (shape == expected if tile else prod(scales.shape) == 1)
     if scales is None or not fits or scales.dtype not in FLOATS:
         what = "missing" if scales is None else f"{scales.dtype} of shape {list(scales.shape)}"
         raise SourceError(

@@ -75,11 +75,11 @@ class DequantizedTensor(ByRows):
     def rows(self, start: int, stop: int) -> Array:
         if not self.heads:
             return self._stored_rows(start, stop)
-        wanted = _row_order(self.shape[0], self.heads)[start:stop]
-        if not len(wanted):
+        order = _row_order(self.shape[0], self.heads)[start:stop]
+        if not len(order):
             return self._stored_rows(0, 0)
-        first = int(wanted.min())
-        return self._stored_rows(first, int(wanted.max()) + 1)[wanted - first]
+        first = int(order.min())
+        return self._stored_rows(first, int(order.max()) + 1)[order - first]
 
     def _stored_rows(self, start: int, stop: int) -> Array:
         from gguf.constants import GGMLQuantizationType
@@ -146,30 +146,32 @@ def model_name(spec: str, stored: str) -> tuple[str, str]:
 
 def _config(source: Source, kind: str, header: GgufHeader) -> dict[str, Any]:
     """config.json from the file's metadata, as transformers makes it, without loading torch."""
-    given = header.metadata
-    if given.get(f"{kind}.rope.scaling.type", "none") != "none":
+    metadata = header.metadata
+    if metadata.get(f"{kind}.rope.scaling.type", "none") != "none":
         raise UnsupportedError(
-            source.spec, f"rope scaling {given[f'{kind}.rope.scaling.type']!r}", "none",
+            source.spec, f"rope scaling {metadata[f'{kind}.rope.scaling.type']!r}", "none",
             "transformers does not read it from GGUF; use the model's safetensors checkpoint",
         )  # fmt: skip
-    sizes: dict[str, Any] = {name: given.get(f"{kind}.{key}") for key, name in _SIZES.items()}
+    sizes: dict[str, Any] = {name: metadata.get(f"{kind}.{key}") for key, name in _SIZES.items()}
     missing = next((n for n, v in sizes.items() if not isinstance(v, (int, float))), None)
-    tokens = given.get("tokenizer.ggml.tokens")
+    tokens = metadata.get("tokenizer.ggml.tokens")
     if missing or not isinstance(tokens, list):
         raise SourceError(
             source.spec, f"no {missing or 'vocabulary'} in the metadata", "a model's GGUF file"
         )
     embedding = next((t for t in header.tensors if t.name == "token_embd.weight"), None)
-    ids = {f"{n}_token_id": given.get(f"tokenizer.ggml.{key}_token_id") for n, key in _IDS.items()}
-    theta = given.get(f"{kind}.rope.freq_base", 10000.0)
+    ids = {
+        f"{n}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for n, key in _IDS.items()
+    }
+    theta = metadata.get(f"{kind}.rope.freq_base", 10000.0)
     return {
         "architectures": [ARCHITECTURES[kind].causal_lm],
         "model_type": kind,
         **sizes,
-        "num_key_value_heads": given.get(
+        "num_key_value_heads": metadata.get(
             f"{kind}.attention.head_count_kv", sizes["num_attention_heads"]
         ),
-        "head_dim": given.get(
+        "head_dim": metadata.get(
             f"{kind}.attention.key_length", sizes["hidden_size"] // sizes["num_attention_heads"]
         ),
         "hidden_act": "silu",

@@ -26,7 +26,7 @@ from adaptrix_export.plan import Array, Base, Site, Tensor
 BLOCK = 64  # what bitsandbytes and transformers quantize with
 # The recipe's words, and whether the scales are quantized, too.
 SIMULATED = {"nf4": False, "nf4-double": True}
-KEPT = ("F32", "F16", "BF16")
+FLOAT_DTYPES = ("F32", "F16", "BF16")
 _READ = 1 << 22  # values at a time while the scales of a tensor are collected
 
 
@@ -52,7 +52,7 @@ class SimulatedTensor(ByRows):
 
     def rows(self, start: int, stop: int) -> Array:
         if self.turned:
-            return _turned_whole(self)[start:stop]
+            return _transposed_round_trip(self)[start:stop]
         row = prod(self.shape[1:])
         # From the block that row `start` begins in to the end of the one that `stop` - 1 ends in.
         first = start * row // BLOCK * BLOCK
@@ -61,15 +61,15 @@ class SimulatedTensor(ByRows):
         read = self.source.rows(top, ceil(last / row)).astype(np.float32).reshape(-1)
         values = read[first - top * row : last - top * row]
         absmax = block_maxima(values, BLOCK)
-        kept = absmax
+        scales = absmax
         if self.double:
-            kept = _nested_absmax(self)[first // BLOCK : ceil(last / BLOCK)]
-        found = self._round_trip(values, absmax, kept)
-        return found[start * row - first : stop * row - first].reshape(-1, *self.shape[1:])
+            scales = _nested_absmax(self)[first // BLOCK : ceil(last / BLOCK)]
+        restored = self._round_trip(values, absmax, scales)
+        return restored[start * row - first : stop * row - first].reshape(-1, *self.shape[1:])
 
-    def _round_trip(self, values: Array, absmax: Array, kept: Array) -> Array:
+    def _round_trip(self, values: Array, absmax: Array, scales: Array) -> Array:
         numbers = nf4_numbers(values, absmax, BLOCK)
-        exact = scaled_levels(numbers, LEVELS["nf4"], kept, BLOCK, 0)
+        exact = scaled_levels(numbers, LEVELS["nf4"], scales, BLOCK, 0)
         return exact.astype(DTYPES[self.dtype])
 
 
@@ -87,11 +87,11 @@ def _nested_absmax(tensor: SimulatedTensor) -> Array:
 
 
 @lru_cache(maxsize=1)
-def _turned_whole(tensor: SimulatedTensor) -> Array:
+def _transposed_round_trip(tensor: SimulatedTensor) -> Array:
     values = np.ascontiguousarray(tensor.source.read().T).astype(np.float32)
     absmax = block_maxima(values.reshape(-1), BLOCK)
-    kept = nested_round_trip(absmax) if tensor.double else absmax
-    return tensor._round_trip(values.reshape(-1), absmax, kept).reshape(values.shape).T
+    scales = nested_round_trip(absmax) if tensor.double else absmax
+    return tensor._round_trip(values.reshape(-1), absmax, scales).reshape(values.shape).T
 
 
 def simulate(base: Base, word: str) -> Base:
@@ -139,9 +139,9 @@ def _is_linear(base: Base, name: str, tensor: Tensor) -> bool:
             "the header does not tell a Linear from an Embedding; save the quantized base and "
             "name that",
         )  # fmt: skip
-    if tensor.dtype not in KEPT:
+    if tensor.dtype not in FLOAT_DTYPES:
         raise UnsupportedError(
-            f"{base.spec}: {name}", f"dtype {tensor.dtype}", " ".join(KEPT),
+            f"{base.spec}: {name}", f"dtype {tensor.dtype}", " ".join(FLOAT_DTYPES),
             "bitsandbytes quantizes no other",
         )  # fmt: skip
     return True

@@ -53,7 +53,7 @@ BOMBS = {
     "an empty stack": (PROTO + b"R.", "damaged pickle"),
     "a mark that is not there": (PROTO + b"t.", "damaged pickle"),
     "two values": (PROTO + b"}}.", "damaged pickle"),
-    "a key twice": (PROTO + b"}(X\x01\x00\x00\x00aNX\x01\x00\x00\x00aNu.", "'a' stands twice"),
+    "a key twice": (PROTO + b"}(X\x01\x00\x00\x00aNX\x01\x00\x00\x00aNu.", "duplicate key 'a'"),
     "memo of nothing": (PROTO + b"h\x07.", "damaged pickle"),
     "a deep tuple as a key": (PROTO + b"})" + b"\x85" * 100_000 + b"K\x01s.", "a key of"),
     "a function called with rubbish": (PROTO + TENSOR + b")R.", "damaged pickle"),

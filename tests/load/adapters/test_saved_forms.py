@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptrix_export.errors import AdapterError, InputError, SourceError, UnsupportedError
 from adaptrix_export.load import open_adapter, open_base
-from adaptrix_export.load.adapters.wrappers import WRAPPERS, unwrapped
+from adaptrix_export.load.adapters.wrappers import WRAPPERS, strip_wrappers
 from adaptrix_export.load.fit.invariants import verify
 from adaptrix_export.merge.merge import merged
 from adaptrix_export.plan import Adapter, Plan
@@ -83,15 +83,15 @@ def test_nothing_else_is_stripped(words, places):
     wrapped = list(key)
     for word, place in zip(words, places, strict=False):
         wrapped.insert(place, word)
-    kept, stripped = unwrapped(".".join(wrapped), lambda name: True)
+    kept, stripped = strip_wrappers(".".join(wrapped), lambda name: True)
     assert kept.split(".") == key
     assert len(stripped) == len(wrapped) - len(key)
 
 
 def test_a_module_called_module_keeps_its_name():
     known = {"layers.0.module.q.weight"}
-    assert unwrapped("layers.0.module.q.weight", known.__contains__) == (min(known), ())
-    assert unwrapped("module.layers.0.module.q.weight", lambda key: False)[1] == ()
+    assert strip_wrappers("layers.0.module.q.weight", known.__contains__) == (min(known), ())
+    assert strip_wrappers("module.layers.0.module.q.weight", lambda key: False)[1] == ()
 
 
 def test_another_tuner_loses_its_wrappers_too(saved, tmp_path):
