@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adaptrix_export.arch.task_table import TASKS
 from adaptrix_export.commands.options import examples, shared_options
 from adaptrix_export.show import failures
+
+if TYPE_CHECKING:
+    from adaptrix_export.recipe import Recipe
 
 
 @click.command(
@@ -18,6 +21,7 @@ from adaptrix_export.show import failures
         "build recipes/smollm2-pydoc.yaml",
         "build --base ./base --adapter ./lora --target onnx --out ./merged",
         "build recipe.yaml --out ./other --set parity.decode_steps=64",
+        "build recipe.yaml --dry-run",
         "build --base ./base --adapter ./lora --target onnx --tau 0.25 --out ./clamped",
         "build --base ./base --adapter ./a --adapter ./b --target onnx --out ./ab "
         "--compose ties --weight a=0.7",
@@ -71,9 +75,15 @@ from adaptrix_export.show import failures
     "--report/--no-report", default=None, help="Whether report.html is written; by default it is."
 )
 @click.option("--tau", metavar="NUMBER|calibrated", help="Clamp every site: context.tau.")
+@click.option(
+    "--dry-run", is_flag=True,
+    help="Say what would be read, changed and written, with estimates, and stop.",
+)  # fmt: skip
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any key of a recipe.")
 @shared_options
-def build(recipe: Path | None, settings: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def build(
+    recipe: Path | None, settings: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any
+) -> None:
     """Build an artifact from a RECIPE, from flags, or from both; flags win.
 
     It is written beside --out, compared with PyTorch and PEFT, and put in place only if it agrees.
@@ -101,6 +111,9 @@ def build(recipe: Path | None, settings: tuple[str, ...], as_json: bool, **optio
     from adaptrix_export import pipeline  # torch and the rest, once the recipe is known to be good
     from adaptrix_export.show.timings import Timed, keep_timings, timings_table
 
+    if dry_run:
+        _dry_run(wanted, as_json)
+        return
     with progress() as telling:
         timed = Timed(telling)
         outcome = pipeline.build(wanted, timed)
@@ -133,6 +146,22 @@ def build(recipe: Path | None, settings: tuple[str, ...], as_json: bool, **optio
     for note in outcome.notes:
         click.echo(f"note: {note}")
     click.echo(f"published {outcome.out}")
+
+
+def _dry_run(wanted: Recipe, as_json: bool) -> None:
+    """The forecast of a recipe; what opening and the target refuse is raised as in a build."""
+    from adaptrix_export import pipeline
+    from adaptrix_export.load.fit.invariants import verify
+    from adaptrix_export.manage.forecast import forecast
+    from adaptrix_export.show.forecast import rendered
+    from adaptrix_export.show.terminal import progress, show
+
+    with progress() as telling:
+        expected = forecast(wanted, verify(pipeline.open_plan(wanted)), telling)
+    if as_json:
+        failures.print_json(expected.as_dict())
+    else:
+        show(rendered(expected))
 
 
 def _weight(text: str) -> tuple[str, float]:

@@ -39,12 +39,12 @@ def staging(out: Path, estimated_bytes: int) -> Iterator[Path]:
     when the disk fills up inside the block.
     """
     out = Path(os.path.abspath(out))
-    _refuse_existing(out)
+    refuse_existing(out)
     created = _make_parent(out)
     try:
         _check_room(out, estimated_bytes)
         with _only_builder_of(out):
-            _refuse_existing(out)  # another build may have published while the lock was taken
+            refuse_existing(out)  # another build may have published while the lock was taken
             _remove_stale(out)
             yield from _new_folder(out)
     except OSError as error:
@@ -74,7 +74,7 @@ def publish(stage: Path, out: Path) -> None:
         # A folder needs the search bit wherever it has the read bit.
         folder.chmod(file_mode | (file_mode & 0o444) >> 2)
         _fsync(folder)
-    _refuse_existing(out)  # rename(2) would silently replace an empty folder
+    refuse_existing(out)  # rename(2) would silently replace an empty folder
     try:
         os.rename(stage, out)
     except OSError as error:
@@ -84,7 +84,7 @@ def publish(stage: Path, out: Path) -> None:
     _fsync(out.parent)
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
     if os.path.lexists(out):
         raise _exists(out)
 
