@@ -22,6 +22,7 @@ from adaptrix_export.commands.add_adapter import add_adapter
 from adaptrix_export.commands.batch import batch
 from adaptrix_export.commands.build import build
 from adaptrix_export.commands.compare import compare
+from adaptrix_export.commands.completion import completion
 from adaptrix_export.commands.conflicts import conflicts
 from adaptrix_export.commands.convert import convert
 from adaptrix_export.commands.drift import drift
@@ -95,7 +96,7 @@ def main() -> None:
 
 COMMANDS = (
     build, batch, add_adapter, inspect, convert, redistribute, validate, conflicts, drift, verify,
-    run, report, compare, push, pull, schema,
+    run, report, compare, push, pull, schema, completion,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

@@ -497,3 +497,23 @@ def test_run_takes_prompts_from_a_file(tmp_path: Path) -> None:
     assert invoke("run", "x", "--prompts", str(file)).exit_code == 2
     assert invoke("run", "x", "--prompts", str(file), "--prompt", "y").exit_code == 2
     assert invoke("run", "x", "--json").exit_code == 2
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_a_script_that_asks_this_program(shell):
+    script = invoke("completion", shell).output
+    assert f"_ADAPTRIX_EXPORT_COMPLETE={shell}_complete" in script
+    assert "adaptrix-export" in script
+
+
+@pytest.mark.parametrize(
+    ("line", "offered", "not_offered"),
+    [("va", {"validate"}, "build"), ("build --target onnx", {"onnx", "onnx-switchable"}, "peft")],
+)
+def test_what_completion_offers(line, offered, not_offered):
+    from click.shell_completion import BashComplete
+
+    *words, incomplete = line.split()
+    answer = BashComplete(main, {}, "adaptrix-export", "_ADAPTRIX_EXPORT_COMPLETE")
+    values = {item.value for item in answer.get_completions(words, incomplete)}
+    assert offered <= values and not_offered not in values

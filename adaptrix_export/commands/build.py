@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptrix_export.arch.task_table import TASKS
-from adaptrix_export.commands.options import examples, shared_options
+from adaptrix_export.commands.options import examples, shared_options, word_option
 from adaptrix_export.show import failures
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.argument("recipe", required=False, type=click.Path(path_type=Path), metavar="[RECIPE.yaml]")
 @click.option("--base", metavar="SOURCE", help="Folder, .gguf, hf:org/name@revision, package:P/F.")
 @click.option("--adapter", "adapters", multiple=True, metavar="SOURCE", help="May be repeated.")
-@click.option("--target", metavar="onnx|onnx-switchable|safetensors|peft", help="What to make.")
+@word_option("--target", "onnx|onnx-switchable|safetensors|peft", "What to make.")
 @click.option(
     "--rows", is_flag=True, default=None, help="onnx-switchable: an adapter for each row."
 )
@@ -41,36 +41,28 @@ if TYPE_CHECKING:
     help="onnx-switchable: what is not plain LoRA as the nearest one.",
 )  # fmt: skip
 @click.option("--out", metavar="DIR", help="The folder to publish; it must not exist yet.")
-@click.option("--frontend", metavar="auto|native|traced", help="What draws the base's graph.")
-@click.option(
-    "--task",
-    metavar="|".join(("auto", *TASKS)),
-    help="What the model is for.",
-)
-@click.option(
-    "--pooling", metavar="none|auto|mean|cls|lasttoken|...", help="One vector a text, for encoders."
-)
-@click.option("--layout", metavar="hub|flat", help="Where the graphs lie in the folder.")
+@word_option("--frontend", "auto|native|traced", "What draws the base's graph.")
+@word_option("--task", "|".join(("auto", *TASKS)), "What the model is for.")
+@word_option("--pooling", "none|auto|mean|cls|lasttoken|...", "One vector a text, for encoders.")
+@word_option("--layout", "hub|flat", "Where the graphs lie in the folder.")
 @click.option("--provider", metavar="cpu", help="Execution provider that the graph is made for.")
-@click.option("--precision", metavar="auto|fp32|int8|int4", help="Number format of the weights.")
-@click.option(
-    "--base-weights", metavar="auto|dequantized|original", help="Of a quantized base, which."
-)
-@click.option("--simulate", metavar="nf4|nf4-double", help="Quantize a plain base and back first.")
+@word_option("--precision", "auto|fp32|int8|int4", "Number format of the weights.")
+@word_option("--base-weights", "auto|dequantized|original", "Of a quantized base, which.")
+@word_option("--simulate", "nf4|nf4-double", "Quantize a plain base and back first.")
 @click.option("--original-base", metavar="SOURCE", help="The unquantized model of a quantized one.")
 @click.option("--allow-pickle", is_flag=True, default=None, help="Read adapter_model.bin.")
 @click.option(
     "--adaptrix-scaling", metavar="alpha_over_rank|stored|one",
     help="The scale of an original Adaptrix folder.",
 )  # fmt: skip
-@click.option("--layers", metavar="auto|5|7,15,22", help="Move the adapters onto these layers.")
-@click.option("--strategy", metavar="select|fold|fit|distill", help="How they are moved there.")
+@word_option("--layers", "auto|5|7,15,22", "Move the adapters onto these layers.")
+@word_option("--strategy", "select|fold|fit|distill", "How they are moved there.")
 @click.option("--compose", metavar="METHOD", help="How several adapters become one.")
 @click.option(
     "--weight", "weights", multiple=True, metavar="NAME=W", help="Of an adapter, by its name."
 )
-@click.option("--parity", metavar="full|fast|off", help="How much to prove before publishing.")
-@click.option("--on-mismatch", metavar="error|drop", help="For sites that do not fit the base.")
+@word_option("--parity", "full|fast|off", "How much to prove before publishing.")
+@word_option("--on-mismatch", "error|drop", "For sites that do not fit the base.")
 @click.option(
     "--report/--no-report", default=None, help="Whether report.html is written; by default it is."
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,6 +15,19 @@ AS_JSON, VERBOSITY = "adaptrix_export.json", "adaptrix_export.verbosity"  # keys
 def examples(*lines: str) -> str:
     """The epilog of a command's help."""
     return "\b\nExamples:\n" + "\n".join(f"  adaptrix-export {line}" for line in lines)
+
+
+def word_option(name: str, words: str, text: str) -> Callable[[Function], Function]:
+    """An option with its words in the help, `auto|native|traced`, which a shell completes.
+
+    The recipe's schema checks the word, so that flags and files get the same message.
+    """
+    known = re.findall(r"[a-z][\w-]*", words)
+
+    def matching(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+        return [word for word in known if word.startswith(incomplete)]
+
+    return click.option(name, metavar=words, shell_complete=matching, help=text)
 
 
 def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> Any:

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from adaptrix_export.errors import SourceError
+from adaptrix_export.errors import SourceError, did_you_mean
 
 FORMS = "a folder, a .gguf file, hf:org/name@revision or package:NAME/FILE"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -44,7 +44,7 @@ def resolve(spec: str) -> Source:
             spec, "no such folder", FORMS, f"a repository of the hub is written hf:{spec}"
         )
     if not path.exists():
-        raise SourceError(spec, "nothing there", FORMS, "check the spelling")
+        raise SourceError(spec, "nothing there", FORMS, _nearest(path))
     if path.is_dir():
         return Source(spec, path)
     if path.suffix == ".gguf":
@@ -57,6 +57,26 @@ def _expanded(spec: str) -> Path:
         return Path(spec).expanduser()
     except RuntimeError as error:  # of pathlib, for a user that is unknown
         raise SourceError(spec, str(error), FORMS, "check the spelling") from error
+
+
+def _nearest(path: Path) -> str:
+    """The remedy for a path that is not there: what of that folder has nearly the same name."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        names = []
+    return did_you_mean(path.name, names, "check the spelling")
+
+
+def _cached(wanted: HubName) -> str:
+    """The remedy for a repository that is not cached: one that is, of nearly the same name."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        names = [repo.repo_id for repo in scan_cache_dir().repos if repo.repo_id != wanted.repo]
+    except (CacheNotFound, ValueError, OSError):  # no cache at all
+        names = []
+    return did_you_mean(f"hf:{wanted.repo}", [f"hf:{name}" for name in names])
 
 
 def _in_package(spec: str) -> Path:
@@ -121,7 +141,7 @@ def _from_hub(spec: str) -> Source:
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
         raise SourceError(
             spec, "not in the local cache", "a cached snapshot",
-            f"{why}; download it once with a connection",
+            f"{_cached(wanted) or 'download it once with a connection'} ({why})",
         ) from error  # fmt: skip
     except (HfHubHTTPError, OSError) as error:
         raise SourceError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
@@ -10,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
 
-from adaptrix_export.errors import RecipeError
+from adaptrix_export.errors import RecipeError, did_you_mean
 
 Location = Sequence["int | str"]
 
@@ -55,7 +54,7 @@ def _explain(root: type[BaseModel], detail: Mapping[str, Any]) -> tuple[str, str
         return "missing", wanted, f"add `{key}:` to the recipe{flag}"
     if kind == "enum":
         words = re.findall(r"'([^']+)'", context["expected"])
-        return shown(detail["input"]), one_of(words), _suggestion(detail["input"], words)
+        return shown(detail["input"]), one_of(words), did_you_mean(str(detail["input"]), words)
     if kind == "model_type":
         keys = ", ".join(_section(root, location).model_fields)
         return shown(detail["input"]), f"the keys {keys}", ""
@@ -70,12 +69,7 @@ def _unknown_key(root: type[BaseModel], location: Location) -> tuple[str, str, s
     if not parents and key == "adapter":
         return "adapter beside adapters", "one of the two", "put it into `adapters`"
     known = list(_section(root, parents).model_fields)
-    return "unknown key", one_of(known), _suggestion(key, known)
-
-
-def _suggestion(word: Any, known: list[str]) -> str:
-    close = difflib.get_close_matches(str(word), known, n=1)
-    return f"did you mean {close[0]!r}?" if close else ""
+    return "unknown key", one_of(known), did_you_mean(str(key), known)
 
 
 def _section(root: type[BaseModel], location: Location) -> type[BaseModel]:

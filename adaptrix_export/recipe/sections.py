@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from adaptrix_export.errors import did_you_mean
 from adaptrix_export.plan.methods import DENSITY, METHODS
 from adaptrix_export.recipe.compose import AUTO, check_weights
 from adaptrix_export.recipe.messages import one_of, refusal, shown
@@ -152,10 +152,7 @@ class ComposeSpec(Section):
     def _known(cls, method: str) -> str:
         known = (*METHODS, AUTO)
         if method not in known:
-            close = get_close_matches(method, known, n=1)
-            raise refusal(
-                repr(method), one_of(known), f"did you mean {close[0]!r}?" if close else ""
-            )
+            raise refusal(repr(method), one_of(known), did_you_mean(method, known))
         return method
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptrix_export.errors import SourceError
+from adaptrix_export.errors import SourceError, did_you_mean
 from adaptrix_export.runtime.graph import AdapterSlot, DecoderGraph
 from adaptrix_export.runtime.stamps import adapter_version
 
@@ -104,6 +104,7 @@ class AdapterStore:
             raise SourceError(
                 f"adapter {missing[0]!r}", "not in this session",
                 ", ".join(sorted(self._loaded)) or "no adapter at all",
+                did_you_mean(missing[0], self._loaded),
             )  # fmt: skip
         for name, weight in weights.items():
             if isinstance(weight, bool) or not np.isfinite(weight):

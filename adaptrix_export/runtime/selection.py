@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adaptrix_export.errors import SourceError
+from adaptrix_export.errors import SourceError, did_you_mean
 from adaptrix_export.runtime.adapters import NOTHING, AdapterStore, Factors
 from adaptrix_export.runtime.graph import DecoderGraph, Ids
 from adaptrix_export.runtime.statistics import BASE
@@ -64,7 +64,10 @@ def _by_row(selection: Selection, graph: DecoderGraph) -> Choice:
     names = [selection] if isinstance(selection, str) else list(selection or ())
     for name in names:
         if name is not None and name not in graph.rows:
-            raise SourceError(f"adapter {name!r}", "not in this graph", ", ".join(graph.rows))
+            raise SourceError(
+                f"adapter {name!r}", "not in this graph", ", ".join(graph.rows),
+                did_you_mean(name, graph.rows),
+            )  # fmt: skip
     ids = tuple(-1 if name is None else graph.rows.index(name) for name in names)
     label = "|".join(dict.fromkeys(BASE if name is None else name for name in names))
     return Choice(label, ids=ids)

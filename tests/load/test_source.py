@@ -22,6 +22,18 @@ def test_hub_snapshot_from_the_local_cache(tmp_path, monkeypatch):
     assert open_base("hf:org/name").architecture.model_type == "llama"
     with pytest.raises(SourceError, match="hf:org/name@v2: not in the local cache"):
         resolve("hf:org/name@v2")
+    with pytest.raises(SourceError, match="did you mean 'hf:org/name'"):
+        resolve("hf:org/mame")
+    with pytest.raises(SourceError, match="download it once"):
+        resolve("hf:other/thing")
+
+
+def test_a_path_with_a_slip_names_the_nearest(tmp_path):
+    save_base("llama", tmp_path / "llama-base")
+    with pytest.raises(SourceError, match="did you mean 'llama-base'"):
+        resolve(str(tmp_path / "lama-base"))
+    with pytest.raises(SourceError, match="check the spelling"):
+        resolve(str(tmp_path / "quite-another"))
 
 
 @pytest.mark.parametrize(
