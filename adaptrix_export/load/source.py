@@ -141,7 +141,7 @@ def _from_hub(spec: str) -> Source:
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
         raise SourceError(
             spec, "not in the local cache", "a cached snapshot",
-            f"{_cached(wanted) or 'download it once with a connection'} ({why})",
+            f"{_cached(hub) or 'download it once with a connection'} ({why})",
         ) from error  # fmt: skip
     except (HfHubHTTPError, OSError) as error:
         raise SourceError(
