@@ -137,8 +137,8 @@ _NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "Failed to allocate mem
 # What only the compiler imports, by the name of its module: an installation that just runs
 # artifacts is without it.
 _COMPILER = (
-    "accelerate filelock gguf huggingface_hub ml_dtypes mobius onnx onnx_ir optimum peft pydantic "
-    "regex safetensors threadpoolctl torch transformers yaml"
+    "accelerate filelock gguf huggingface_hub ml_dtypes mobius onnx onnx_ir onnxscript optimum "
+    "peft pydantic regex safetensors threadpoolctl torch transformers yaml"
 ).split()
 
 

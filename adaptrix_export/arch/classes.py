@@ -4,10 +4,11 @@ with; and the task that a class is for. Read from transformers' own auto mapping
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from adaptrix_export.arch.task_table import AS_SAVED, FEATURES, GENERATION, TASKS
+from adaptrix_export.compat.transformers import mapped_class_names
 from adaptrix_export.errors import UnsupportedError
 
 # A class may stand in several mappings: Gemma3ForConditionalGeneration in that of causal models,
@@ -18,14 +19,7 @@ _ORDER = (*(task for task in TASKS if task not in _LAST), GENERATION, FEATURES)
 
 def class_names(kind: str, task: str) -> tuple[str, ...]:
     """The names of the classes that run a model type for a task, the usual one first."""
-    return tuple(name for auto in TASKS[task].autos for name in _mapped(auto, kind))
-
-
-def _mapped(auto: str, kind: str) -> Iterator[str]:
-    import transformers
-
-    found = getattr(transformers, auto)._model_mapping._model_mapping.get(kind, ())
-    yield from (found if isinstance(found, (tuple, list)) else (found,))
+    return tuple(name for auto in TASKS[task].autos for name in mapped_class_names(auto, kind))
 
 
 def task_of(kind: str, name: str) -> str | None:

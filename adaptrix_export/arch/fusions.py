@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from adaptrix_export.compat.transformers import checkpoint_rules
+
 _EXPERT = re.compile(r"experts\.\*\.(\w+)\.weight$")
 _PARAMETER = re.compile(r"experts\.(\w+)$")
 
@@ -30,11 +32,8 @@ def stacks_of(rule: Any) -> tuple[str, tuple[str, ...]] | None:
 def stacked_parameters(model_type: str) -> Mapping[str, tuple[str, ...]]:
     """Stacked parameter -> matrices of one expert, in the order of the live module's parameters;
     empty for a type that transformers has no such rules for."""
-    from transformers import conversion_mapping
-
-    rules: Any = conversion_mapping.get_checkpoint_conversion_mapping(model_type)  # type: ignore[no-untyped-call]
     found = {}
-    for rule in rules or ():
+    for rule in checkpoint_rules(model_type):
         stack = stacks_of(rule) if hasattr(rule, "operations") else None
         if stack is not None:
             found[stack[0]] = stack[1]

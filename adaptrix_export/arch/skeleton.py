@@ -13,6 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from adaptrix_export.arch.classes import live_class
+from adaptrix_export.compat.transformers import (
+    loading_rules,
+    optional_names,
+    renamed_key,
+    use_eager_attention,
+    without_initialization,
+)
 from adaptrix_export.errors import SourceError, UnsupportedError
 
 
@@ -42,13 +49,7 @@ class Skeleton:
     def live_name(self, stored: str) -> tuple[str, str | None]:
         """The live name for a tensor of the files, and the pattern of the conversion that its
         values go through, if they do."""
-        from transformers.core_model_loading import rename_source_key
-
-        name, pattern = rename_source_key(
-            stored, list(self.renames), list(self.converters), self.prefix or None,
-            dict.fromkeys(self.shapes, 1) if self.prefix else None,
-        )  # fmt: skip
-        return str(name), pattern
+        return renamed_key(stored, self.renames, self.converters, self.prefix, self.shapes)
 
     def is_optional(self, name: str) -> bool:
         """Whether transformers says nothing when the files lack this name."""
@@ -77,11 +78,10 @@ def skeleton_of(place: str, folder: Path, config: Mapping[str, Any], task: str) 
 def built(place: str, found: Any, config: Any) -> Any:
     """A model of the class on the meta device."""
     import torch
-    from transformers.initialization import no_init_weights
 
-    config._attn_implementation = "eager"
+    use_eager_attention(config)
     try:
-        with torch.device("meta"), no_init_weights():
+        with torch.device("meta"), without_initialization():
             return found(config)
     except (ValueError, TypeError, NotImplementedError, AttributeError, ImportError) as error:
         raise UnsupportedError(
@@ -93,11 +93,9 @@ def built(place: str, found: Any, config: Any) -> Any:
 def read_skeleton(model: Any) -> Skeleton:
     """What a model (on any device) says of itself."""
     from torch import nn
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
 
     modules = dict(model.named_modules())
-    rules = get_model_conversion_mapping(model)
+    renames, converters = loading_rules(model)
     text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
     return Skeleton(
         class_name=type(model).__name__,
@@ -109,9 +107,9 @@ def read_skeleton(model: Any) -> Skeleton:
         embedding=_place(modules, model, "get_input_embeddings"),
         head=_place(modules, model, "get_output_embeddings"),
         text=(text or model.config).to_dict(),
-        optional=tuple(model._keys_to_ignore_on_load_missing or ()),
-        renames=tuple(rule for rule in rules if not isinstance(rule, WeightConverter)),
-        converters=tuple(rule for rule in rules if isinstance(rule, WeightConverter)),
+        optional=optional_names(model),
+        renames=renames,
+        converters=converters,
     )
 
 

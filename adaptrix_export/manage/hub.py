@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from adaptrix_export.compat.hub_client import ignored, transport_errors
+from adaptrix_export.compat.huggingface_hub import ignored, transport_errors
 from adaptrix_export.errors import InputError, MachineError, OutputError, SourceError
 from adaptrix_export.load.source import HubName, hub_name
 from adaptrix_export.package.manifest import MANIFEST, check_hashes, read_manifest

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ import numpy as np
 import peft
 import torch
 import transformers
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
 
+from adaptrix_export.compat.peft import tuner_layers
+from adaptrix_export.compat.torch import buffers_of, parameters_of
+from adaptrix_export.compat.transformers import model_from_config
 from adaptrix_export.errors import AdapterError, UnsupportedError
 from adaptrix_export.load.adapters.tuned_adapter import (
     WEIGHTS,
@@ -65,11 +68,7 @@ class Skeleton:
             torch.manual_seed(0)  # what is drawn is either overwritten or refused below
             wrapped, missing = _wrapped(model, term.folder, found)
         _check_all_set(place, wrapped, missing, tuner)
-        layers = {
-            name: module
-            for name, module in wrapped.get_base_model().named_modules()
-            if isinstance(module, BaseTunerLayer)
-        }
+        layers = dict(tuner_layers(wrapped.get_base_model()))
         saved = tuple(config.get("modules_to_save") or ())
         for path in sorted(expected ^ set(layers)):
             if path in expected:
@@ -131,7 +130,7 @@ def empty_model(base: Base, paths: set[str]) -> Any:
         if cls is None:
             continue
         with torch.device("meta"):
-            make = cls.from_config if name.startswith("Auto") else cls._from_config
+            make = cls.from_config if name.startswith("Auto") else partial(model_from_config, cls)
             model = make(config, dtype=torch.float32)  # as the oracle loads it, not as config says
         if paths <= {path for path, _ in model.named_modules()}:
             _make_real(model)
@@ -146,7 +145,7 @@ def _make_real(model: Any) -> None:
     """Give every meta tensor one stored zero; tensors that are one stay one."""
     made: dict[int, Any] = {}
     for module in model.modules():
-        for values in (module._parameters, module._buffers):
+        for values in (parameters_of(module), buffers_of(module)):
             for name, old in values.items():
                 if old is None or old.device.type != "meta":
                     continue
@@ -188,9 +187,7 @@ def _check_all_set(place: str, wrapped: Any, missing: set[str], tuner: Tuner) ->
     """
     state = wrapped.state_dict(keep_vars=True)
     loaded = {id(tensor) for key, tensor in state.items() if key not in missing}
-    layers = [
-        name for name, module in wrapped.named_modules() if isinstance(module, BaseTunerLayer)
-    ]
+    layers = [path for path, _ in tuner_layers(wrapped)]
     inside = tuple(f"{name}." for name in layers)
     known = [f"{name}.{part}." for name in layers for part in ("base_layer", *tuner.computed)]
     for key in sorted(missing):

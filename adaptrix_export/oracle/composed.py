@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune
+
+from adaptrix_export.compat.peft import merge_formulas
 
 EPS = 2.0**-52
 EQUAL = 2.0**-40  # values, sums and singular values that are closer than this count as equal
@@ -205,6 +206,7 @@ def _nearest(columns: Any) -> tuple[Any, float]:
 
 def _peft(shares: Sequence[Share], options: Mapping[str, Any], name: str) -> Any:
     """PEFT's own merge functions on the live factors, in fp64, with our draw of a random drop."""
+    formulas = merge_formulas()
     method, density = options["method"], options["density"]
     density = 0.5 if density is None else density
     combined = []
@@ -218,7 +220,7 @@ def _peft(shares: Sequence[Share], options: Mapping[str, Any], name: str) -> Any
                 mask = kept_values(options["seed"], share.adapter, label, value.shape, density)
                 value = value * mask / density
             elif density < 1 and method in ("peft-ties", "peft-magnitude-prune"):
-                chosen = prune(value.float(), density, method="magnitude") != 0
+                chosen = formulas.prune(value.float(), density, method="magnitude") != 0
                 value = value * chosen
             values.append(value)
         strength = [s.weight * s.factors[0][2] for s in shares if s.factors]
@@ -229,8 +231,8 @@ def _peft(shares: Sequence[Share], options: Mapping[str, Any], name: str) -> Any
         )
         weighted = stack * weights.view(-1, 1, 1)
         if "ties" in method:
-            mask = calculate_majority_sign_mask(stack, options["election"])
-            combined.append(disjoint_merge(weighted, mask))
+            mask = formulas.calculate_majority_sign_mask(stack, options["election"])
+            combined.append(formulas.disjoint_merge(weighted, mask))
         else:
             combined.append(weighted.sum(0))
     a, b = combined

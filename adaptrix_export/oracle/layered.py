@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adaptrix_export.arch.tasks import GENERATION, SEQUENCES
-from adaptrix_export.compat.cache_names import cache_argument, cache_of
+from adaptrix_export.compat.peft import tuner_layers
+from adaptrix_export.compat.transformers import cache_argument, cache_of
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.oracle.layerwise import (
     LayerReader,
@@ -306,9 +307,7 @@ def _tensor(output: Any) -> Tensor:
 
 
 def _tuner_layers(layer: nn.Module) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
+    return [module for _, module in tuner_layers(layer)]
 
 
 class States:

@@ -21,6 +21,7 @@ import transformers
 from torch import nn
 
 from adaptrix_export.arch.tasks import CLASSIFIERS, FEATURES, LABELS, TASKS
+from adaptrix_export.compat.torch import buffers_of, parameters_of
 from adaptrix_export.errors import MachineError, RecipeError, UnsupportedError
 from adaptrix_export.graph.frontends.live_config import live_config
 from adaptrix_export.oracle.reference import resize_vocabulary, shipped_whole, with_adapters
@@ -44,10 +45,10 @@ class _Weight:
         return FLOAT * prod(self.tensor.shape)
 
     def fill(self, device: Any) -> None:
-        self.module._parameters[self.name] = _parameter(_values(self.tensor, device))
+        parameters_of(self.module)[self.name] = _parameter(_values(self.tensor, device))
 
     def empty(self, device: Any) -> None:
-        self.module._parameters[self.name] = _parameter(_stand_in(self.tensor.shape, device))
+        parameters_of(self.module)[self.name] = _parameter(_stand_in(self.tensor.shape, device))
 
 
 class LayerReader:
@@ -190,20 +191,20 @@ def _fill_rest(
     """Read what is on no layer, and put every buffer on the device."""
     for path, module in model.named_modules():
         start = f"{path}." if path else ""
-        for name, buffer in module._buffers.items():
+        for name, buffer in buffers_of(module).items():
             if buffer is not None:
                 stored = base.tensors.get(start + name)
-                module._buffers[name] = (
+                buffers_of(module)[name] = (
                     buffer.to(device) if stored is None else _values(stored, device).to(buffer)
                 )
-        for name, parameter in module._parameters.items():
+        for name, parameter in parameters_of(module).items():
             if parameter is not None and parameter.is_meta:
                 values = _rest(base, start + name, parameter, shipped, device)
-                module._parameters[name] = _parameter(values)
+                parameters_of(module)[name] = _parameter(values)
     for name, home in base.tied.items():
         if name not in base.tensors:
             at, _, own = name.rpartition(".")
-            model.get_submodule(at)._parameters[own] = model.get_parameter(home)
+            parameters_of(model.get_submodule(at))[own] = model.get_parameter(home)
 
 
 def _rest(

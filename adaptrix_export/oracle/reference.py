@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from adaptrix_export.arch.classes import live_class
 from adaptrix_export.arch.pieces import Piece
 from adaptrix_export.arch.tasks import FEATURES, GENERATION, LABELS, TASKS, has_row
-from adaptrix_export.compat.cache_names import cache_argument, cache_of
+from adaptrix_export.compat.transformers import cache_argument, cache_of
 from adaptrix_export.errors import ParityError
 from adaptrix_export.load.files.tensors import read_json
 from adaptrix_export.oracle.compare import Ids, Logits

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptrix_export.compat.cache_names import cache_argument, cache_of
+from adaptrix_export.compat.transformers import cache_argument, cache_of
 from adaptrix_export.errors import ParityError
 from adaptrix_export.oracle.compare import Logits
 from adaptrix_export.oracle.encoded import padded_rows

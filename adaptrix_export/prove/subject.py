@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from adaptrix_export.arch.tasks import FEATURES, GENERATION
-from adaptrix_export.compat.cache_names import cache_argument, cache_of
+from adaptrix_export.compat.transformers import cache_argument, cache_of
 from adaptrix_export.errors import ParityError
 from adaptrix_export.oracle.compare import Ids, Logits
 from adaptrix_export.oracle.job import Job

@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from adaptrix_export.arch.tasks import FEATURES, GENERATION
+from adaptrix_export.compat.mobius import module_config
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.graph.expression import Expression, names
 from adaptrix_export.graph.frontends.faults import REMEDIES, raised_by
@@ -85,9 +86,7 @@ def _native_module(plan: Plan, module_class: Any) -> tuple[Any, Any]:
     """The mobius module and its config, made from the base's config.json."""
     import dataclasses
 
-    from mobius._config_resolver import _config_from_hf
-
-    resolved = _config_from_hf(live_config(plan), module_class=module_class)
+    resolved = module_config(live_config(plan), module_class)
     resolved = dataclasses.replace(resolved, dtype=ir.DataType.FLOAT)
     return module_class(resolved), resolved
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from adaptrix_export.compat.torch import RESHAPE_ALIAS, TO_COPY, UNSAFE_VIEW, without_storage
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.graph.expression import Expression
 
@@ -26,7 +27,7 @@ class Recorded(torch.Tensor):
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], expression: Expression) -> Recorded:
-        made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=torch.float32)
+        made = without_storage(cls, shape)
         assert isinstance(made, Recorded)
         made.expression = expression
         return made
@@ -144,9 +145,9 @@ _RECORDS: dict[Any, Callable[..., Any]] = {
     _aten.transpose.int: _transpose,
     _aten.permute.default: _permute,
     _aten.view.default: _reshape,
-    _aten._unsafe_view.default: _reshape,
+    UNSAFE_VIEW: _reshape,
     _aten.reshape.default: _reshape,
-    _aten._reshape_alias.default: lambda x, shape, stride: _reshape(x, shape),
+    RESHAPE_ALIAS: lambda x, shape, stride: _reshape(x, shape),
     _aten.slice.Tensor: _slice,
     _aten.split.Tensor: _split,
     _aten.split_with_sizes.default: _split,
@@ -160,7 +161,7 @@ _RECORDS: dict[Any, Callable[..., Any]] = {
     _aten.clone.default: _same,
     _aten.detach.default: _same,
     _aten.alias.default: _same,
-    _aten._to_copy.default: _same,
+    TO_COPY: _same,
     _aten.mul.Tensor: _times,
     _aten.mul.Scalar: _times,
     _aten.add.Tensor: _plus,

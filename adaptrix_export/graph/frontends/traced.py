@@ -17,11 +17,13 @@ from typing import Any
 
 import onnx_ir as ir
 
+from adaptrix_export.arch.tasks import GENERATION
+from adaptrix_export.compat.onnxscript import exactly_matched
+from adaptrix_export.compat.transformers_tracing import traceable
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.graph.expression import names
 from adaptrix_export.graph.frontends.faults import raised_by
 from adaptrix_export.graph.frontends.live_config import live_config
-from adaptrix_export.graph.frontends.trace_patches import exactly_matched, traceable
 from adaptrix_export.graph.frontends.traced_interface import OUTPUTS, name_interface
 from adaptrix_export.graph.frontends.traced_sample import Sample, sample_of
 from adaptrix_export.graph.frontends.traced_weights import bind
@@ -39,7 +41,7 @@ def traced(plan: Plan, provider: str, progress: Progress) -> Graph:
     initializer has no tensor, and if the graph does not read a changed tensor.
     """
     place = f"{plan.base.spec}: model type {plan.base.architecture.model_type!r}"
-    with traced_faults(place), traceable(plan.base.task):
+    with traced_faults(place), traceable(plan.base.task == GENERATION):
         with progress.stage("tracing: model without weights"):
             model = weightless(live_config(plan), plan.base.task)
             sample = sample_of(model, plan.base.task)

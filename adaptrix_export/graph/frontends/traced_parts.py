@@ -20,10 +20,10 @@ import onnx_ir as ir
 import torch
 
 from adaptrix_export.arch.tasks import FEATURES, GENERATION, SPEECH
-from adaptrix_export.compat.cache_names import cache_argument, cache_of
+from adaptrix_export.compat.transformers import cache_argument, cache_of
+from adaptrix_export.compat.transformers_tracing import traceable
 from adaptrix_export.graph.frontends.cross_cache import PAST_ENTRY, STATES, wire_cross_cache
 from adaptrix_export.graph.frontends.live_config import live_config
-from adaptrix_export.graph.frontends.trace_patches import traceable
 from adaptrix_export.graph.frontends.traced import export, finish, traced_faults
 from adaptrix_export.graph.frontends.traced_interface import OUTPUTS, name_interface
 from adaptrix_export.graph.frontends.traced_sample import BATCH, LENGTH, NEW, PAST, Sample
@@ -47,7 +47,11 @@ def traced_parts(plan: Plan, provider: str, progress: Progress) -> dict[str, Gra
         return weightless(live_config(plan), task)
 
     for file, trace in ((ENCODER, _encoder), (DECODER, _decoder)):
-        with traced_faults(place), traceable(task), progress.stage(f"tracing: {file}"):
+        with (
+            traced_faults(place),
+            traceable(task == GENERATION),
+            progress.stage(f"tracing: {file}"),
+        ):
             graph = trace(model, task)
         with progress.stage("tracing: simplifying the graph"):
             made[file] = finish(plan, graph, stored_parameters(model()), provider)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from adaptrix_export.arch.tasks import GENERATION
-from adaptrix_export.compat.cache_names import cache_argument, cache_of
+from adaptrix_export.compat.torch import buffers_of
+from adaptrix_export.compat.transformers import cache_argument, cache_of
 from adaptrix_export.errors import UnsupportedError
 
 # Different numbers, none of them one: torch.export takes equal sizes for the same size, and a
@@ -155,15 +156,15 @@ def _cache(model: Any) -> Any:
 @contextmanager
 def _untouched(model: Any) -> Iterator[None]:
     """Restore attributes and buffers afterwards: longrope would keep the fake frequencies."""
-    saved = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    saved = [(module, dict(vars(module)), dict(buffers_of(module))) for module in model.modules()]
     try:
         yield
     finally:
         for module, attributes, buffers in saved:
             vars(module).clear()
             vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            buffers_of(module).clear()
+            buffers_of(module).update(buffers)
 
 
 def _encoding(model: Any) -> Sample:

@@ -21,8 +21,8 @@ from adaptrix_export.arch.classes import live_class
 from adaptrix_export.arch.inputs import sizes_of
 from adaptrix_export.arch.pieces import DECODER, EMBEDDING, PROJECTORS, VISION
 from adaptrix_export.arch.tasks import GENERATION
+from adaptrix_export.compat.transformers_tracing import traceable
 from adaptrix_export.graph.frontends.live_config import live_config
-from adaptrix_export.graph.frontends.trace_patches import traceable
 from adaptrix_export.graph.frontends.traced import export, finish, traced_faults
 from adaptrix_export.graph.frontends.traced_interface import OUTPUTS, name_interface
 from adaptrix_export.graph.frontends.traced_sample import BATCH, LENGTH, Sample, embedded_sample
@@ -44,7 +44,7 @@ def traced_seeing(plan: Plan, provider: str, progress: Progress) -> dict[str, Gr
     graphs = {}
     for file, trace in _TRACES.items():
         stage = progress.stage(f"tracing: {file}")
-        with traced_faults(place), traceable(GENERATION), stage:
+        with traced_faults(place), traceable(generation=True), stage:
             model = weightless(live_config(plan), base.task, model_class)
             graph = trace(model)
         with progress.stage("tracing: simplifying the graph"):

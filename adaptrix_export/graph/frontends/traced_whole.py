@@ -18,9 +18,10 @@ from onnx_ir.passes import common
 from adaptrix_export.arch.classes import live_class
 from adaptrix_export.arch.inputs import INPUTS, LENGTHS, SEQUENCE, sizes_of, taken
 from adaptrix_export.arch.pieces import Piece, pieces_of
+from adaptrix_export.arch.tasks import GENERATION
+from adaptrix_export.compat.transformers_tracing import traceable
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.graph.frontends.live_config import live_config
-from adaptrix_export.graph.frontends.trace_patches import traceable
 from adaptrix_export.graph.frontends.traced import export, finish, traced_faults
 from adaptrix_export.graph.frontends.traced_sample import BATCH, LENGTH, Sample
 from adaptrix_export.graph.frontends.weightless import stored_parameters, weightless
@@ -49,7 +50,7 @@ def traced_whole(plan: Plan, provider: str, progress: Progress) -> dict[str, Gra
     graphs = {}
     for piece in pieces_of_base(base):
         stage = progress.stage(f"tracing: {piece.file}")
-        with traced_faults(place), traceable(base.task), stage:
+        with traced_faults(place), traceable(base.task == GENERATION), stage:
             model = weightless(live_config(plan), base.task, model_class)
             sample = _sample(model, piece)
             _answer_as(model, piece)

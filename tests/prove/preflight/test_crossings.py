@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from transformers import AutoConfig
 
 from adaptrix_export.cli import main
-from adaptrix_export.graph.frontends import native, trace_patches, traced, traced_sample
+from adaptrix_export.compat import transformers_tracing
+from adaptrix_export.graph.frontends import native, traced, traced_sample
 from adaptrix_export.prove.preflight import preflight as module
 from adaptrix_export.prove.preflight.child import answer
 from adaptrix_export.prove.preflight.replica import shrunk
@@ -134,7 +135,7 @@ def test_positions_that_count_pads_are_refused(
 def test_an_alibi_that_counts_pads_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trace_patches, "_after", lambda visible: (~visible).float())
+    monkeypatch.setattr(transformers_tracing, "_after", lambda visible: (~visible).float())
     found = answer(question("mpt", "traced"), tmp_path)
     assert not found["passed"]
 

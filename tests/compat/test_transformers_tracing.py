@@ -17,10 +17,11 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
-from adaptrix_export.compat.cache_names import cache_name
+from adaptrix_export.compat.onnxscript import exactly_matched
+from adaptrix_export.compat.transformers import cache_name
+from adaptrix_export.compat.transformers_tracing import traceable
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.graph.frontends import traced as module
-from adaptrix_export.graph.frontends.trace_patches import exactly_matched, traceable
 from adaptrix_export.graph.frontends.traced_sample import PAST, sample_of
 from adaptrix_export.graph.frontends.weightless import weightless
 from adaptrix_export.progress import Silent
@@ -41,7 +42,7 @@ def window_config(attention: str):
 
 def seen(attention: str, task: str) -> list[list[list[bool]]]:
     """For each row, which of its five tokens each of its tokens sees."""
-    with traceable(task):
+    with traceable(task == "text-generation"):
         mask = create_sliding_window_causal_mask(
             window_config(attention), torch.zeros(3, 8, 4), ROWS, None
         )
@@ -64,10 +65,10 @@ def test_the_masks_of_encoders_and_the_registry_itself_stay_as_they_are():
     before = dict(AttentionMaskInterface._global_mapping)
     config = window_config("sdpa")
     plain = create_bidirectional_sliding_window_mask(config, torch.zeros(3, 8, 4), ROWS)
-    with traceable("feature-extraction"):
+    with traceable(generation=False):
         found = create_bidirectional_sliding_window_mask(config, torch.zeros(3, 8, 4), ROWS)
     assert torch.equal(plain, found)
-    with traceable("text-generation"):
+    with traceable(generation=True):
         assert AttentionMaskInterface._global_mapping["sdpa"] is not before["sdpa"]
     assert before == AttentionMaskInterface._global_mapping
 
@@ -188,7 +189,7 @@ def test_pads_behind_a_row_take_no_part_in_windows_and_distances(kind):
     with torch.no_grad():
         expected = model(ids).logits[:, 20:]
         stock = model(**asked).logits[:, 25:]
-        with traceable("text-generation"):
+        with traceable(generation=True):
             alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 20:]
             found = model(**asked).logits[:, 25:]
     assert (found - expected).abs().max() <= 1e-5

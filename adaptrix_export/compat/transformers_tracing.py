@@ -1,21 +1,18 @@
 """Patches of transformers that are active while a model is traced.
 
-Seen in 5.23 and 5.24. Most of them are about padding. A cache here keeps the pads of a batch that
-was padded on the right and then continued, so a sliding window or a distance bias that counts cache
-positions instead of tokens would count the pads, too.
+Most of them are about padding. A cache here keeps the pads of a batch that was padded on the right
+and then continued, so a sliding window or a distance bias that counts cache positions instead of
+tokens would count the pads, too.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from adaptrix_export.arch.tasks import GENERATION
-from adaptrix_export.compat.cache_names import cache_name
+from adaptrix_export.compat.transformers import cache_name
 
 # The grouped matrix product wants bfloat16 for fake tensors; the fallback computes the same and can
 # be translated to ONNX.
@@ -23,33 +20,23 @@ _NEVER_GROUPED = "transformers.integrations.moe._can_use_grouped_mm"
 
 
 @contextmanager
-def traceable(task: str) -> Iterator[None]:
-    """The patches, for as long as the context lives."""
+def traceable(generation: bool) -> Iterator[None]:
+    """The patches, for as long as the context lives; those of padding with a cache for generation.
+
+    Seen in transformers 5.23 and 5.24. Without it no mixture of experts can be traced, and a batch
+    that was padded on the right and then continued is answered wrongly wherever a sliding window
+    (any type that has one), GPT-Neo's local attention or MPT's bias counts places.
+    """
     from transformers.masking_utils import AttentionMaskInterface
 
     masks: dict[str, Any] = AttentionMaskInterface._global_mapping
     counted = {name: _by_tokens(masks[name]) for name in ("sdpa", "eager")}
     with ExitStack() as patches:
         patches.enter_context(patch(_NEVER_GROUPED, lambda *_: False))
-        if task == GENERATION:
+        if generation:
             patches.enter_context(patch.dict(masks, counted))
             for name, instead in _BY_PLACES.items():
                 patches.enter_context(patch(name, instead))
-        yield
-
-
-@contextmanager
-def exactly_matched() -> Iterator[None]:
-    """Make the rewrite rules of onnxscript 0.7 match constants exactly.
-
-    Unpatched, they match 1e-8 with 0 and 1.00001 with 1: the epsilon of a norm was dropped.
-    """
-    near = 2.0**-22  # relative difference that two roundings to float32 can make
-
-    def same(a: float, b: float, *, rel_tol: float = 0.0, abs_tol: float = 0.0) -> bool:
-        return math.isclose(a, b, rel_tol=min(rel_tol, near))
-
-    with patch("onnxscript.rewriter._matcher.math", SimpleNamespace(isclose=same)):
         yield
 
 
