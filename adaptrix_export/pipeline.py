@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from adaptrix_export.passes.reference_plan import reference_plan
 from adaptrix_export.plan import Pass, Plan
 from adaptrix_export.precision.settings import Quantization
 from adaptrix_export.progress import Progress, Silent
+from adaptrix_export.prove.checker import Checker
 from adaptrix_export.prove.preflight.preflight import preflight
 from adaptrix_export.prove.proof import ProofRequest, proof_of, require_passed
 from adaptrix_export.prove.report import save
@@ -81,17 +83,22 @@ def build(
     with (
         staging(recipe.out, target.estimate(opened)) as stage,
         pass_context(progress) as context,
+        Checker() as checker,
     ):
         check_finite(opened, progress)
         plan = run_passes(passes_of(recipe, opened, context), opened)
         target.admit(plan)
         inputs = InputHashes(opened, hasher)
-        options = lower_options(recipe, plan)
+        options = lower_options(recipe, plan, checker)
+        if recipe.parity.level is not ParityLevel.OFF and options.quantization is None:
+            checker.start()  # its imports overlap with the merge; a calibration needs the memory
         artifact = target.lower(plan, stage, progress, options)
         artifact = laid_out(artifact, recipe.layout.value, opened.base.task)
         write_package(artifact, plan, tokenizer.folder)
         keep_redistributed(plan, artifact)
-        report = prove_build(recipe, opened, plan, artifact, progress, options.quantization)
+        report = prove_build(
+            recipe, opened, plan, artifact, progress, checker, options.quantization
+        )
         manifest = build_manifest(
             artifact,
             plan,
@@ -141,11 +148,11 @@ def run_passes(steps: Iterable[Pass], plan: Plan) -> Plan:
     return plan
 
 
-def lower_options(recipe: Recipe, plan: Plan) -> LowerOptions:
+def lower_options(recipe: Recipe, plan: Plan, checker: Checker) -> LowerOptions:
     return LowerOptions(
         frontend=recipe.frontend.value,
         provider=recipe.provider.value,
-        trial=preflight,
+        trial=partial(preflight, checker=checker),
         rows=recipe.rows,
         quantization=quantization_of(recipe, plan),
     )
@@ -157,6 +164,7 @@ def prove_build(
     plan: Plan,
     artifact: Artifact,
     progress: Progress,
+    checker: Checker,
     blocks: Quantization | None = None,
 ) -> dict[str, Any] | None:
     """Prove the staged artifact and put report.json into it; None with parity off.
@@ -170,7 +178,8 @@ def prove_build(
     if blocks is not None and blocks.calibration is not None:
         text = loss_text(plan.base, blocks.calibration)
         request = replace(request, loss_rows=text.rows, loss_text=text.source, max_kl=blocks.max_kl)
-    report = {**proof_of(request, reference_plan(opened, plan), progress), **plan.measured}
+    proof = proof_of(request, reference_plan(opened, plan), progress, checker)
+    report = {**proof, **plan.measured}
     if not report["passed"]:
         rejected = recipe.out.with_name(recipe.out.name + ".rejected.json")
         save(report, rejected)

@@ -1,28 +1,19 @@
-"""The process that loads models: `python -m adaptrix_export.prove.child JOB.json REPORT.json`.
-
-It tells its parent how far it is in JSON lines on standard output, and leaves either a report or
-an error in REPORT.json. It may crash without harm: the parent says so in words.
-"""
+"""A proof, in the checking process: the oracle, then the replay, then the artifact."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, TextIO
 
 from adaptrix_export.arch.task_table import VISION_LANGUAGE
 from adaptrix_export.arch.tasks import TASKS, TEXT
-from adaptrix_export.errors import known
 from adaptrix_export.oracle.job import Job, tolerance_of
 from adaptrix_export.oracle.naming import oracle_name
 from adaptrix_export.progress import Progress
-from adaptrix_export.prove.lifetime import end_with_parent
 from adaptrix_export.recipe.targets import Form, facts_of
 
 
@@ -172,34 +163,3 @@ def _versions(target: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue  # only one of the two ONNX Runtime packages is ever installed
     return versions
-
-
-def run_text(text: str, progress: Progress) -> dict[str, Any]:
-    """`run` of a job as the parent wrote it."""
-    return run(Job.from_json(text), progress)
-
-
-def main(
-    job_file: str, report_file: str, runner: Callable[[str, Progress], dict[str, Any]] = run_text
-) -> int:
-    """Run the job in one file with `runner`; write its report, or the error's parts, to the
-    other."""
-    # Libraries print to standard output as they like; the parent reads only our own lines there.
-    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    text = Path(job_file).read_text(encoding="utf-8")
-    try:
-        document = {"report": runner(text, Lines(lines))}
-    except Exception as error:
-        failure = known(error)  # no memory, a full disk: said as such
-        if failure is None:
-            raise  # a fault of ours: its last lines are in the parent's error
-        document = {"error": failure.as_dict()}
-    report_text = json.dumps(document, allow_nan=False)
-    Path(report_file).write_text(report_text, encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    end_with_parent()
-    sys.exit(main(sys.argv[1], sys.argv[2]))

@@ -1,6 +1,4 @@
-"""Proves adapters of a published switchable artifact one after the other, in one child process.
-
-    python -m adaptrix_export.prove.each JOB.json REPORT.json
+"""Proves adapters of a published switchable artifact one after the other, in one process.
 
 Base, oracle and the artifact's session are opened once. An adapter is put on the base by stock
 PEFT, compared, and taken off again, so memory stays that of the two models and one adapter. One
@@ -10,24 +8,20 @@ that is wrong, or that PEFT cannot load, has a report or an error of its own; th
 from __future__ import annotations
 
 import json
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptrix_export.errors import AdaptrixError
 from adaptrix_export.oracle.job import Job
 from adaptrix_export.progress import Progress, Silent
-from adaptrix_export.prove.parity import TIMEOUT_S, run_child
+from adaptrix_export.prove.checker import ask
+from adaptrix_export.prove.parity import TIMEOUT_S
 
 if TYPE_CHECKING:
     from adaptrix_export.graph.rewrite.slots import Slot
     from adaptrix_export.prove.cases import Case
     from adaptrix_export.prove.subject import SwitchableSubject
-
-CHILD = "adaptrix_export.prove.each"
 
 
 def prove_each(
@@ -36,11 +30,10 @@ def prove_each(
     """Name of an adapter -> its parity report, or {"error": the error's parts}.
 
     The jobs are of one artifact and one base, and each has one adapter, by that name. Raises
-    CheckerError when the child left neither.
+    CheckerError when the checking process left neither.
     """
     text = json.dumps({name: job.to_json() for name, job in jobs.items()})
-    with tempfile.TemporaryDirectory(prefix="adaptrix-parity-") as scratch:
-        return run_child(CHILD, text, Path(scratch), progress, timeout_s)
+    return ask("each", text, progress, timeout_s)
 
 
 def run_each(text: str, progress: Progress) -> dict[str, Any]:
@@ -122,9 +115,3 @@ def _without_adapters(model: Any) -> Any:
         del plain.peft_config
     leftover = any(hasattr(module, "get_base_layer") for module in plain.modules())
     return None if leftover else plain
-
-
-if __name__ == "__main__":
-    from adaptrix_export.prove.child import main
-
-    sys.exit(main(sys.argv[1], sys.argv[2], runner=run_each))

@@ -21,6 +21,7 @@ from adaptrix_export.oracle.peft_folders import OracleFolders, oracle_folders
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress
 from adaptrix_export.prove.bases import other_base
+from adaptrix_export.prove.checker import Checker
 from adaptrix_export.prove.long_prompts import AUTO as LONG
 from adaptrix_export.prove.long_prompts import long_crossings
 from adaptrix_export.prove.parity import prove
@@ -137,13 +138,15 @@ class ProofRequest:
         )
 
 
-def proof_of(request: ProofRequest, plan: Plan, progress: Progress) -> dict[str, Any]:
-    """The parity report, passed or not.
+def proof_of(
+    request: ProofRequest, plan: Plan, progress: Progress, checker: Checker | None = None
+) -> dict[str, Any]:
+    """The parity report, passed or not; of a process of its own, or of one that runs already.
 
     `plan` is the one whose adapters stock PEFT loads (`passes.reference_plan`).
     """
     with oracle_folders(plan) as folders:
-        report = prove(request.job(plan, folders), progress)
+        report = prove(request.job(plan, folders), progress, checker=checker)
     return with_plan(report, plan)
 
 

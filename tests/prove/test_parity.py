@@ -278,7 +278,7 @@ def test_a_crashed_child_is_an_error_that_names_the_signal(
     lines = "import os, signal, sys, time\nprint('last words', file=sys.stderr, flush=True)\n"
     (tmp_path / "dying_child.py").write_text(lines + CRASHES[said] + "\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("adaptrix_export.prove.parity.CHILD", "dying_child")
+    monkeypatch.setattr("adaptrix_export.prove.checker.MODULE", "dying_child")
     with pytest.raises(CheckerError, match=said) as caught:
         prove(bench("llama").job("safetensors"), Silent(), timeout_s=2.0)
     assert caught.value.exit_code == 3

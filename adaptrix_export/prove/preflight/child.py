@@ -1,13 +1,8 @@
-"""The process of a preflight: `python -m` this module `JOB.json REPORT.json`.
-
-It may crash without harm: the parent takes that for a verdict.
-"""
+"""A front end tried on a replica, in the checking process, whose crash the parent takes for a
+verdict."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +12,6 @@ from adaptrix_export.oracle.job import Job
 from adaptrix_export.oracle.thresholds import thresholds
 from adaptrix_export.progress import Silent
 from adaptrix_export.prove.child import run
-from adaptrix_export.prove.lifetime import end_with_parent
 from adaptrix_export.prove.preflight.replica import save_replica
 from adaptrix_export.prove.preflight.rounding import rounding
 
@@ -69,17 +63,3 @@ def answer(question: dict[str, Any], folder: Path) -> dict[str, Any]:
     if not report["passed"]:
         return {"passed": False, "why": "weights of a small replica are not in their places"}
     return {"passed": True, "why": ""}
-
-
-def main(job_file: str, report_file: str) -> int:
-    """Answers the question in one file and leaves the verdict in the other."""
-    os.dup2(2, 1)  # the parent reads progress on standard output; libraries print there
-    question = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    verdict = answer(question, Path.cwd())
-    Path(report_file).write_text(json.dumps({"report": verdict}), encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    end_with_parent()
-    sys.exit(main(*sys.argv[1:]))

@@ -1,7 +1,7 @@
 """Tries a front end on a small replica of a model before it draws the model itself.
 
 The replica goes the whole way: saved as a checkpoint, drawn, written, and compared with PyTorch in
-every case of the full proof. That happens in a child process, once: the verdict is kept in the
+every case of the full proof. That happens in the checking process, once: the verdict is kept in the
 user's cache by the replica's config, our own sources and the versions of all that took part.
 """
 
@@ -20,11 +20,10 @@ from adaptrix_export.errors import CheckerError
 from adaptrix_export.graph.frontends.draw import Verdict
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress
-from adaptrix_export.prove.parity import run_child
+from adaptrix_export.prove.checker import Checker, ask
 from adaptrix_export.prove.preflight.replica import shrunk
 from adaptrix_export.prove.preflight.sources import sources_hash, versions
 
-CHILD = "adaptrix_export.prove.preflight.child"
 TIMEOUT_S = 600.0
 CACHE = "ADAPTRIX_EXPORT_CACHE"
 FORMAT = 3  # of a verdict; another number asks all questions anew
@@ -40,10 +39,17 @@ class Question:
     frontend: str
 
 
-def preflight(plan: Plan, provider: str, frontend: str, progress: Progress) -> Verdict:
-    """The verdict on a front end for a plan's model, from the cache where it is known.
+def preflight(
+    plan: Plan,
+    provider: str,
+    frontend: str,
+    progress: Progress,
+    checker: Checker | None = None,
+) -> Verdict:
+    """The verdict on a front end for a plan's model, from the cache where it is known, else from
+    the checking process.
 
-    A child that a library crashes is a verdict, too, but not one that is kept. Raises
+    A process that a library crashes is a verdict, too, but not one that is kept. Raises
     CheckerError for one that was killed, was late or failed by a fault of ours: no verdict.
     """
     from adaptrix_export.graph.frontends.live_config import live_config
@@ -55,10 +61,7 @@ def preflight(plan: Plan, provider: str, frontend: str, progress: Progress) -> V
     if known is not None:
         return known
     try:
-        with tempfile.TemporaryDirectory(prefix="adaptrix-preflight-") as scratch:
-            document = run_child(
-                CHILD, json.dumps(asdict(question)), Path(scratch), progress, TIMEOUT_S
-            )
+        document = ask("preflight", json.dumps(asdict(question)), progress, TIMEOUT_S, checker)
     except CheckerError as error:
         if not error.crashed:
             raise

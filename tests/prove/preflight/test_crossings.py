@@ -151,11 +151,12 @@ def test_the_build_of_a_sabotaged_graph_publishes_nothing(
     (base / "config.json").write_text(json.dumps(config))
     adapter = save_adapter(base, tmp_path / "adapter")
 
-    def here(_: str, job: str, folder: Path, *rest: object) -> dict[str, Any]:
-        return answer(json.loads(job), folder)
+    def here(_: str, job: str, *rest: object) -> dict[str, Any]:
+        (tmp_path / "replica").mkdir()
+        return answer(json.loads(job), tmp_path / "replica")
 
     monkeypatch.setenv(module.CACHE, str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "run_child", here)
+    monkeypatch.setattr(module, "ask", here)
     monkeypatch.setattr(native, "live_config", lie(no_window))
     out = tmp_path / "out"
     done = CliRunner().invoke(main, ["build", "--base", str(base), "--adapter", str(adapter),

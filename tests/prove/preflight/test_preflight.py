@@ -15,6 +15,7 @@ from adaptrix_export.graph.frontends import native
 from adaptrix_export.graph.frontends.draw import FRONTENDS, Verdict, draw
 from adaptrix_export.graph.graph import Graph
 from adaptrix_export.progress import Silent
+from adaptrix_export.prove import checker
 from adaptrix_export.prove.preflight import child as preflight_child
 from adaptrix_export.prove.preflight import preflight as module
 from adaptrix_export.prove.preflight.child import answer
@@ -82,7 +83,7 @@ def test_verdicts_are_kept_and_a_corrupt_entry_is_written_again(plan, cache, mon
         asked.append(1)
         return {"passed": False, "why": "prefill is off"}
 
-    monkeypatch.setattr(module, "run_child", child)
+    monkeypatch.setattr(module, "ask", child)
     for _ in range(2):
         assert preflight(plan, "cpu", "native", Silent()) == Verdict(False, "prefill is off")
     (entry,) = cache.iterdir()
@@ -128,7 +129,7 @@ def test_auto_traces_where_native_fails_and_native_refuses(plan, cache, monkeypa
     def verdict(_, job, *rest):
         return {"passed": json.loads(job)["frontend"] == "traced", "why": "off by 2"}
 
-    monkeypatch.setattr(module, "run_child", verdict)
+    monkeypatch.setattr(module, "ask", verdict)
     monkeypatch.setattr("adaptrix_export.graph.structure.check_structure", lambda *_: None)
     monkeypatch.setitem(FRONTENDS, "traced", lambda *_: Graph(None, {}, "traced", ()))
     graph = draw(plan, "cpu", "auto", Told(), preflight)
@@ -136,7 +137,7 @@ def test_auto_traces_where_native_fails_and_native_refuses(plan, cache, monkeypa
     assert told == ["front end traced, not native: off by 2"]
     with pytest.raises(UnsupportedError, match="model type 'llama': off by 2.*--frontend traced"):
         draw(plan, "cpu", "native", Silent(), preflight)
-    monkeypatch.setattr(module, "run_child", lambda *_: {"passed": False, "why": "off by 3"})
+    monkeypatch.setattr(module, "ask", lambda *_: {"passed": False, "why": "off by 3"})
     monkeypatch.setenv(module.CACHE, str(tmp_path / "another"))
     with pytest.raises(UnsupportedError, match="front end traced, model type 'llama': off by 3"):
         draw(plan, "cpu", "traced", Silent(), preflight)
@@ -161,7 +162,7 @@ def test_a_fault_of_ours_is_no_verdict_and_one_of_mobius_is(plan, monkeypatch):
 def test_native_by_name_ends_the_command_with_two_and_the_reason(
     plan, cache, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(module, "run_child", lambda *_: {"passed": False, "why": "off by 2"})
+    monkeypatch.setattr(module, "ask", lambda *_: {"passed": False, "why": "off by 2"})
     base = tmp_path / "base"
     adapter = save_adapter(base, tmp_path / "adapter")
     done = CliRunner().invoke(
@@ -190,7 +191,7 @@ def test_a_front_end_has_a_tenth_of_the_tolerance(tmp_path, monkeypatch, error, 
 
 
 def test_a_crash_is_a_verdict_that_is_not_kept(plan, cache, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "CHILD", _child(tmp_path, monkeypatch, "os.abort()"))
+    monkeypatch.setattr(checker, "MODULE", _child(tmp_path, monkeypatch, "os.abort()"))
     found = preflight(plan, "cpu", "native", Silent())
     assert not found.passed and "was killed by SIGABRT" in found.why
     assert not cache.exists()
@@ -200,7 +201,7 @@ def test_a_crash_is_a_verdict_that_is_not_kept(plan, cache, monkeypatch, tmp_pat
 def test_a_fault_of_ours_or_of_the_machine_is_no_verdict(
     plan, cache, monkeypatch, tmp_path, ending
 ):
-    monkeypatch.setattr(module, "CHILD", _child(tmp_path, monkeypatch, ending))
+    monkeypatch.setattr(checker, "MODULE", _child(tmp_path, monkeypatch, ending))
     with pytest.raises(CheckerError, match="NameError: x|SIGKILL"):
         preflight(plan, "cpu", "native", Silent())
     assert not cache.exists()
