@@ -49,10 +49,10 @@ def batch(
     from adaptrix_export.recipe import read_document
     from adaptrix_export.recipe.matrix import cells
 
-    found = [c for path in recipes for c in cells(read_document(path), str(path), settings)]
-    check_apart(found)
+    builds = [c for path in recipes for c in cells(read_document(path), str(path), settings)]
+    check_apart(builds)
     if dry_run:
-        listed = [{"label": c.label, "out": str(c.recipe.out)} for c in found]
+        listed = [{"label": c.label, "out": str(c.recipe.out)} for c in builds]
         if as_json:
             failures.print_json({"builds": listed})
         else:
@@ -60,10 +60,10 @@ def batch(
                 click.echo(entry["out"])
         return
     results: list[Result] = []
-    for result in run_batch(found, build_cell, jobs):
+    for result in run_batch(builds, build_cell, jobs):
         results.append(result)
-        click.echo(f"[{len(results)}/{len(found)}] {result.out}: {result.state}", err=True)
-    order = {str(cell.recipe.out): place for place, cell in enumerate(found)}
+        click.echo(f"[{len(results)}/{len(builds)}] {result.out}: {result.state}", err=True)
+    order = {str(cell.recipe.out): place for place, cell in enumerate(builds)}
     results.sort(key=lambda result: order[result.out])
     _show(results, as_json)
     if page is not None:
@@ -117,8 +117,8 @@ def _worst(out: Path) -> float | None:
 
 def _remembered(path: Path) -> Any:
     """The hash of a file that many builds read, taken once as long as the file is the same."""
-    seen = path.stat()
-    return _hashed(path, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino)
+    status = path.stat()
+    return _hashed(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 @cache

@@ -91,24 +91,24 @@ def build(
         "weights": "compose.weights",
         "tau": "context.tau",
     }
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    if "weights" in given:
-        given["weights"] = dict(_weight(text) for text in given["weights"])
-    if "slots" in given:
-        given["slots"] = _approximation(given["slots"])
-    flags = {dotted.get(name, name): value for name, value in given.items()}
+    chosen = {name: value for name, value in options.items() if value not in (None, ())}
+    if "weights" in chosen:
+        chosen["weights"] = dict(_weight(text) for text in chosen["weights"])
+    if "slots" in chosen:
+        chosen["slots"] = _approximation(chosen["slots"])
+    flags = {dotted.get(name, name): value for name, value in chosen.items()}
     document = read_document(recipe) if recipe else {}
-    wanted = make_recipe(document, str(recipe or "build"), flags, settings)
+    parsed = make_recipe(document, str(recipe or "build"), flags, settings)
 
     from adaptrix_export import pipeline  # torch and the rest, once the recipe is known to be good
     from adaptrix_export.show.timings import Timed, keep_timings, timings_table
 
     if dry_run:
-        _dry_run(wanted, as_json)
+        _dry_run(parsed, as_json)
         return
     with progress() as telling:
         timed = Timed(telling)
-        outcome = pipeline.build(wanted, timed)
+        outcome = pipeline.build(parsed, timed)
     timings = timed.as_dict()
     keep_timings(outcome.out, timings)
     if as_json:

@@ -57,8 +57,8 @@ def drift(
     found_adapters = tuple(open_adapter(adapter, opened) for adapter in adapters)
     plan = verify(fitted(Plan(opened, found_adapters), "error"))
     with progress() as telling:
-        found = measure(plan, telling, read_text(text, "--text") if text else None)
-    report = found.as_dict(share, scope)
+        measured = measure(plan, telling, read_text(text, "--text") if text else None)
+    report = measured.as_dict(share, scope)
     if as_json:
         failures.print_json(report)
         return

@@ -58,12 +58,12 @@ def redistribute(
             flags[f"redistribute.{key}"] = value
     if parity is not None:
         flags["parity.level"] = parity
-    wanted = make_recipe({}, "redistribute", flags)
+    parsed = make_recipe({}, "redistribute", flags)
 
     from adaptrix_export import pipeline  # torch and the rest, once the options are good
 
     with progress() as telling:
-        outcome = pipeline.build(wanted, telling)
+        outcome = pipeline.build(parsed, telling)
     if as_json:
         failures.print_json(
             {

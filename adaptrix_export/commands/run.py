@@ -103,10 +103,10 @@ def _lines(file: Path) -> list[str]:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise click.BadParameter(f"{file} is not UTF-8 ({error})", param_hint="--prompts") from None
-    found = [line for line in text.splitlines() if line.strip()]
-    if not found:
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
         raise click.BadParameter(f"{file} has no prompt in it", param_hint="--prompts")
-    return found
+    return prompts
 
 
 def _asked() -> Iterator[str]:
@@ -139,15 +139,15 @@ def _one_whole(
 ) -> None:  # fmt: skip
     """One answer with its tokens and, if asked for, the statistics of its gates."""
     words = session.tokenizer
-    asked = words.encode_chat(prompt) if chat else words.encode(prompt)
-    tokens = session.generate_ids(asked, max_new_tokens, sampling=how)
-    text = "".join(words.stream(asked, tokens))
-    told = {"prompt": prompt, "text": text, "tokens": tokens, "stats": session.stats()}
-    fed = [*asked, *tokens[:-1]]  # the last token was given, and never asked about
+    ids = words.encode_chat(prompt) if chat else words.encode(prompt)
+    tokens = session.generate_ids(ids, max_new_tokens, sampling=how)
+    text = "".join(words.stream(ids, tokens))
+    answer = {"prompt": prompt, "text": text, "tokens": tokens, "stats": session.stats()}
+    fed = [*ids, *tokens[:-1]]  # the last token was given, and never asked about
     sites = session.context(fed) if context_stats else []
     if as_json:
         stats = {"context": [asdict(site) for site in sites]} if context_stats else {}
-        failures.print_json(told | stats)
+        failures.print_json(answer | stats)
         return
     click.echo(text)
     click.echo(f"{'site':50} gate mean   least  clamped")

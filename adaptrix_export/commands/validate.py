@@ -30,10 +30,10 @@ def validate(base: str, adapters: tuple[str, ...], strict: bool, as_json: bool) 
     from adaptrix_export.show.terminal import progress, show
 
     with progress() as telling:
-        found = check(base, adapters, telling)
+        validation = check(base, adapters, telling)
     if as_json:
-        failures.print_json(found.as_dict())
+        failures.print_json(validation.as_dict())
     else:
-        show(findings.table(found))
-        click.echo(found.summary())
-    raise click.exceptions.Exit(found.exit_code(strict))
+        show(findings.table(validation))
+        click.echo(validation.summary())
+    raise click.exceptions.Exit(validation.exit_code(strict))

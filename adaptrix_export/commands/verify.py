@@ -30,21 +30,21 @@ def verify(
     from adaptrix_export.show.terminal import progress
 
     with progress() as telling:
-        found = verify_artifact(artifact, telling, base, adapters)
-    proof = found["proof"]
+        result = verify_artifact(artifact, telling, base, adapters)
+    proof = result["proof"]
     if require_parity and proof != REPROVED:
         raise VerificationError(
-            str(artifact), f"{proof} ({found['note']})", REPROVED,
+            str(artifact), f"{proof} ({result['note']})", REPROVED,
             "name the originals with --base and --adapter",
         )  # fmt: skip
     if as_json:
-        failures.print_json(found)
+        failures.print_json(result)
         return
-    if found["parity"] is not None:
-        failures.print_table(found["parity"])
-    if found["note"]:
-        click.echo(f"note: {found['note']}")
-    files = f"{artifact}, {found['files']} files"
+    if result["parity"] is not None:
+        failures.print_table(result["parity"])
+    if result["note"]:
+        click.echo(f"note: {result['note']}")
+    files = f"{artifact}, {result['files']} files"
     if proof == REPROVED:
         click.echo(f"verified {files}: hashes, and parity proved again")
     elif proof == HASHES_ONLY:

@@ -183,9 +183,9 @@ def input_entries(
 ) -> list[dict[str, object]]:
     """The adapter's files, hashed; the base's must be those that the artifact was built from."""
     with progress.stage("originals"):
-        found = InputHashes(plan, hasher).result()
+        files = InputHashes(plan, hasher).result()
     known = {(entry["file"], entry["sha256"]) for entry in manifest["inputs"]}
-    for item in found:
+    for item in files:
         if item.spec == plan.base.spec and (item.file, item.hash.sha256) not in known:
             raise VerificationError(
                 item.file, "another file than the artifact was built from", "its own base",
@@ -193,7 +193,7 @@ def input_entries(
             )  # fmt: skip
     return [
         {"spec": without_machine_paths(i.spec), "file": i.file, **i.hash.as_dict()}
-        for i in found
+        for i in files
         if i.spec != plan.base.spec
     ]
 

@@ -152,7 +152,7 @@ def _written(
     switchable = switchable_part(folder, manifest)
     slots = [Slot.from_dict(entry) for entry in switchable["slots"]]
     shares = {gate.site: gate.weight for gate in gates_of(manifest) if gate.weight is not None}
-    taken = set(switchable["adapters"])
+    names_in_use = set(switchable["adapters"])
     (stage / FOLDER).mkdir()
     with progress.stage("writing adapters", len(group), "adapters") as advance:
         for source in group:
@@ -160,7 +160,7 @@ def _written(
             try:
                 spec = _named(source)
                 name = spec.name
-                if name in taken:
+                if name in names_in_use:
                     raise OutputError(
                         f"{folder}: adapter {name}", "exists", "a new name",
                         "add it by itself, with --name",
@@ -171,7 +171,7 @@ def _written(
                 folders = stack.enter_context(oracle_folders(plan))
                 version = switchable["model_version"]
                 entry, _ = add_adapter_file(stage, slots, plan.adapters[0], version, shares)
-                taken.add(name)
+                names_in_use.add(name)
                 yield _Candidate(spec, plan, folders, entry, inputs)
             except MachineError:
                 raise  # the next one would meet it, too

@@ -48,29 +48,29 @@ class Result:
 
 # One build, by its label and its recipe as a document: runs in any process, raises nothing that a
 # build can meet.
-Work = Callable[[str, Mapping[str, Any]], Result]
+BuildOne = Callable[[str, Mapping[str, Any]], Result]
 
 
 def check_apart(cells: Sequence[Cell]) -> None:
     """Raises RecipeError if two builds would be published at one place."""
-    seen: dict[Path, str] = {}
+    owners: dict[Path, str] = {}
     for cell in cells:
         out = Path(cell.recipe.out).absolute()
         name = cell.label or str(cell.recipe.out)
-        if out in seen:
+        if out in owners:
             raise RecipeError(
-                f"out: {cell.recipe.out}", f"named by {seen[out]} and by {name}",
+                f"out: {cell.recipe.out}", f"named by {owners[out]} and by {name}",
                 "a folder of its own for each build",
             )  # fmt: skip
-        seen[out] = name
+        owners[out] = name
 
 
-def run_batch(cells: Sequence[Cell], work: Work, jobs: int = 1) -> Iterator[Result]:
+def run_batch(cells: Sequence[Cell], build_one: BuildOne, jobs: int = 1) -> Iterator[Result]:
     """A result for each cell, as they come; with `jobs` above one from as many processes."""
     tasks = [(cell.label, cell.recipe.model_dump(mode="json")) for cell in cells]
     if jobs == 1:
         for label, document in tasks:
-            yield work(label, document)
+            yield build_one(label, document)
         return
     for turn in range(TRIES):
         # A process that dies takes its pool with it: what is left has another one, in the end each
@@ -78,7 +78,7 @@ def run_batch(cells: Sequence[Cell], work: Work, jobs: int = 1) -> Iterator[Resu
         groups = [tasks] if turn == 0 else [[task] for task in tasks]
         tasks = []
         for group in groups:
-            yield from _in_processes(group, work, jobs if turn == 0 else 1, tasks)
+            yield from _in_processes(group, build_one, jobs if turn == 0 else 1, tasks)
     for label, document in tasks:
         error = CheckerError(label or str(document["out"]), "its process died", "a result")
         yield Result(
@@ -88,7 +88,7 @@ def run_batch(cells: Sequence[Cell], work: Work, jobs: int = 1) -> Iterator[Resu
 
 def _in_processes(
     tasks: Iterable[tuple[str, dict[str, Any]]],
-    work: Work,
+    build_one: BuildOne,
     jobs: int,
     lost: list[tuple[str, dict[str, Any]]],
 ) -> Iterator[Result]:
@@ -96,7 +96,7 @@ def _in_processes(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         futures: dict[Future[Result], tuple[str, dict[str, Any]]] = {
-            pool.submit(work, *task): task for task in tasks
+            pool.submit(build_one, *task): task for task in tasks
         }
         try:
             for future in as_completed(futures):
@@ -114,11 +114,11 @@ def is_current(recipe: Recipe, plan: Plan, hasher: Callable[[Path], FileHash]) -
     if not (recipe.out / MANIFEST).is_file():
         return False
     manifest = read_manifest(recipe.out)
-    wanted = recipe.model_dump(mode="json", exclude={"out"})
+    document = recipe.model_dump(mode="json", exclude={"out"})
     same = (
         manifest["tool"].get("version") == __version__
         and manifest["versions"] == library_versions()
-        and manifest["recipe"] == without_machine_paths(wanted)
+        and manifest["recipe"] == without_machine_paths(document)
     )
     if not same:
         return False

@@ -82,11 +82,11 @@ def _contents(adapter: Adapter) -> dict[str, Any]:
     def bits(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:
         return tensor.dtype, tensor.shape, tensor.read().tobytes()
 
-    found: dict[str, Any] = {
+    contents: dict[str, Any] = {
         f"{d.name} + {type(t).__name__}": (getattr(t, "scale", None), *map(bits, t.tensors))
         for d in adapter.deltas
         for t in d.terms
     }
     for saved in adapter.replacements:
-        found[f"{saved.name} {saved.rows}"] = (saved.shared, bits(saved.tensor))
-    return found
+        contents[f"{saved.name} {saved.rows}"] = (saved.shared, bits(saved.tensor))
+    return contents

@@ -51,5 +51,5 @@ class Validation:
             "base": self.base,
             "errors": self.count(ERROR),
             "warnings": self.count(WARNING),
-            "findings": [{"adapter": name, **asdict(found)} for name, found in self.findings],
+            "findings": [{"adapter": name, **asdict(finding)} for name, finding in self.findings],
         }

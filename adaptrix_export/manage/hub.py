@@ -94,9 +94,9 @@ def pull(spec: str, out: Path, progress: Progress | None = None) -> dict[str, An
     lists.
     """
     progress = progress or Silent()
-    wanted = hub_name(spec)
+    source = hub_name(spec)
     with TemporaryDirectory() as scratch, _refusals(spec):
-        manifest_path = _fetch(wanted, MANIFEST)
+        manifest_path = _fetch(source, MANIFEST)
         shutil.copyfile(manifest_path, Path(scratch, MANIFEST))
         manifest = read_manifest(Path(scratch))
     size = sum(int(entry["bytes"]) for entry in manifest["outputs"].values())
@@ -106,7 +106,7 @@ def pull(spec: str, out: Path, progress: Progress | None = None) -> dict[str, An
             for name, entry in manifest["outputs"].items():
                 place = stage / name
                 place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(_fetch(wanted, name), place)
+                shutil.copyfile(_fetch(source, name), place)
                 advance(int(entry["bytes"]))
         problems = check_hashes(stage)
         if problems:
@@ -118,11 +118,11 @@ def pull(spec: str, out: Path, progress: Progress | None = None) -> dict[str, An
     return manifest
 
 
-def _fetch(wanted: HubName, name: str) -> str:
+def _fetch(source: HubName, name: str) -> str:
     from huggingface_hub import hf_hub_download
 
-    inside = f"{wanted.inside}/{name}" if wanted.inside else name
-    return str(hf_hub_download(wanted.repo, inside, revision=wanted.revision))
+    inside = f"{source.inside}/{name}" if source.inside else name
+    return str(hf_hub_download(source.repo, inside, revision=source.revision))
 
 
 @contextmanager

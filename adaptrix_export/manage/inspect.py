@@ -35,9 +35,9 @@ def inspect(
     from adaptrix_export.manage.layer_map import layer_map
 
     opened = open_base(base, adapters=adapters)
-    found = [open_adapter(adapter, opened) for adapter in adapters]
+    loaded = [open_adapter(adapter, opened) for adapter in adapters]
     # one by one: they are not to be merged together
-    plans = [verify(adjusted(repeat_layers(Plan(opened, (adapter,))))) for adapter in found]
+    plans = [verify(adjusted(repeat_layers(Plan(opened, (adapter,))))) for adapter in loaded]
     facts = describe(opened, [plan.adapters[0] for plan in plans])
     if layers:
         # one of the adapters may repeat layers: the deepest model has room for all of them
@@ -177,7 +177,9 @@ def _base_table(base: Mapping[str, Any]) -> Table:
 
 
 def _adapter_table(adapter: Mapping[str, Any]) -> Table:
-    layers = "; ".join(f"{_ranges(found)} of {stack}" for stack, found in adapter["layers"].items())
+    layers = "; ".join(
+        f"{_ranges(numbers)} of {stack}" for stack, numbers in adapter["layers"].items()
+    )
     patterns = ", ".join(f"{key}: {value}" for key, value in adapter["alpha_pattern"].items())
     return _facts(
         f"adapter {adapter['name']}",

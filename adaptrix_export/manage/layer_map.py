@@ -38,7 +38,7 @@ def layer_map(base: Base, plans: Sequence[Plan], progress: Progress) -> dict[str
                 "middle": layer in middle,
                 "parameters": sizes[stack.prefix, layer],
                 "norms": {
-                    name: found.get((stack.prefix, layer), 0.0) for name, found in norms.items()
+                    name: norm_of.get((stack.prefix, layer), 0.0) for name, norm_of in norms.items()
                 },
             }
             for layer in range(stack.count)
@@ -46,7 +46,7 @@ def layer_map(base: Base, plans: Sequence[Plan], progress: Progress) -> dict[str
         stacks.append({"stack": stack.prefix, "middle": list(middle), "layers": layers})
     return {
         "stacks": stacks,
-        "outside": {name: found.get(("", None), 0.0) for name, found in norms.items()},
+        "outside": {name: norm_of.get(("", None), 0.0) for name, norm_of in norms.items()},
     }
 
 

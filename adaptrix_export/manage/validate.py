@@ -56,14 +56,14 @@ class Subject:
     def ratios(self) -> dict[str, float]:
         """Module -> |delta| / |weight|, for every site that fits and has low-rank terms."""
         wrong = {misfit.site for misfit in misfits(self.plan)}
-        found: dict[str, float] = {}
+        ratios: dict[str, float] = {}
         for delta in self.read.deltas:
             if delta.parameter != "weight" or delta.site in wrong:
                 continue
             if (norm := delta_norm(delta)) is not None:
                 weight = self._norm(self.base.tensors[self.base.tied.get(delta.name, delta.name)])
-                found[delta.site.path] = norm / weight if weight else inf
-        return found
+                ratios[delta.site.path] = norm / weight if weight else inf
+        return ratios
 
     def _norm(self, tensor: Tensor) -> float:
         if tensor.name not in self.norms:
@@ -120,12 +120,12 @@ class Check:
 
 def _run(check: Check, subject: Subject) -> list[Finding]:
     try:
-        found = list(check.look(subject))
+        findings = list(check.look(subject))
     except InputError as error:
         return [Finding.of(error, check.name)]
-    if any(finding.severity != OK for finding in found):
-        return found
-    return [*found, Finding(OK, check.name, subject.adapter.name, check.fine(subject))]
+    if any(finding.severity != OK for finding in findings):
+        return findings
+    return [*findings, Finding(OK, check.name, subject.adapter.name, check.fine(subject))]
 
 
 def _fit(subject: Subject) -> Rows:
@@ -191,10 +191,13 @@ def _sizes_fine(subject: Subject) -> str:
 def _targets(subject: Subject) -> Rows:
     """Config and file must mean the same modules, or PEFT trains or drops some in silence."""
     config = subject.adapter.config
-    wanted, sites = config.get("target_modules"), {d.site.path for d in subject.adapter.deltas}
-    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+    target_modules, sites = (
+        config.get("target_modules"),
+        {d.site.path for d in subject.adapter.deltas},
+    )
+    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         return
-    names = wanted if isinstance(wanted, list) else []
+    names = target_modules if isinstance(target_modules, list) else []
     unused = [n for n in names if not _ends(n, sites) and not _excluded(subject, n)]
     if unused:
         yield Finding(
@@ -207,7 +210,7 @@ def _targets(subject: Subject) -> Rows:
         meant = is_targeted(config, path) or is_targeted(
             config, subject.adapter.written.get(path, path)
         )
-        if wanted and not meant and not path.endswith(tuple(others) or ("\0",)):
+        if target_modules and not meant and not path.endswith(tuple(others) or ("\0",)):
             yield Finding(
                 ERROR, "targets", path, "tensors for a module that the config does not target",
                 "target_modules to name it", "PEFT would drop them in silence; correct the config",
@@ -245,16 +248,16 @@ def _untrained(subject: Subject, unused: list[str]) -> Rows:
 
 
 def _dtypes(subject: Subject) -> Rows:
-    found = Counter(tensor.dtype for _, tensor in shipped_tensors(subject.adapter))
-    if len(found) > 1:
-        shown = ", ".join(f"{count} {dtype}" for dtype, count in sorted(found.items()))
+    dtypes = Counter(tensor.dtype for _, tensor in shipped_tensors(subject.adapter))
+    if len(dtypes) > 1:
+        shown = ", ".join(f"{count} {dtype}" for dtype, count in sorted(dtypes.items()))
         yield Finding(
             WARNING, "dtypes", subject.adapter.name, f"tensors in {shown}", "one dtype",
             "was it put together from two files?",
         )  # fmt: skip
-    if "F64" in found:
+    if "F64" in dtypes:
         yield Finding(
-            WARNING, "dtypes", subject.adapter.name, f"{found['F64']} tensors in F64",
+            WARNING, "dtypes", subject.adapter.name, f"{dtypes['F64']} tensors in F64",
             "F32, F16 or BF16", "PEFT rounds them to F32 on loading, and a build does not",
         )  # fmt: skip
 
@@ -268,10 +271,10 @@ def _origin(subject: Subject) -> Rows:
             WARNING, "origin", CONFIG, f"base_model_name_or_path {trained!r}",
             " or ".join(sorted(names)), "is this the base that it was trained on?",
         )  # fmt: skip
-    wanted, here = config.get("revision"), _revision(subject.base)
-    if wanted and here and wanted != here:
+    revision, here = config.get("revision"), _revision(subject.base)
+    if revision and here and revision != here:
         yield Finding(
-            WARNING, "origin", CONFIG, f"revision {wanted!r}", f"{here!r}, the base's",
+            WARNING, "origin", CONFIG, f"revision {revision!r}", f"{here!r}, the base's",
             "is this the base that it was trained on?",
         )  # fmt: skip
 

@@ -64,13 +64,15 @@ def verify_artifact(
             raise
         return {**result, "note": f"parity was not checked again: {error}"}
     _check_inputs(manifest, plan, progress)
-    kept = kept_plan(plan, folder)
+    as_published = kept_plan(plan, folder)
     if facts_of(manifest["target"]).form is Form.ADAPTER:
-        kept = of_peft_folder(plan, manifest, folder)
+        as_published = of_peft_folder(plan, manifest, folder)
     slots = manifest["recipe"].get("slots") or {}
     request = ProofRequest.of_manifest(folder, manifest, _text(manifest))
     with pass_context(progress) as context:
-        reference = reference_plan(kept, Approximate(slots.get("rank"), context)(kept))
+        reference = reference_plan(
+            as_published, Approximate(slots.get("rank"), context)(as_published)
+        )
         report = proof_of(request, reference, progress)
     require_passed(report, str(folder), "build it again")
     return {**result, "proof": REPROVED, "parity": report}
@@ -107,17 +109,17 @@ def _originals(
     )
     # Artifacts of before these fields were read with their defaults.
     reading = Reading(**{k: recipe[k] for k in READING if k in recipe})
-    found = tuple(open_adapter(spec, opened, name, reading) for name, spec in named)
-    return fitted(Plan(opened, found, alternative=other), recipe.get("on_mismatch", "error"))
+    loaded = tuple(open_adapter(spec, opened, name, reading) for name, spec in named)
+    return fitted(Plan(opened, loaded, alternative=other), recipe.get("on_mismatch", "error"))
 
 
 def _check_inputs(manifest: dict[str, Any], plan: Plan, progress: Progress) -> None:
     """The originals at hand must be those that the artifact was made from."""
     with progress.stage("originals"):
-        found = [(i.file, i.hash.sha256) for i in InputHashes(plan).result()]
+        files = [(i.file, i.hash.sha256) for i in InputHashes(plan).result()]
     expected = [(i["file"], i["sha256"]) for i in manifest["inputs"]]
-    if found != expected:
-        wrong = next((f for f, e in zip(found, expected, strict=False) if f != e), ("files", ""))
+    if files != expected:
+        wrong = next((f for f, e in zip(files, expected, strict=False) if f != e), ("files", ""))
         raise VerificationError(
             wrong[0], "another file than the artifact was built from", "the original",
             "name the originals with --base and --adapter",

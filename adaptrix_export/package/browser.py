@@ -19,5 +19,5 @@ def browser_config(folder: Path) -> dict[str, Any]:
     if not any(home.glob("*.onnx")):
         return {}
     external = any(home.glob(f"*{HUB_DATA}"))
-    told = {"dtype": PLAIN_FILE, "use_external_data_format": external}
-    return {"transformers.js_config": told}
+    settings = {"dtype": PLAIN_FILE, "use_external_data_format": external}
+    return {"transformers.js_config": settings}

@@ -83,9 +83,9 @@ def _copy(base: Base, tokenizer: Path | None, stage: Path) -> None:
     folder has none."""
     files = {path.name: path for path in tokenizer_files(tokenizer or base.folder)}
     if base.gguf_file is None:
-        kept = (*PROCESSOR_FILES, GENERATION)
+        names = (*PROCESSOR_FILES, GENERATION)
         files = {
-            name: base.folder / name for name in kept if (base.folder / name).is_file()
+            name: base.folder / name for name in names if (base.folder / name).is_file()
         } | files
     for name, path in sorted(files.items()):
         # Through links: the hub cache is a folder of links into a store of blobs.

@@ -131,8 +131,8 @@ def token_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[
     text = text_config(config)
 
     def of(key: str) -> Any:
-        found = (source.get(key) for source in (generation, config, text))
-        return next((value for value in found if value is not None), None)
+        values = (source.get(key) for source in (generation, config, text))
+        return next((value for value in values if value is not None), None)
 
     eos = of("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]

@@ -170,11 +170,11 @@ def _read_known(folder: Path) -> dict[str, Any]:
         manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SourceError(str(path), f"not JSON ({error})", "a manifest", "build again") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT:
         raise SourceError(
             str(path),
-            f"manifest format {found!r}",
+            f"manifest format {version!r}",
             f"format {FORMAT}",
             "use the adaptrix-export that built it, or build again",
         )
@@ -219,11 +219,11 @@ def check_hashes(folder: Path) -> list[Problem]:
     return problems
 
 
-def _compare(name: str, expected: FileHash, found: FileHash) -> list[Problem]:
-    if found.bytes != expected.bytes:
-        return [Problem(name, f"{found.bytes} bytes", f"{expected.bytes} bytes")]
-    if found.sha256 != expected.sha256:
-        return [Problem(name, f"sha256 {found.sha256}", expected.sha256)]
+def _compare(name: str, expected: FileHash, actual: FileHash) -> list[Problem]:
+    if actual.bytes != expected.bytes:
+        return [Problem(name, f"{actual.bytes} bytes", f"{expected.bytes} bytes")]
+    if actual.sha256 != expected.sha256:
+        return [Problem(name, f"sha256 {actual.sha256}", expected.sha256)]
     return []
 
 
@@ -254,16 +254,16 @@ def _stays_inside(name: str) -> bool:
 
 def _read_back(artifact: Artifact) -> dict[str, FileHash]:
     """Hashes of the staged files; those that lowering hashed while writing must agree."""
-    found = hash_folder(artifact.folder, skip=frozenset({MANIFEST}))
+    hashes = hash_folder(artifact.folder, skip=frozenset({MANIFEST}))
     for name, written in artifact.hashes.items():
-        if name not in found or found[name].sha256 != written:
+        if name not in hashes or hashes[name].sha256 != written:
             raise MachineError(
                 name,
-                f"reads back as {found[name].sha256 if name in found else 'missing'}",
+                f"reads back as {hashes[name].sha256 if name in hashes else 'missing'}",
                 f"{written} as written",
                 "check the disk and build again",
             )
-    return found
+    return hashes
 
 
 def library_versions() -> dict[str, str]:

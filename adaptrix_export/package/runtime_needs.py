@@ -72,27 +72,27 @@ def runtime_needs(folder: Path) -> dict[str, Any] | None:
     `minimum` is the oldest ONNX Runtime for all of them.
     """
     files = sorted(folder.glob("*.onnx")) + sorted(folder.glob("onnx/*.onnx"))
-    graphs, found = {}, [OLDEST]
+    graphs, releases = {}, [OLDEST]
     for path in files:
         model = ir.load(path)
         graphs[path.relative_to(folder).as_posix()] = {
             "opset": model.opset_imports.get("", 0),
             "ir_version": model.ir_version,
         }
-        found.append(oldest_runtime(model))
-    return {"minimum": max(found, key=release), "graphs": graphs} if graphs else None
+        releases.append(oldest_runtime(model))
+    return {"minimum": max(releases, key=release), "graphs": graphs} if graphs else None
 
 
 def oldest_runtime(model: ir.Model) -> str:
     """The oldest release of ONNX Runtime that is known to run the model, as `1.18`."""
-    found = [OLDEST, *_by_number(model.opset_imports.get("", 0), _OPSETS)]
-    found += _by_number(model.ir_version, _IR_VERSIONS)
+    releases = [OLDEST, *_by_number(model.opset_imports.get("", 0), _OPSETS)]
+    releases += _by_number(model.ir_version, _IR_VERSIONS)
     nodes = [*model.graph.all_nodes()]
     for function in model.functions.values():
         nodes += function.all_nodes()
     for node in nodes:
-        found += _by_operator(node) if node.domain == _BUILT_IN else []
-    return max(found, key=release)
+        releases += _by_operator(node) if node.domain == _BUILT_IN else []
+    return max(releases, key=release)
 
 
 def release(version: str) -> tuple[int, ...]:

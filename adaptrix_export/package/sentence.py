@@ -28,15 +28,15 @@ def copy_sentence_files(folder: Path, stage: Path) -> int:
     listing = folder / MODULES
     if not listing.is_file():
         return 0
-    found = [listing]
-    found += [path for pattern in SETTINGS for path in sorted(folder.glob(pattern))]
+    files = [listing]
+    files += [path for pattern in SETTINGS for path in sorted(folder.glob(pattern))]
     for place in _folders(listing):
-        found += _files(folder / place)
-    for path in found:
+        files += _files(folder / place)
+    for path in files:
         target = stage / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)  # through links, as the hub's cache has them
-    return len(found)
+    return len(files)
 
 
 def _folders(listing: Path) -> list[str]:

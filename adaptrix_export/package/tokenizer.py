@@ -91,20 +91,20 @@ def _differs(plan: Plan, adapter: Adapter) -> bool:
 
 def _facts(folder: Path) -> dict[str, Any]:
     """What a tokenizer's files say, by kind; without what says only who saved them."""
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     tokens = highest_token(folder)
     if tokens is not None:
-        found["tokens"] = tokens
+        facts["tokens"] = tokens
     if (folder / "tokenizer.json").is_file():
         whole = read_json(folder / "tokenizer.json", MAX_BYTES)
-        found["added"] = sorted(
+        facts["added"] = sorted(
             (t.get("id"), t.get("content")) for t in whole.get("added_tokens") or ()
         )
-        found["vocabulary"] = (whole.get("model") or {}).get("vocab")
+        facts["vocabulary"] = (whole.get("model") or {}).get("vocab")
     template = _template(folder)
     if template is not None:
-        found["template"] = template
-    return found
+        facts["template"] = template
+    return facts
 
 
 def _template(folder: Path) -> str | None:
@@ -114,9 +114,11 @@ def _template(folder: Path) -> str | None:
         return path.read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            found = read_json(folder / name).get("chat_template")
-            if found is not None:
-                return found if isinstance(found, str) else json.dumps(found, sort_keys=True)
+            template = read_json(folder / name).get("chat_template")
+            if template is not None:
+                return (
+                    template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+                )
     return None
 
 

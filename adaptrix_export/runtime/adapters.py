@@ -74,7 +74,7 @@ class AdapterStore:
         if sha256 is not None:
             _check_hash(path, sha256)
         factors = read_factors(path, self._graph)
-        found = Loaded(
+        loaded = Loaded(
             name=name,
             factors=self._on_device(factors),
             bytes=sum(int(np.prod(v.shape(), dtype=np.int64)) * 4 for v in factors.values()),
@@ -83,11 +83,11 @@ class AdapterStore:
             seconds=time.perf_counter() - start,
         )  # fmt: skip
         with self._lock:
-            self._loaded[name] = found
+            self._loaded[name] = loaded
             for key in [key for key in self._mixes if name in dict(key)]:
                 del self._mixes[key]
-        log.info("adapter %s: %d bytes in %.1f ms", name, found.bytes, 1e3 * found.seconds)
-        return found
+        log.info("adapter %s: %d bytes in %.1f ms", name, loaded.bytes, 1e3 * loaded.seconds)
+        return loaded
 
     def factors(self, weights: Weights) -> Callable[[], Factors]:
         """A function that gives what to bind for a weighted mix; for one adapter at weight 1, what
@@ -160,11 +160,11 @@ def listed(folder: Path) -> dict[str, tuple[Path, str | None]]:
         raise SourceError(
             str(manifest), f"unreadable ({error!r})", "the manifest of a build", "build again"
         ) from error
-    found: dict[str, tuple[Path, str | None]] = {}
+    adapters: dict[str, tuple[Path, str | None]] = {}
     for name, entry in sorted(names.items()):
         path = folder / FOLDER / Path(str(entry["file"])).name  # never outside the folder
-        found[name] = (path, str(hashes[name]["sha256"]))
-    return found
+        adapters[name] = (path, str(hashes[name]["sha256"]))
+    return adapters
 
 
 def _files(folder: Path) -> list[Path]:
@@ -205,10 +205,10 @@ def read_factors(path: Path, graph: DecoderGraph) -> Factors:
             str(path), f"made for model version {model}", f"{graph.model_version}, as this graph",
             "it belongs to another base or build; add the adapter to this one",
         )  # fmt: skip
-    found = adapter_version({name: value.numpy() for name, value in values.items()})
-    if found != version:
+    computed = adapter_version({name: value.numpy() for name, value in values.items()})
+    if computed != version:
         raise SourceError(
-            str(path), f"its values have version {found}", f"{version} as its header says",
+            str(path), f"its values have version {computed}", f"{version} as its header says",
             "the file was changed; build or add the adapter again",
         )  # fmt: skip
     _check_slots(path, values, graph.slots)

@@ -51,10 +51,10 @@ def context_statistics(
     for slot in graph.cache:
         shape = [1, slot.heads, 0, slot.size]
         values[slot.past] = make.ortvalue_from_shape_and_type(shape, slot.element)
-    found = graph.session.run_with_ort_values(
+    outputs = graph.session.run_with_ort_values(
         list(OUTPUTS.values()), {**values, **choice.factors()}
     )  # fmt: skip
-    numbers = [value.numpy() for value in found]
+    numbers = [value.numpy() for value in outputs]
     return [SiteStatistics(s, *(float(n[i]) for n in numbers)) for i, s in enumerate(sites)]
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from adaptrix_export.errors import SourceError
 from adaptrix_export.runtime.layout import located
-from adaptrix_export.runtime.providers import AUTO, absent, wanted
+from adaptrix_export.runtime.providers import AUTO, provider_unavailable, requested_providers
 from adaptrix_export.runtime.requirement import check_runtime
 from adaptrix_export.runtime.stamps import FACTS
 
@@ -92,8 +92,8 @@ class DecoderGraph:
                 *_MADE_BY[file],
             )
         self.session = _session(path, threads, provider)
-        found = self.session.get_providers()
-        self.provider = next(p for p in wanted(AUTO, found) if p.name == found[0])
+        active = self.session.get_providers()
+        self.provider = next(p for p in requested_providers(AUTO, active) if p.name == active[0])
         inputs = {value.name: value for value in self.session.get_inputs()}
         outputs = {value.name: value for value in self.session.get_outputs()}
         if not {"input_ids", "attention_mask"} <= inputs.keys() or LOGITS not in outputs:
@@ -127,7 +127,7 @@ def _session(path: Path, threads: int, provider: str) -> Any:
     # A pattern is for inputs of one shape. The mask grows with every token, so each step would
     # trace and keep a pattern that no step reads again: 3% of decoding without slots, 7% with.
     options.enable_mem_pattern = False
-    chosen = wanted(provider, onnxruntime.get_available_providers())
+    chosen = requested_providers(provider, onnxruntime.get_available_providers())
     try:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=[p.name for p in chosen]
@@ -136,7 +136,7 @@ def _session(path: Path, threads: int, provider: str) -> Any:
         raise SourceError(str(path), f"cannot be loaded ({error})", "an ONNX model") from error
     if provider != AUTO and session.get_providers()[0] != chosen[0].name:
         # it goes on with the next provider when one cannot start, with a warning at most
-        raise absent(provider, chosen[0], session.get_providers())
+        raise provider_unavailable(provider, chosen[0], session.get_providers())
     return session
 
 

@@ -26,7 +26,7 @@ AUTO = "auto"
 CPU = PROVIDERS["cpu"]
 
 
-def wanted(provider: str, available: Sequence[str]) -> tuple[Provider, ...]:
+def requested_providers(provider: str, available: Sequence[str]) -> tuple[Provider, ...]:
     """The providers to ask ONNX Runtime for, best first, the CPU last.
 
     Raises SourceError for an unknown name or a provider that the installed runtime lacks.
@@ -37,13 +37,13 @@ def wanted(provider: str, available: Sequence[str]) -> tuple[Provider, ...]:
     if chosen is None:
         raise SourceError("provider", repr(provider), f"{AUTO}, {', '.join(PROVIDERS)}")
     if chosen.name not in available:
-        raise absent(provider, chosen, available)
+        raise provider_unavailable(provider, chosen, available)
     return (chosen,) if chosen is CPU else (chosen, CPU)
 
 
-def absent(provider: str, chosen: Provider, found: Sequence[str]) -> SourceError:
+def provider_unavailable(provider: str, chosen: Provider, available: Sequence[str]) -> SourceError:
     """The error for a provider that ONNX Runtime does not have or could not start."""
     return SourceError(
-        f"provider {provider}", f"ONNX Runtime runs on {', '.join(found)}", chosen.name,
+        f"provider {provider}", f"ONNX Runtime runs on {', '.join(available)}", chosen.name,
         f"install {chosen.package} and its drivers, or use provider auto",
     )  # fmt: skip

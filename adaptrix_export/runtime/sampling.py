@@ -34,7 +34,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, found, right, expected in (
+        for name, value, right, expected in (
             ("temperature", self.temperature, 0 <= self.temperature < np.inf, "0 or more"),
             ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -43,7 +43,7 @@ class Sampling:
             ("seed", self.seed, self.seed is None or self.seed >= 0, "0 or more"),
         ):  # fmt: skip
             if not right:
-                raise SourceError(name, repr(found), expected)
+                raise SourceError(name, repr(value), expected)
 
 
 GREEDY = Sampling()
@@ -67,9 +67,9 @@ class Sampler:
         if options.temperature == 0:
             token = int(scores.argmax())
         else:
-            kept: Scores = scores.astype(np.float64) / options.temperature
-            kept = nucleus(strongest(kept, options.top_k), options.top_p)
-            token = int(self._random.choice(len(kept), p=probabilities(kept)))
+            candidates: Scores = scores.astype(np.float64) / options.temperature
+            candidates = nucleus(strongest(candidates, options.top_k), options.top_p)
+            token = int(self._random.choice(len(candidates), p=probabilities(candidates)))
         if options.repetition_penalty != 1:
             self._seen.add(token)
         return token
@@ -105,9 +105,9 @@ def nucleus(scores: Scores, share: float) -> Scores:
     order = np.argsort(scores, kind="stable")
     below = np.cumsum(probabilities(scores[order])) <= 1 - share
     below[-1] = False
-    kept = scores.copy()
-    kept[order[below]] = -np.inf
-    return kept
+    remaining = scores.copy()
+    remaining[order[below]] = -np.inf
+    return remaining
 
 
 def probabilities(scores: Scores) -> Scores:

@@ -163,13 +163,13 @@ class Session:
         Each row gets what it would get alone; a row that has ended no longer grows. The context
         is that of the longest row.
         """
-        found: list[list[int]] = [[] for _ in rows]
+        answers: list[list[int]] = [[] for _ in rows]
         ends = self._ends(stop_at_eos, stop)
         for tokens in self._decode(rows, max_new_tokens, ends, adapter, sampling, padding):
-            for row, token in zip(found, tokens, strict=True):
+            for row, token in zip(answers, tokens, strict=True):
                 if token is not None:
                     row.append(token)
-        return found
+        return answers
 
     def stream(
         self,
@@ -214,10 +214,10 @@ class Session:
         """
         if isinstance(prompt, str):
             return "".join(self.stream(prompt, max_new_tokens, chat, **how))
-        asked = [self._encoded(text, chat) for text in prompt]
-        answers = self.generate_batch(asked, max_new_tokens, **how)
+        prompts = [self._encoded(text, chat) for text in prompt]
+        answers = self.generate_batch(prompts, max_new_tokens, **how)
         words = self.tokenizer
-        return ["".join(words.stream(a, b)) for a, b in zip(asked, answers, strict=True)]
+        return ["".join(words.stream(a, b)) for a, b in zip(prompts, answers, strict=True)]
 
     def _encoded(self, prompt: str, chat: bool) -> list[int]:
         if not prompt:

@@ -70,21 +70,21 @@ class TextTokenizer:
         inside a piece: half a character would turn the bytes that follow into nonsense.
         """
         window = list(prompt)
-        said, pending = len(self.decode(window)), 0
+        shown, pending = len(self.decode(window)), 0
         for token in ids:
             window.append(token)
             pending += 1
             text = self.decode(window)
             if text.endswith(REPLACEMENT) and pending < MAX_PENDING:
                 continue
-            if len(text) > said:
-                yield text[said:]
+            if len(text) > shown:
+                yield text[shown:]
                 window = window[-pending:]
-                said = len(self.decode(window))
+                shown = len(self.decode(window))
             pending = 0
         rest = self.decode(window)
-        if len(rest) > said:
-            yield rest[said:]
+        if len(rest) > shown:
+            yield rest[shown:]
 
 
 def render_chat(

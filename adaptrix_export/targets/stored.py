@@ -109,12 +109,12 @@ def open_safetensors(folder: Path) -> StoredTensors:
     placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     tensors: dict[str, Any] = {}
     for file in sorted(set(placed.values())):
-        held = _shard(inside(folder, file))
+        shard = _shard(inside(folder, file))
         listed = {name for name, where in placed.items() if where == file}
-        if listed != set(held):
-            odd = min(listed ^ set(held))
+        if listed != set(shard):
+            odd = min(listed ^ set(shard))
             raise ParityError(file, f"tensor {odd!r} is in the file or the index, not in both")
-        tensors.update(held)
+        tensors.update(shard)
     return StoredTensors(tensors)
 
 
@@ -133,10 +133,10 @@ def _shard(path: Path) -> dict[str, Any]:
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # the format lets a name occur twice and readers differ on which one counts
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    by_name = dict(pairs)
+    if len(by_name) != len(pairs):
         raise ParityError("safetensors header", "a name that occurs twice")
-    return found
+    return by_name
 
 
 def _reader(path: Path, name: str, entry: Mapping[str, Any], data: int, size: int) -> Any:
