@@ -81,7 +81,7 @@ def build(
     if recipe.slots is None:  # else a pass may make adapters fit that do not yet
         target.admit(opened)
     with (
-        staging(recipe.out, target.estimate(opened)) as stage,
+        staging(recipe.out, target.estimate(opened, quantization_of(recipe, opened))) as stage,
         pass_context(progress) as context,
         Checker() as checker,
     ):

@@ -15,6 +15,8 @@ from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.load.files.tensors import itemsize
 from adaptrix_export.merge.tuned import layers_freed
 from adaptrix_export.plan import Plan, Tensor
+from adaptrix_export.precision.estimate import graph_bytes
+from adaptrix_export.precision.settings import Quantization
 from adaptrix_export.progress import Progress
 from adaptrix_export.targets.artifact import Artifact
 from adaptrix_export.targets.options import DEFAULTS, LowerOptions
@@ -34,7 +36,7 @@ class TargetRow:
     by none of the code that wrote them; None where they are no model's (an adapter's folder)."""
 
     lower: Lower
-    estimate: Callable[[Plan], int]
+    estimate: Callable[[Plan, Quantization | None], int]
     stored: Callable[[Path], StoredTensors] | None
     admit: Callable[[Plan], None] = lambda plan: None  # refuses what the target cannot express
 
@@ -102,21 +104,28 @@ def _admit_slots(plan: Plan) -> None:
     check_slots(plan)
 
 
-def _switchable_bytes(plan: Plan) -> int:
+def _switchable_bytes(plan: Plan, quantization: Quantization | None) -> int:
     """The base, and the adapters with the zeros between their blocks."""
-    return 4 * (
-        sum(prod(t.shape) for t in plan.base.tensors.values())
-        + 2 * sum(adapter.parameters for adapter in plan.adapters)
+    return graph_bytes(plan.base, quantization) + _adapter_bytes(plan)
+
+
+def _merged_graph_bytes(plan: Plan, quantization: Quantization | None) -> int:
+    """Untied copies and the factors of gated sites are float32."""
+    return graph_bytes(plan.base, quantization) + sum(
+        4 * prod(tensor.shape) for tensor in _beside(plan)
     )
 
 
-def _bytes(plan: Plan, width: int | None = None) -> int:
-    """Bytes of all tensors at `width` bytes a value, or at their own; untied copies included."""
-    tensors = plan.base.tensors
-    shared = [tensors[plan.base.tied[name]] for name in plan.untied()]
-    factors = _gated_factors(plan) if plan.gates else []
-    every = (*tensors.values(), *shared, *factors)
-    return sum(prod(t.shape) * (width or itemsize(t.dtype)) for t in every)
+def _checkpoint_bytes(plan: Plan, quantization: Quantization | None) -> int:
+    """All tensors as their base stores them, untied copies included."""
+    every = (*plan.base.tensors.values(), *_beside(plan))
+    return sum(prod(t.shape) * itemsize(t.dtype) for t in every)
+
+
+def _beside(plan: Plan) -> list[Tensor]:
+    """What is written beside the base's own tensors."""
+    shared = [plan.base.tensors[plan.base.tied[name]] for name in plan.untied()]
+    return [*shared, *(_gated_factors(plan) if plan.gates else [])]
 
 
 def _gated_factors(plan: Plan) -> list[Tensor]:
@@ -134,15 +143,15 @@ def _peft(
     return lower_peft_folder(plan, stage, progress)
 
 
-def _adapter_bytes(plan: Plan) -> int:
+def _adapter_bytes(plan: Plan, quantization: Quantization | None = None) -> int:
     """Twice the adapters' values in fp32: several terms may become one."""
     return 8 * sum(adapter.parameters for adapter in plan.adapters)
 
 
 TARGETS: dict[str, TargetRow] = {
     "peft": TargetRow(_peft, _adapter_bytes, None),
-    "safetensors": TargetRow(_safetensors, _bytes, open_safetensors),
-    "onnx": TargetRow(_onnx, lambda plan: _bytes(plan, width=4), open_onnx, _admit_graph),
+    "safetensors": TargetRow(_safetensors, _checkpoint_bytes, open_safetensors),
+    "onnx": TargetRow(_onnx, _merged_graph_bytes, open_onnx, _admit_graph),
     "onnx-switchable": TargetRow(_switchable, _switchable_bytes, open_onnx, _admit_slots),
 }
 
