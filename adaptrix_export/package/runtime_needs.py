@@ -16,6 +16,7 @@ from typing import Any
 import onnx_ir as ir
 
 OLDEST = "1.18"  # of those that the artifacts are tested with
+EMPTY_SLOTS = "1.20"  # Gemm over no columns, as in a slot without an adapter; an error before
 _BUILT_IN = "com.microsoft"
 _OPSETS = {20: "1.17", 21: "1.18", 22: "1.21", 23: "1.23", 24: "1.24", 25: "1.24", 26: "1.31",
            27: "1.32"}  # fmt: skip
@@ -87,12 +88,20 @@ def oldest_runtime(model: ir.Model) -> str:
     """The oldest release of ONNX Runtime that is known to run the model, as `1.18`."""
     releases = [OLDEST, *_by_number(model.opset_imports.get("", 0), _OPSETS)]
     releases += _by_number(model.ir_version, _IR_VERSIONS)
+    if any(0 in _sizes(value) for value in model.graph.inputs if value.is_initializer()):
+        releases.append(EMPTY_SLOTS)
     nodes = [*model.graph.all_nodes()]
     for function in model.functions.values():
         nodes += function.all_nodes()
     for node in nodes:
         releases += _by_operator(node) if node.domain == _BUILT_IN else []
     return max(releases, key=release)
+
+
+def _sizes(value: ir.Value) -> tuple[int, ...]:
+    """The sizes of an input's default."""
+    default = value.const_value
+    return () if default is None else tuple(default.shape.numpy())
 
 
 def release(version: str) -> tuple[int, ...]:

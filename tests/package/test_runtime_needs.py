@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -58,3 +59,13 @@ def test_the_manifest_names_the_runtime_and_a_folder_without_a_graph_none(tmp_pa
     assert needs is not None and needs["minimum"] == "1.18"
     assert list(needs["graphs"].values()) == [{"opset": 18, "ir_version": 8}]
     assert runtime_needs(tmp_path / "base") is None
+
+
+@pytest.mark.parametrize(("columns", "release"), [(0, "1.20"), (4, "1.18")])
+def test_a_slot_that_is_empty_by_default_needs_a_gemm_over_no_columns(columns, release):
+    model = graph_of("Gelu", 1)
+    slot = ir.val("a", ir.DataType.FLOAT, ["rank", 8])
+    slot.const_value = ir.tensor(np.zeros((columns, 8), np.float32), name="a")
+    model.graph.inputs.append(slot)
+    model.graph.register_initializer(slot)
+    assert oldest_runtime(model) == release

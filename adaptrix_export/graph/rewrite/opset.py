@@ -18,9 +18,9 @@ from onnx_ir.passes import common
 OLDEST = 18  # ReduceMean takes its axes as an input from here on; ONNX Runtime 1.14
 # Operators whose versions after OLDEST only take more element types, up to opset 26.
 _WIDENED = frozenset(
-    "Cast CastLike Constant ConstantOfShape Cos Dropout Equal Flatten Identity If IsInf IsNaN Loop "
-    "Pad ReduceMax ReduceMin Reshape Round Scan Shape Sin Size Softplus Squeeze TopK Transpose "
-    "Unsqueeze".split()
+    "Cast CastLike Constant ConstantOfShape Conv Cos Dropout Equal Flatten HardSigmoid Identity If "
+    "IsInf IsNaN Loop Pad ReduceMax ReduceMin Reshape Round Scan Shape Sin Size Softplus Squeeze "
+    "TopK Transpose Unsqueeze".split()
 )
 # Element types that some of the older versions do not take.
 _RECENT_TYPES = frozenset(

@@ -84,6 +84,7 @@ def test_a_norm_over_two_axes_is_not_one_that_can_be_spelled_out():
         ("y = Cast<to = 1, saturate = 1>(x)", 18),  # the default, which 18 has no word for
         ("y = Cast<to = 1, saturate = 0>(x)", 19),
         ('y = Cast<to = 1, round_mode = "down">(x)', 24),
+        ("y = HardSigmoid<alpha = 0.5>(x)", 18),
         ("y = Gelu(x)", 20),
         ("y = Swish(x)", 24),
         ("y = GroupNormalization<num_groups = 2>(x, s, s)", 21),  # means another thing in 18
