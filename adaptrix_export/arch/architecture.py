@@ -1,8 +1,8 @@
-"""What kind of model a base is: its stacks of layers, its sizes, how its weights are stored.
+"""The architecture of a base model: stacks of layers, sizes, and how weights are stored.
 
-The sizes come from the model's config through optimum's `NormalizedConfigManager` where it knows
-the type; the stacks come from the tensor names; what neither says (Conv1D weights, the names of
-embedding and head) stands in `families.py`.
+Sizes come from the model's config, through optimum's `NormalizedConfigManager` if it knows the
+type; stacks come from the tensor names; the rest (Conv1D weights, names of embedding and head) is
+in `families.py`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Architecture:
         return conv1d or self.is_embedding(site) or site.path in self.family.turned
 
     def is_embedding(self, site: Site) -> bool:
-        """Whether the site is a table of rows that are looked up, not multiplied with."""
+        """Whether the site is an embedding."""
         return site.path in self.family.embeddings
 
     def middle_layers(self, stack: int = 0) -> tuple[int, ...]:
@@ -65,7 +65,7 @@ class Architecture:
 
 
 def split_path(path: str) -> tuple[str, int | None, str]:
-    """Cut at the first component that is a number: (stack, layer, rest)."""
+    """Split at the first component that is a number: (stack, layer, rest)."""
     parts = path.split(".")
     for i, part in enumerate(parts):
         if part.isdecimal() and 0 < i < len(parts) - 1:
@@ -81,9 +81,9 @@ def detect(
     skeleton: Skeleton | None = None,
 ) -> Architecture:
     """The architecture of a checkpoint from its config.json and its tensor names, or from the
-    skeleton of its live model, where it has one.
+    skeleton of its live model, if it has one.
 
-    Raises SourceError when the config lacks a model type or a size that everything needs.
+    Raises SourceError if the config lacks a model type or a required size.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
@@ -114,8 +114,8 @@ def detect(
 
 
 def _of_skeleton(model_type: str, stacks: tuple[Stack, ...], skeleton: Skeleton) -> Architecture:
-    """Sizes that a model does not have are 0: no token, no head."""
-    sizes = _spelled(skeleton.text)
+    """Sizes that the model does not have, such as a vocabulary, are 0."""
+    sizes = _size_fields(skeleton.text)
     heads = _number(sizes["num_attention_heads"])
     family = Family(
         prefix=skeleton.prefix,
@@ -143,7 +143,7 @@ def _number(value: Any) -> int:
 
 
 def _stacks(names: Iterable[str]) -> tuple[Stack, ...]:
-    """Every numbered run of modules, the one with most layers first."""
+    """All numbered lists of modules, the longest first."""
     layers: dict[str, set[int]] = {}
     for name in names:
         stack, layer, _ = split_path(name)
@@ -179,7 +179,7 @@ _SPELLINGS = {
 def _sizes(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
     from optimum.utils import NormalizedConfigManager
 
-    sizes = _spelled(config)
+    sizes = _size_fields(config)
     try:
         known = NormalizedConfigManager.get_normalized_config_class(model_type)(_Attributes(config))
     except KeyError:
@@ -188,11 +188,11 @@ def _sizes(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
         try:
             sizes[key] = getattr(known, key)
         except (AttributeError, NotImplementedError):
-            continue  # this type's row in optimum does not name the size: keep the config's own
+            continue  # optimum does not know this size of the type: keep the config's own
     return sizes
 
 
-def _spelled(config: Mapping[str, Any]) -> dict[str, Any]:
+def _size_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: next((config[s] for s in spellings if config.get(s) is not None), None)
         for key, spellings in _SPELLINGS.items()

@@ -1,5 +1,5 @@
-"""The class of transformers that runs a model: by its type and task, or by the name it was saved
-with; and the task that a class is for. Read from transformers' own auto mappings.
+"""Looks up the transformers class of a model type and task, or the task of a class, in
+transformers' auto mappings.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from adaptrix_export.arch.task_table import AS_SAVED, FEATURES, GENERATION, TASK
 from adaptrix_export.compat.transformers import mapped_class_names
 from adaptrix_export.errors import UnsupportedError
 
-# A class may stand in several mappings: Gemma3ForConditionalGeneration in that of causal models,
-# too, and CLIPModel in that of bare ones. The task that says most is taken.
+# A class may be in several mappings: Gemma3ForConditionalGeneration is also in that of causal
+# models, and CLIPModel in that of bare ones. The most specific task is taken.
 _LAST = (GENERATION, FEATURES, AS_SAVED)
 _ORDER = (*(task for task in TASKS if task not in _LAST), GENERATION, FEATURES)
 
 
 def class_names(kind: str, task: str) -> tuple[str, ...]:
-    """The names of the classes that run a model type for a task, the usual one first."""
+    """Names of the classes for a model type and a task, the default one first."""
     return tuple(name for auto in TASKS[task].autos for name in mapped_class_names(auto, kind))
 
 
 def task_of(kind: str, name: str) -> str | None:
-    """The task of a class, among those of its model type; None where no row has it."""
+    """The task of a class among the tasks of its model type; None if no row has the class."""
     return next((task for task in _ORDER if name in class_names(kind, task)), None)
 
 
@@ -33,8 +33,8 @@ def tasks_of(kind: str) -> tuple[str, ...]:
 
 
 def live_class_name(config: Mapping[str, Any], task: str) -> str | None:
-    """The name of the class that runs a model for a task: as it was saved if that class is for
-    the task, else the usual one; None where there is none."""
+    """The name of a model's class for a task: that in `architectures` if it is for the task, else
+    the default one; None if there is none."""
     saved = [str(name) for name in config.get("architectures") or ()][:1]
     if task == AS_SAVED:
         return saved[0] if saved else None
@@ -43,7 +43,7 @@ def live_class_name(config: Mapping[str, Any], task: str) -> str | None:
 
 
 def live_class(place: str, config: Mapping[str, Any], task: str) -> Any:
-    """The class itself. Raises UnsupportedError for custom code, for a model type that this
+    """The class. Raises UnsupportedError for custom code, for a model type that the installed
     transformers does not know, and for a task that the type has no class for."""
     import transformers
 
@@ -58,11 +58,11 @@ def live_class(place: str, config: Mapping[str, Any], task: str) -> Any:
             "convert it to a type of transformers" if custom else "install a newer transformers",
         )  # fmt: skip
     name = live_class_name(config, task)
-    found = getattr(transformers, name, None) if name else None
-    if found is None:
+    model_class = getattr(transformers, name, None) if name else None
+    if model_class is None:
         raise UnsupportedError(
             f"{place}: task {task}", f"a base of type {kind}"
             + (f", saved as {name}" if name else ""),
             " or ".join(tasks_of(kind)) or "a class of transformers", "name the task",
         )  # fmt: skip
-    return found
+    return model_class

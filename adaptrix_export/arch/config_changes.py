@@ -1,4 +1,4 @@
-"""What of config.json is otherwise for the model that a plan makes."""
+"""The changes to config.json that a plan requires."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from adaptrix_export.plan import Plan
 
 
 def config_changes(plan: Plan) -> dict[str, Any]:
-    """Keys of config.json that the merged model needs otherwise than the base."""
+    """The keys of config.json that differ between the merged model and the base."""
     changed = dict(plan.base.config_changes)
     if plan.untied():
         changed["tie_word_embeddings"] = False
@@ -20,7 +20,7 @@ def config_changes(plan: Plan) -> dict[str, Any]:
 
 
 def _head_changes(plan: Plan) -> dict[str, Any]:
-    """A classifier that the adapter ships: the class of the model, and a label for each row."""
+    """For a classifier that the adapter ships: the model's class, and a label for each row."""
     base = plan.base
     if not TASKS[base.task].labels:
         return {}

@@ -1,6 +1,6 @@
-"""What transformers calls the parts of its models: a row for each type that is not as usual.
+"""Module names of transformers models: a row for each type that differs from the default.
 
-A test compares every row with transformers' own classes; reading them here would take torch.
+A test compares every row with transformers' classes; reading them here would import torch.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from dataclasses import dataclass, replace
 
 DECODER, ENCODER, ENCODER_DECODER = "decoder", "encoder", "encoder-decoder"
 LISTENER = "speech encoder-decoder"
-LIVE = "live"  # no row: read off the class itself
+LIVE = "live"  # no row: read from the class (`skeleton.py`)
 
 
 @dataclass(frozen=True)
 class Family:
     """Names in the models of one type.
 
-    `prefix` is the `base_model_prefix` that checkpoints of the bare model leave out; `embedding` is
-    the module of the tokens' embedding and `embeddings` are all of that kind, so stored (rows,
-    width) and adapted transposed; `conv1d` says that the stack's weights are stored (in, out);
-    `tied` is what the config class assumes when config.json does not say. `aliases` are modules
-    that always share the embedding's weight. `renames` are (pattern, name in the live model) for
-    what the files call otherwise. `turned` are modules stored (in, out), by name.
+    `prefix`: the `base_model_prefix`, which checkpoints of the bare model leave out; `embedding`:
+    the token embedding; `embeddings`: all Embedding modules, stored (rows, width) and adapted
+    transposed; `conv1d`: the stack's weights are stored (in, out); `tied`: the config class's
+    default of `tie_word_embeddings`. `aliases`: modules that always share the embedding's weight.
+    `renames`: (pattern, name in the live model) for names that differ in the files. `turned`: paths
+    of other modules stored (in, out).
     """
 
     prefix: str = "model"
@@ -37,7 +37,7 @@ class Family:
     turned: tuple[str, ...] = ()
 
     def bare(self) -> Family:
-        """The same names in the model without a head, which leaves the prefix out."""
+        """The names in the bare model, which has no head and no prefix."""
         start = self.prefix + "."
         return replace(
             self,
@@ -46,7 +46,7 @@ class Family:
         )
 
     def live_name(self, stored: str) -> str:
-        """The name that the live model has for a tensor of the files."""
+        """The name in the live model of a tensor of the files."""
         for pattern, name in self.renames:
             stored = re.sub(pattern, name, stored)
         return stored
@@ -99,7 +99,7 @@ _T5 = Family(
 
 
 def _translator(*more: str, shared: str = "model.shared", head: str = "lm_head") -> Family:
-    """Like BART: one embedding that encoder, decoder and head share, `more` of others."""
+    """Like BART: encoder, decoder and head share one embedding; `more` are further embeddings."""
     prefix = shared.rpartition(".")[0]
     aliases = (f"{prefix}.encoder.embed_tokens", f"{prefix}.decoder.embed_tokens")
     modules = (shared, *aliases, *(f"{prefix}.{name}" for name in more))
@@ -183,7 +183,7 @@ FAMILIES: dict[str, Family] = {
     "whisper": _WHISPER,
 }
 USUAL = Family()
-# Types whose files hold q, k and v in one tensor that transformers cuts up on loading.
+# Types whose files store q, k and v in one tensor that transformers splits while loading.
 FUSED_ON_DISK = ("nomic_bert", "gte", "jina_embeddings_v3")
 
 

@@ -1,4 +1,4 @@
-"""How transformers stacks the experts that a checkpoint stores one by one, by its own rules."""
+"""Reads from transformers' conversion rules how it stacks experts that checkpoints store singly."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _PARAMETER = re.compile(r"experts\.(\w+)$")
 
 
 def stacks_of(rule: Any) -> tuple[str, tuple[str, ...]] | None:
-    """(stacked parameter, the matrices of one expert in the order of their rows) of a conversion
-    rule that stacks experts and does nothing else; None for another rule."""
+    """(stacked parameter, matrices of one expert in the order of their rows) of a conversion rule
+    that only stacks experts; None for other rules."""
     steps = [type(step).__name__ for step in rule.operations]
     dims = [getattr(step, "dim", None) for step in rule.operations]
     if (steps, dims) not in ((["MergeModulelist"], [0]), (["MergeModulelist", "Concatenate"],
@@ -31,10 +31,10 @@ def stacks_of(rule: Any) -> tuple[str, tuple[str, ...]] | None:
 @cache
 def stacked_parameters(model_type: str) -> Mapping[str, tuple[str, ...]]:
     """Stacked parameter -> matrices of one expert, in the order of the live module's parameters;
-    empty for a type that transformers has no such rules for."""
-    found = {}
+    empty for a type without such rules."""
+    parameters = {}
     for rule in checkpoint_rules(model_type):
         stack = stacks_of(rule) if hasattr(rule, "operations") else None
         if stack is not None:
-            found[stack[0]] = stack[1]
-    return found
+            parameters[stack[0]] = stack[1]
+    return parameters

@@ -1,7 +1,7 @@
-"""The inputs of models, a row for each: which sizes they have, and how values for a test are drawn.
+"""The inputs of models, a row for each: their sizes, and how random values for tests are drawn.
 
-Sizes come from the live config: an image is as large as the model was trained for, a waveform has
-any length. A row serves the trace (which sizes vary) and the proof (which values are fed).
+Sizes come from the live config: an image has the size that the model was trained with, a waveform
+any length. The trace uses the dynamic sizes, the parity check the values.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from adaptrix_export.errors import UnsupportedError
 Sizes = tuple[int | str, ...]
 BATCH = "batch"
 SEQUENCE = "sequence_length"
-# What a varying size is in a test; enough samples for the convolutions of wav2vec2.
+# The values of dynamic sizes in a test; enough samples for the convolutions of wav2vec2.
 LENGTHS = {SEQUENCE: 11, "samples": 4000}
 
 
 @dataclass(frozen=True)
 class ModelInput:
-    """`sizes` are those after the batch, a word for one that varies; `draw` makes values of a shape
-    for a config."""
+    """`sizes`: those after the batch axis, a name for a dynamic one; `draw`: random values of a
+    shape for a config."""
 
     sizes: Callable[[Any], Sizes]
     draw: Callable[[np.random.Generator, tuple[int, ...], Any], NDArray[Any]]
@@ -33,7 +33,7 @@ class ModelInput:
 
 
 def nested(config: Any, part: str) -> Any:
-    """The config of a part of the model, or the model's own where it has no such part."""
+    """The config of a part of the model, or the model's own if it has no such part."""
     return getattr(config, part, None) or config
 
 
@@ -65,7 +65,7 @@ def _tokens(config: Any) -> Sizes:
 def _draw_tokens(
     generator: np.random.Generator, shape: tuple[int, ...], config: Any
 ) -> NDArray[Any]:
-    """Any tokens but special ones, the end token last: CLIP pools there."""
+    """Random tokens except special ones, then the end token, where CLIP pools."""
     text = nested(config, "text_config")
     special = {getattr(text, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")}
     ids = generator.integers(0, int(text.vocab_size), size=shape)
@@ -95,7 +95,7 @@ def _halves(generator: np.random.Generator, shape: tuple[int, ...], config: Any)
     return types
 
 
-# Types whose text has one length, whatever is in it.
+# Types whose text inputs have a fixed length.
 FIXED_TEXT = ("siglip", "siglip2")
 INPUTS: Mapping[str, ModelInput] = {
     "input_ids": ModelInput(_tokens, _draw_tokens, integer=True),
@@ -107,8 +107,8 @@ INPUTS: Mapping[str, ModelInput] = {
 }
 
 
-def taken(names: Iterable[str], config: Any) -> tuple[str, ...]:
-    """Those of `names` that a model of this config takes."""
+def accepted_inputs(names: Iterable[str], config: Any) -> tuple[str, ...]:
+    """The names of the inputs among `names` that a model of this config accepts."""
     fixed = getattr(config, "model_type", "") in FIXED_TEXT
     segments = (getattr(config, "type_vocab_size", 0) or 0) > 1
     dropped = {"attention_mask"} if fixed else set()
@@ -117,7 +117,7 @@ def taken(names: Iterable[str], config: Any) -> tuple[str, ...]:
 
 
 def sizes_of(name: str, config: Any, place: str = "config.json") -> Sizes:
-    """The sizes of an input after the batch. Raises UnsupportedError where the config lacks one."""
+    """The sizes of an input after the batch. Raises UnsupportedError if the config lacks one."""
     try:
         return INPUTS[name].sizes(config)
     except AttributeError as error:
@@ -126,8 +126,10 @@ def sizes_of(name: str, config: Any, place: str = "config.json") -> Sizes:
         ) from error
 
 
-def drawn(names: Iterable[str], config: Any, rows: int, seed: int) -> dict[str, NDArray[Any]]:
-    """Values for a call of `rows` rows, the same for the same seed."""
+def random_inputs(
+    names: Iterable[str], config: Any, rows: int, seed: int
+) -> dict[str, NDArray[Any]]:
+    """Random inputs for a batch of `rows` rows, the same for the same seed."""
     generator = np.random.default_rng(seed)
     return {
         name: INPUTS[name].draw(
@@ -135,5 +137,5 @@ def drawn(names: Iterable[str], config: Any, rows: int, seed: int) -> dict[str, 
             (rows, *(LENGTHS.get(str(n), n) for n in sizes_of(name, config))),  # type: ignore[arg-type]
             config,
         )
-        for name in taken(names, config)
+        for name in accepted_inputs(names, config)
     }

@@ -1,8 +1,9 @@
-"""The graphs of models that answer in one call, a row for each task: file, inputs, outputs.
+"""The graphs of models without a cache, a row for each task: file, inputs, outputs.
 
-The files and names are those that optimum and transformers.js look for. A piece that is a part of
-the model (CLIP's text tower) names the method of the live model that answers for it. What has rows
-of names of its own, and what generates, is drawn otherwise (`graph/frontends/traced_parts.py`).
+File names and value names are those that optimum and transformers.js look for. A piece that is a
+part of the model (CLIP's text tower) names the method of the live model that computes it. Models
+with a `Family` row, and models that generate, are exported by `graph/frontends/traced.py` and
+`traced_parts.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from adaptrix_export.arch.task_table import (
 @dataclass(frozen=True)
 class Piece:
     """One graph. `inputs` are rows of `arch/inputs.py`, of which a model takes those it knows;
-    `outputs` maps what the graph answers to the field of what `method` answers."""
+    `outputs` maps the graph's outputs to fields of the output of `method`."""
 
     file: str
     inputs: tuple[str, ...]
@@ -46,7 +47,8 @@ _SIMILAR = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"
 
 
 def _towers(text: str, image: str) -> tuple[Piece, ...]:
-    """Both towers in one graph, and each by itself, whose vector has the name that is given."""
+    """Both towers in one graph, and each in its own; `text` and `image` name the latter's
+    outputs."""
     ids = ("input_ids", "attention_mask")
     return (
         *_whole((*ids, *_PIXELS), *_SIMILAR),
@@ -72,8 +74,8 @@ PIECES: Mapping[str, tuple[Piece, ...]] = {
     "audio-xvector": _whole(_SOUND, "logits", "embeddings"),
     ZERO_SHOT_IMAGES: _towers("text_embeds", "image_embeds"),
 }
-# Vision-language models whose images all have one size and are put in the places of image tokens,
-# with positions that count tokens: the module whose answer takes those places.
+# Vision-language models with images of one size, whose features replace the embeddings of image
+# tokens and whose positions count tokens: path of the module that outputs those features.
 PROJECTORS = {
     "llava": "model.multi_modal_projector",
     "internvl": "model.multi_modal_projector",
@@ -82,10 +84,10 @@ PROJECTORS = {
 EMBEDDING, VISION, DECODER = (
     "embed_tokens.onnx", "vision_encoder.onnx", "decoder_model_merged.onnx",
 )  # fmt: skip
-# SigLIP's towers answer by the names that its own classes of a tower have.
+# The outputs of SigLIP's towers have the names of its single-tower classes.
 _BY_TYPE = {("siglip", ZERO_SHOT_IMAGES): _towers("pooler_output", "pooler_output")}
 
-_SEEING = (
+_VISION_LANGUAGE_PIECES = (
     Piece(EMBEDDING, ("input_ids",), {"inputs_embeds": "inputs_embeds"}),
     Piece(VISION, _PIXELS, {"image_features": "pooler_output"}),
     Piece(DECODER, ("inputs_embeds", "attention_mask"), {"logits": "logits"}),
@@ -93,14 +95,14 @@ _SEEING = (
 
 
 def pieces_of(kind: str, task: str, class_name: str, main_input: str) -> tuple[Piece, ...]:
-    """The graphs of a model of type `kind`, whose class takes `main_input` above all; none for a
-    task that has no row."""
+    """The graphs of a model of type `kind`, whose class has `main_input_name` `main_input`; none
+    for a task without a row."""
     if task == VISION_LANGUAGE:
-        return _SEEING if kind in PROJECTORS else ()
+        return _VISION_LANGUAGE_PIECES if kind in PROJECTORS else ()
     if task == SPEECH:
-        found = _CTC if class_name.endswith("ForCTC") else ()
+        pieces = _CTC if class_name.endswith("ForCTC") else ()
     else:
-        found = _BY_TYPE.get((kind, task), PIECES.get(task, ()))
-    if len(found) == 1 and main_input not in found[0].inputs:
-        return (replace(found[0], inputs=(main_input,)),)
-    return found
+        pieces = _BY_TYPE.get((kind, task), PIECES.get(task, ()))
+    if len(pieces) == 1 and main_input not in pieces[0].inputs:
+        return (replace(pieces[0], inputs=(main_input,)),)
+    return pieces

@@ -1,7 +1,7 @@
-"""A model of transformers without its weights: what its own class says of names and shapes.
+"""Names and shapes of a transformers model, read from an instance on the meta device.
 
-Built on the meta device, which takes no memory. For every type that `families.py` has no row for,
-and for every task beyond those that its rows are about: nothing here needs to know the type.
+The meta device takes no memory for weights. Used for model types without a row in `families.py`,
+and for tasks that its rows do not cover; nothing here depends on the type.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from adaptrix_export.errors import SourceError, UnsupportedError
 class Skeleton:
     """Names and shapes of a live model.
 
-    `shapes` are those of its parameters and saved buffers; `tied` maps a parameter to the one whose
-    values it shares; `embeddings` and `turned` are paths of modules that are looked up, and of
-    those that store (in, out); `optional` are patterns of what may be missing from the files.
-    `renames` and `converters` are transformers' own, for the names in the files.
+    `shapes`: of its parameters and saved buffers; `tied`: parameter -> the parameter that it
+    shares; `embeddings`: paths of Embedding modules; `turned`: paths of modules that store (in,
+    out); `optional`: patterns of tensors that the files may lack. `renames` and `converters` are
+    transformers' rules for the names in the files.
     """
 
     class_name: str
@@ -41,57 +41,57 @@ class Skeleton:
     turned: tuple[str, ...]
     embedding: str
     head: str
-    text: Mapping[str, Any]  # the sizes of its text part, or of the whole
+    text: Mapping[str, Any]  # the config of its text part, or of the whole model
     optional: tuple[str, ...] = ()
     renames: tuple[Any, ...] = field(default=(), repr=False)
     converters: tuple[Any, ...] = field(default=(), repr=False)
 
     def live_name(self, stored: str) -> tuple[str, str | None]:
-        """The live name for a tensor of the files, and the pattern of the conversion that its
-        values go through, if they do."""
+        """The live name of a tensor of the files, and the pattern of the conversion rule that
+        changes its values, if one does."""
         return renamed_key(stored, self.renames, self.converters, self.prefix, self.shapes)
 
     def is_optional(self, name: str) -> bool:
-        """Whether transformers says nothing when the files lack this name."""
+        """Whether transformers accepts files that lack this name without a warning."""
         return any(re.search(pattern, name) for pattern in self.optional)
 
 
 def skeleton_of(place: str, folder: Path, config: Mapping[str, Any], task: str) -> Skeleton:
-    """The skeleton of the model that the checkpoint in `folder` is for `task`.
+    """The skeleton of the checkpoint in `folder`, as a model for `task`.
 
-    Raises UnsupportedError for what transformers has no class for, SourceError for a config that
-    its class does not take.
+    Raises UnsupportedError if transformers has no class for it, SourceError for a config that its
+    class does not accept.
     """
     import transformers
 
-    found = live_class(place, config, task)
+    model_class = live_class(place, config, task)
     try:
-        read = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        model_config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, TypeError, KeyError, OSError, AttributeError) as error:
         raise SourceError(
             f"{place}: config.json", f"not what transformers takes ({error})", "a model's config",
             "save the model again with this transformers",
         ) from error  # fmt: skip
-    return read_skeleton(built(place, found, read))
+    return read_skeleton(build_on_meta(place, model_class, model_config))
 
 
-def built(place: str, found: Any, config: Any) -> Any:
+def build_on_meta(place: str, model_class: Any, config: Any) -> Any:
     """A model of the class on the meta device."""
     import torch
 
     use_eager_attention(config)
     try:
         with torch.device("meta"), without_initialization():
-            return found(config)
+            return model_class(config)
     except (ValueError, TypeError, NotImplementedError, AttributeError, ImportError) as error:
         raise UnsupportedError(
-            f"{place}: {found.__name__}", f"cannot be built from its config ({error})",
+            f"{place}: {model_class.__name__}", f"cannot be built from its config ({error})",
             "a model that transformers builds", "save the model again with this transformers",
         ) from error  # fmt: skip
 
 
 def read_skeleton(model: Any) -> Skeleton:
-    """What a model (on any device) says of itself."""
+    """The skeleton of a model on any device."""
     from torch import nn
 
     modules = dict(model.named_modules())
@@ -104,8 +104,8 @@ def read_skeleton(model: Any) -> Skeleton:
         tied=dict(model.all_tied_weights_keys or {}),
         embeddings=tuple(n for n, m in modules.items() if isinstance(m, nn.Embedding)),
         turned=tuple(n for n, m in modules.items() if type(m).__name__ == "Conv1D"),
-        embedding=_place(modules, model, "get_input_embeddings"),
-        head=_place(modules, model, "get_output_embeddings"),
+        embedding=_module_path(modules, model, "get_input_embeddings"),
+        head=_module_path(modules, model, "get_output_embeddings"),
         text=(text or model.config).to_dict(),
         optional=optional_names(model),
         renames=renames,
@@ -113,10 +113,10 @@ def read_skeleton(model: Any) -> Skeleton:
     )
 
 
-def _place(modules: Mapping[str, Any], model: Any, getter: str) -> str:
-    """The path of the module that the getter gives, or nothing: not every model has one."""
+def _module_path(modules: Mapping[str, Any], model: Any, getter: str) -> str:
+    """The path of the module that the getter returns; empty if the model has none."""
     try:
-        wanted = getattr(model, getter)()
+        target = getattr(model, getter)()
     except (NotImplementedError, AttributeError):
         return ""
-    return next((name for name, module in modules.items() if module is wanted), "")
+    return next((name for name, module in modules.items() if module is target), "")

@@ -1,7 +1,7 @@
-"""The tasks: which class of transformers runs one, and what else is known of it; a row each.
+"""The tasks, a row each: the transformers class, its heads, inputs, outputs and files.
 
 The names are those that optimum and transformers' pipelines use. Nothing here imports torch or
-transformers; `classes.py` finds the class of a model for a task.
+transformers; `classes.py` looks up the class of a model for a task.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PARTS = ("encoder_model.onnx", "decoder_model_merged.onnx")
 class TaskKind:
     """One task.
 
-    `auto` loads the live model, or one of `more` where `auto` has no class for the model's type;
-    `suffix` ends its class name; `heads` are the modules that it has beside the body; `peft` is
-    the `task_type` of adapters trained for it, where PEFT has a word. `labels` says that the head
-    has a row for each label. `generates` says that tokens are made one after the other.
+    `auto` loads the live model, or one of `more` if `auto` has no class for the model's type;
+    `suffix`: the end of the class name; `heads`: modules outside the body; `peft`: the `task_type`
+    of adapters, if PEFT has one. `labels`: the head has a row for each label. `generates`: tokens
+    are generated one by one.
 
-    `files` are its graphs; the first one takes those of `inputs` (rows of `arch/inputs.py`) that
-    the model knows, and answers `outputs`. `logits` says that the answer is a distribution.
+    `files`: its graphs; the first one takes those of `inputs` (rows of `arch/inputs.py`) that the
+    model accepts, and returns `outputs`. `logits`: the output is a distribution.
     """
 
     auto: str
@@ -135,7 +135,7 @@ TASKS: dict[str, TaskKind] = {
     AS_SAVED: TaskKind("AutoModel", ""),
 }  # fmt: skip
 CLASSIFIERS = (SEQUENCES, TOKENS)
-# An encoder, and a decoder that attends to what the encoder answers.
+# An encoder, and a decoder with cross attention to its output.
 TWO_PARTS = (SEQ2SEQ, SPEECH)
-# What makes the labels: a row for each.
+# Weights of classifier heads, with a row for each label.
 LABELS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")

@@ -1,7 +1,7 @@
-"""What a model is for: which class of transformers runs it, and which heads that class has.
+"""Chooses the task of a build, which decides the model's class, its heads and its tensor names.
 
-The same checkpoint has other tensor names and another live model for another task: `BertModel`
-calls a layer `encoder.layer.0`, `BertForSequenceClassification` calls it `bert.encoder.layer.0`.
+Tensor names depend on the task: `BertModel` calls a layer `encoder.layer.0`,
+`BertForSequenceClassification` calls it `bert.encoder.layer.0`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from adaptrix_export.arch.task_table import (
 )
 from adaptrix_export.errors import AdapterError, UnsupportedError
 
-# What a type classifies through, beside the head that PEFT saves of itself.
+# (model type, task) -> a trained layer before the classifier that PEFT does not save by default.
 POOLERS = {
     ("bert", SEQUENCES): "bert.pooler.dense",
     ("albert", SEQUENCES): "albert.pooler",
@@ -46,10 +46,10 @@ POOLERS = {
     ("modernbert", TOKENS): "head.dense",
     ("eurobert", SEQUENCES): "dense",
 }
-# Modules beside the body in some class of transformers, whatever the task at hand.
+# Names of heads in transformers' classes, of any task.
 KNOWN_HEADS = ("lm_head", "cls", "classifier", "score", "qa_outputs", "embed_out", "generator")
-# What the shape of a model can do, first what it does without a head and a word of anyone's: an
-# encoder then makes features, and a bare LlamaModel is taken to generate.
+# Shape of a model -> its possible tasks. The first is the default for a checkpoint without a head:
+# an encoder computes features, and a bare LlamaModel generates.
 TASKS_OF = {
     DECODER: (GENERATION, FEATURES, SEQUENCES, TOKENS),
     ENCODER: (FEATURES, SEQUENCES, TOKENS),
@@ -76,43 +76,45 @@ __all__ = [
 _CLASS = re.compile(r"^(.*?)(For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$")
 
 
-def choose_task(asked: str, base: Mapping[str, Any], adapters: Iterable[Mapping[str, Any]]) -> str:
-    """The task: as the recipe says, else as the adapters were trained, else as the base is saved.
+def choose_task(
+    requested: str, base: Mapping[str, Any], adapters: Iterable[Mapping[str, Any]]
+) -> str:
+    """The task: `requested`, else the adapters' task, else that of the base's saved class.
 
-    `base` is its config.json, `adapters` are their adapter_config.json. Raises UnsupportedError
-    for a task that the base has no class for, AdapterError for adapters trained for different ones.
+    `base` is the base's config.json, `adapters` are the adapters' adapter_config.json. Raises
+    UnsupportedError for a task that the base has no class for, AdapterError for adapters that were
+    trained for different tasks.
     """
     kind = str(base.get("model_type"))
-    wanted = {task for config in adapters if (task := _trained_for(config, base))}
-    if len(wanted) > 1 and asked == "auto":
+    trained_tasks = {task for config in adapters if (task := _trained_task(config, base))}
+    if len(trained_tasks) > 1 and requested == "auto":
         raise AdapterError(
-            "adapters", f"trained for {' and '.join(sorted(wanted))}", "one task",
+            "adapters", f"trained for {' and '.join(sorted(trained_tasks))}", "one task",
             "build them one by one, or name the task",
         )  # fmt: skip
-    if asked != "auto":
-        task = asked
+    if requested != "auto":
+        task = requested
     else:
-        task = wanted.pop() if wanted else _saved_as(base, kind)
+        task = trained_tasks.pop() if trained_tasks else _saved_task(base, kind)
     if not (has_row(base, task) or _has_class(base, task)):
-        shape = family_of(kind).shape if _is_usual(base) else "model of transformers"
+        shape = family_of(kind).shape if _has_usual_names(base) else "model of transformers"
         raise UnsupportedError(
             f"task {task}", f"a base of type {kind}, an {shape}".replace("an d", "a d").replace(
                 "an m", "a m"),
-            " or ".join(_possible(base)), "name the task",
+            " or ".join(_possible_tasks(base)), "name the task",
         )  # fmt: skip
     return task
 
 
 def has_row(config: Mapping[str, Any], task: str) -> bool:
-    """Whether the names of this model and task stand in `families.py`: else they are read off the
-    class itself (`arch/skeleton.py`)."""
+    """Whether `families.py` has the names of this model and task; otherwise they are read from the
+    class (`arch/skeleton.py`)."""
     kind = str(config.get("model_type"))
-    return _is_usual(config) and task in TASKS_OF[family_of(kind).shape]
+    return _has_usual_names(config) and task in TASKS_OF[family_of(kind).shape]
 
 
-def _is_usual(config: Mapping[str, Any]) -> bool:
-    """Whether a type has a row, or is a decoder with the usual names: one stack of layers, text in
-    and text out."""
+def _has_usual_names(config: Mapping[str, Any]) -> bool:
+    """Whether a type has a row, or is a text decoder with the default names and one stack."""
     kind = str(config.get("model_type"))
     if kind in FAMILIES:
         return True
@@ -128,8 +130,7 @@ def _is_usual(config: Mapping[str, Any]) -> bool:
 
 
 def _is_decoder(kind: str) -> bool:
-    """Whether all that transformers does with a type is to generate from text, or what a decoder
-    does beside."""
+    """Whether transformers has only decoder classes for a type."""
     from adaptrix_export.arch.classes import class_names
 
     other = (MASKED, SEQ2SEQ, "automatic-speech-recognition", "image-text-to-text")
@@ -137,7 +138,8 @@ def _is_decoder(kind: str) -> bool:
 
 
 def _has_class(config: Mapping[str, Any], task: str) -> bool:
-    """Whether transformers has a class for it; one that it does not know has its own error."""
+    """Whether transformers has a class for the task; unknown types pass, `live_class` refuses
+    them."""
     from adaptrix_export.arch.classes import live_class_name, tasks_of
 
     kind = str(config.get("model_type"))
@@ -146,19 +148,19 @@ def _has_class(config: Mapping[str, Any], task: str) -> bool:
     return live_class_name(config, task) is not None or not tasks_of(kind)
 
 
-def _possible(config: Mapping[str, Any]) -> tuple[str, ...]:
+def _possible_tasks(config: Mapping[str, Any]) -> tuple[str, ...]:
     from adaptrix_export.arch.classes import tasks_of
 
     kind = str(config.get("model_type"))
-    rows = TASKS_OF[family_of(kind).shape] if _is_usual(config) else ()
+    rows = TASKS_OF[family_of(kind).shape] if _has_usual_names(config) else ()
     return (*rows, *(task for task in tasks_of(kind) if task not in rows))
 
 
-def _trained_for(config: Mapping[str, Any], base: Mapping[str, Any]) -> str | None:
-    """By `task_type`, else by the class that PEFT noted when it was given none.
+def _trained_task(config: Mapping[str, Any], base: Mapping[str, Any]) -> str | None:
+    """The adapter's task by `task_type`, else by the class in `auto_mapping`, else None.
 
-    People write CAUSAL_LM and SEQ_2_SEQ_LM for all that generates, a speech or a vision-language
-    model too: where the base has a class that generates otherwise, that is meant.
+    CAUSAL_LM and SEQ_2_SEQ_LM are also used for speech and vision-language models: if the base has
+    another class that generates, its task is returned.
     """
     named = config.get("task_type")
     if named:
@@ -170,17 +172,17 @@ def _trained_for(config: Mapping[str, Any], base: Mapping[str, Any]) -> str | No
                 "correct it there, or take it out and name the task",
             )  # fmt: skip
         listens = family_of(str(base.get("model_type"))).shape == LISTENER
-        return task if _is_usual(base) and not listens else _meant(task, base)
+        return task if _has_usual_names(base) and not listens else _resolve_task(task, base)
     wrapped = (config.get("auto_mapping") or {}).get("base_model_class")
     return _task_of_class(str(wrapped), base) if wrapped else None
 
 
-def _meant(task: str, base: Mapping[str, Any]) -> str:
-    """The task of this base that PEFT's word for another one stands for."""
+def _resolve_task(task: str, base: Mapping[str, Any]) -> str:
+    """The task of this base that corresponds to `task`, which PEFT has a word for."""
     from adaptrix_export.arch.classes import tasks_of
 
     kind = str(base.get("model_type"))
-    saved, possible = _saved_as(base, kind), tasks_of(kind)
+    saved, possible = _saved_task(base, kind), tasks_of(kind)
     for word in ("generates", "labels"):
         if getattr(TASKS[task], word):
             if getattr(TASKS[saved], word):
@@ -190,27 +192,28 @@ def _meant(task: str, base: Mapping[str, Any]) -> str:
     return task
 
 
-def _saved_as(config: Mapping[str, Any], kind: str) -> str:
+def _saved_task(config: Mapping[str, Any], kind: str) -> str:
     names = config.get("architectures") or []
-    found = _task_of_class(str(names[0]), config) if names else None
-    if _is_usual(config):
+    task = _task_of_class(str(names[0]), config) if names else None
+    if _has_usual_names(config):
         possible = TASKS_OF[family_of(kind).shape]
-        if found == AS_SAVED and family_of(kind).shape == ENCODER_DECODER:
+        if task == AS_SAVED and family_of(kind).shape == ENCODER_DECODER:
             return AS_SAVED  # half of one: T5EncoderModel
-        return found if found in possible else possible[0]
+        return task if task in possible else possible[0]
     from adaptrix_export.arch.classes import tasks_of
 
-    return found or next(iter(tasks_of(kind)[-1:]), FEATURES)
+    return task or next(iter(tasks_of(kind)[-1:]), FEATURES)
 
 
 def _task_of_class(name: str, base: Mapping[str, Any]) -> str | None:
-    """The task of a class, if it is one of this base's type.
+    """The task of a class, if it is a class of this base's type.
 
-    An adapter of a model around this one, a vision-language model say, says nothing of its task.
+    The class of a larger model around this one, a vision-language model for example, has no task
+    here.
     """
     kind = str(base.get("model_type"))
     own = AS_SAVED if [name] == list(base.get("architectures") or ())[:1] else None
-    if not _is_usual(base):
+    if not _has_usual_names(base):
         from adaptrix_export.arch.classes import task_of
 
         return task_of(kind, name) or own
@@ -222,8 +225,8 @@ def _task_of_class(name: str, base: Mapping[str, Any]) -> str | None:
         return FEATURES
     from adaptrix_export.arch.classes import task_of
 
-    found = task_of(kind, name) or own
-    return None if found in (GENERATION, FEATURES) else found
+    class_task = task_of(kind, name) or own
+    return None if class_task in (GENERATION, FEATURES) else class_task
 
 
 def class_name(config: Mapping[str, Any], task: str) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptrix_export.arch.inputs import drawn
+from adaptrix_export.arch.inputs import random_inputs
 from adaptrix_export.arch.pieces import DECODER, EMBEDDING, VISION
 from adaptrix_export.oracle.compare import Logits
 from adaptrix_export.oracle.translated import Source
@@ -34,7 +34,7 @@ def seen_sources(model: Any) -> dict[str, dict[str, NDArray[Any]]]:
 
 def _source(model: Any, rows: int, token: int) -> dict[str, NDArray[Any]]:
     config = model.config
-    pixels = drawn(("pixel_values",), config, rows, seed=3)["pixel_values"]
+    pixels = random_inputs(("pixel_values",), config, rows, seed=3)["pixel_values"]
     places = _features(model, pixels).shape[1]
     text = config.get_text_config()
     ids = np.random.default_rng(4).integers(3, text.vocab_size, (rows, BEFORE + places + AFTER))

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptrix_export.arch.inputs import drawn
+from adaptrix_export.arch.inputs import random_inputs
 from adaptrix_export.arch.pieces import Piece, pieces_of
 from adaptrix_export.oracle.compare import Logits
 from adaptrix_export.oracle.translated import Source
@@ -33,7 +33,10 @@ class Answering(Protocol):
 def drawn_sources(names: Iterable[str], config: Any) -> dict[str, dict[str, NDArray[Any]]]:
     """Values for these inputs: one row, and several others."""
     names = tuple(names)
-    return {"alone": drawn(names, config, 1, seed=1), "batch": drawn(names, config, ROWS, seed=2)}
+    return {
+        "alone": random_inputs(names, config, 1, seed=1),
+        "batch": random_inputs(names, config, ROWS, seed=2),
+    }
 
 
 def as_positions(value: NDArray[Any]) -> Logits:

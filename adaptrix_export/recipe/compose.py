@@ -27,25 +27,27 @@ def composition_of(spec: ComposeSpec, names: Sequence[str]) -> Composition:
     )
 
 
-def weights_of(given: Any, names: Sequence[str]) -> tuple[tuple[str, Weight], ...]:
+def weights_of(weights: Any, names: Sequence[str]) -> tuple[tuple[str, Weight], ...]:
     """(adapter, weight) of each that is not 1; a layer that is not named has weight 1."""
-    pairs = given.items() if isinstance(given, Mapping) else zip(names, given or (), strict=False)
-    found = []
+    pairs = (
+        weights.items() if isinstance(weights, Mapping) else zip(names, weights or (), strict=False)
+    )
+    changed = []
     for name, value in pairs:
         layers = tuple(sorted(value.items())) if isinstance(value, Mapping) else ()
         weight = Weight(1.0 if layers or isinstance(value, Mapping) else float(value), layers)
         if weight != Weight():
-            found.append((name, weight))
-    return tuple(sorted(found))
+            changed.append((name, weight))
+    return tuple(sorted(changed))
 
 
-def check_weights(given: Any) -> None:
+def check_weights(weights: Any) -> None:
     """A list of finite numbers, or name: number, or name: {layer: number}; else a refusal."""
-    values = list(given.values()) if isinstance(given, Mapping) else given
-    if given is not None and not isinstance(values, (list, tuple)):
-        raise refusal(shown(given), "a list of numbers, or name: number")
+    values = list(weights.values()) if isinstance(weights, Mapping) else weights
+    if weights is not None and not isinstance(values, (list, tuple)):
+        raise refusal(shown(weights), "a list of numbers, or name: number")
     for value in values or ():
-        by_layer = isinstance(value, Mapping) and isinstance(given, Mapping)
+        by_layer = isinstance(value, Mapping) and isinstance(weights, Mapping)
         for number in value.values() if by_layer else [value]:
             try:
                 finite = isfinite(float(number))

@@ -16,7 +16,7 @@ def parse_layers(text: str) -> Layers:
     parts = [part.strip() for part in word.split(",")]
     listed = parts[:-1] if len(parts) > 1 and not parts[-1] else parts
     if not all(part.isdecimal() for part in listed):
-        raise _misspelt(text)
+        raise _invalid_layers(text)
     numbers = tuple(int(part) for part in listed)
     return numbers[0] if len(parts) == 1 else numbers
 
@@ -25,7 +25,7 @@ def check_layers(layers: Layers) -> Layers:
     """The same, or RecipeError for what means no layers in any model."""
     if isinstance(layers, str):
         if layers not in (AUTO, SEARCH):
-            raise _misspelt(layers)
+            raise _invalid_layers(layers)
     elif isinstance(layers, int):
         if layers < 1:
             raise RecipeError("layers", str(layers), "at least one layer")
@@ -37,5 +37,5 @@ def check_layers(layers: Layers) -> Layers:
     return layers
 
 
-def _misspelt(found: str) -> RecipeError:
-    return RecipeError("layers", repr(found), "auto, search, a number, or numbers such as 7,15,22")
+def _invalid_layers(text: str) -> RecipeError:
+    return RecipeError("layers", repr(text), "auto, search, a number, or numbers such as 7,15,22")

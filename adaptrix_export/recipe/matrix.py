@@ -53,7 +53,7 @@ def cells(
     overrides = list(overrides)
     if not axes:
         return [Cell("", make_recipe(plain, place, overrides=overrides))]
-    found: dict[str, Cell] = {}
+    builds: dict[str, Cell] = {}
     for values in product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         label = "_".join(_label(key, value) for key, value in chosen.items())
@@ -64,13 +64,13 @@ def cells(
         out = changed.get("out")
         if isinstance(out, str):
             changed["out"] = f"{out.rstrip('/')}/{label}"
-        if label in found:
+        if label in builds:
             raise RecipeError(
                 f"{place}: {MATRIX}", f"two builds named {label}", "values that differ in name",
                 "give the adapters names: {source: ..., name: ...}",
             )  # fmt: skip
-        found[label] = Cell(label, make_recipe(changed, f"{place} ({label})"))
-    return list(found.values())
+        builds[label] = Cell(label, make_recipe(changed, f"{place} ({label})"))
+    return list(builds.values())
 
 
 def _axes(matrix: Any, place: str) -> dict[str, Sequence[Any]]:

@@ -49,9 +49,9 @@ def _explain(root: type[BaseModel], detail: Mapping[str, Any]) -> tuple[str, str
     if kind == "missing":
         *parents, key = location
         description = _section(root, parents).model_fields[key].description or "a value"
-        wanted = description[0].lower() + description[1:].rstrip(".")
+        needed = description[0].lower() + description[1:].rstrip(".")
         flag = "" if parents else f" or give --{key.removesuffix('s')}"
-        return "missing", wanted, f"add `{key}:` to the recipe{flag}"
+        return "missing", needed, f"add `{key}:` to the recipe{flag}"
     if kind == "enum":
         words = re.findall(r"'([^']+)'", context["expected"])
         return shown(detail["input"]), one_of(words), did_you_mean(str(detail["input"]), words)

@@ -178,7 +178,7 @@ class Recipe(Section):
         flags = context.get("flags", {})
         try:
             recipe = handler(_long_form(data) if isinstance(data, Mapping) else data)
-            recipe._fits_together()
+            recipe._check_combinations()
         except ValidationError as error:
             raise misuse(cls, error.errors(), place, flags) from error
         except PydanticCustomError as error:
@@ -186,7 +186,7 @@ class Recipe(Section):
             raise misuse(cls, [detail], place, flags) from error
         return recipe
 
-    def _fits_together(self) -> None:
+    def _check_combinations(self) -> None:
         """What no single field can tell."""
         possible = TARGET_FACTS[self.target].precisions
         if self.precision not in possible:
@@ -207,7 +207,7 @@ class Recipe(Section):
                 f"pooling {self.pooling} with target {self.target}", "target onnx",
                 "a checkpoint holds weights alone", key="pooling",
             )  # fmt: skip
-        self._slots_fit()
+        self._check_slots()
         names = [adapter.name for adapter in self.adapters]
         check_compose(self.compose, names)
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -235,11 +235,11 @@ class Recipe(Section):
             key="context",
         )
 
-    def _slots_fit(self) -> None:
+    def _check_slots(self) -> None:
         """What goes with slots for adapters, and what only with them."""
         if self.target is not Target.ONNX_SWITCHABLE:
-            for key, given in (("rows", self.rows), ("slots", self.slots)):
-                if given:
+            for key, value in (("rows", self.rows), ("slots", self.slots)):
+                if value:
                     raise refusal(
                         f"{key} with target {self.target}", str(Target.ONNX_SWITCHABLE), key=key
                     )

@@ -208,12 +208,12 @@ class Context(Section):
     )
 
     @model_validator(mode="after")
-    def _fits_mode(self) -> Context:
+    def _check_mode(self) -> Context:
         for key, mode in (("tau", ContextMode.CLAMP), ("weight", ContextMode.BLEND)):
-            given, wanted = getattr(self, key) is not None, self.mode is mode
-            if wanted and not given:
+            is_set, required = getattr(self, key) is not None, self.mode is mode
+            if required and not is_set:
                 raise refusal(f"mode {mode} without {key}", f"a {key}", f"write `{key}: 0.25`")
-            if given and not wanted:
+            if is_set and not required:
                 raise refusal(f"{key} with mode {self.mode}", f"mode {mode}", f"leave {key} out")
         if self.tau != CALIBRATED and (self.share is not None or self.text is not None):
             key = "share" if self.share is not None else "text"

@@ -80,13 +80,13 @@ def _value(loader: _Loader, node: yaml.Node, place: str) -> Any:
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode, place: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    document: dict[str, Any] = {}
     for key_node, value_node in node.value:
         where = f"{place}:{key_node.start_mark.line + 1}"
         if not isinstance(key_node, yaml.ScalarNode):
             raise RecipeError(where, "a key that is not a word", "key: value")
         key = key_node.value  # as written, so that a key `on` or `1` is that word
-        if key in found:
+        if key in document:
             raise RecipeError(where, f"the key {key!r} a second time", "each key once", "keep one")
-        found[key] = _value(loader, value_node, place)
-    return found
+        document[key] = _value(loader, value_node, place)
+    return document

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 
-from adaptrix_export.arch.inputs import drawn
+from adaptrix_export.arch.inputs import random_inputs
 from adaptrix_export.arch.pieces import pieces_of
 from adaptrix_export.arch.task_table import VISION_LANGUAGE
 from adaptrix_export.arch.tasks import GENERATION, TASKS, TEXT, TWO_PARTS, has_row
@@ -190,7 +190,7 @@ def _sources(task: str, model: Any, rows: Rows) -> list[dict[str, Any]]:
     """What the encoder reads of each row: its text, or features drawn in its place."""
     if TASKS[task].inputs == TEXT:
         return [{"input_ids": torch.tensor([list(row)])} for row in rows]
-    fed = drawn(TASKS[task].inputs, model.config, len(rows), seed=5)
+    fed = random_inputs(TASKS[task].inputs, model.config, len(rows), seed=5)
     return [{n: torch.from_numpy(v[r : r + 1]) for n, v in fed.items()} for r in range(len(rows))]
 
 
@@ -205,7 +205,11 @@ def _forced(model: Any, sources: Sequence[Any], told: Sequence[int]) -> np.ndarr
 def _translation(task: str, out: Path, rows: Rows, steps: int) -> Iterator[Case]:
     """Encoder once, decoder with its cache; alone, and in a batch padded on the right."""
     config = transformers.AutoConfig.from_pretrained(out)
-    speech = None if TASKS[task].inputs == TEXT else drawn(TASKS[task].inputs, config, len(rows), 5)
+    speech = (
+        None
+        if TASKS[task].inputs == TEXT
+        else random_inputs(TASKS[task].inputs, config, len(rows), 5)
+    )
     encoder, decoder = Session(out, "encoder_model.onnx"), Session(out, "decoder_model_merged.onnx")
 
     def answer(batch: Rows) -> np.ndarray:
@@ -251,7 +255,7 @@ def _whole(task: str, out: Path, config: Any, target: str) -> Iterator[Case]:
     kind = getattr(transformers, name)
     other = kind.from_pretrained(out, dtype=torch.float32).eval() if target != "onnx" else None
     for piece in pieces_of(config.model_type, task, name, kind.main_input_name):
-        fed = drawn(piece.inputs, config, 3, seed=9)
+        fed = random_inputs(piece.inputs, config, 3, seed=9)
         session = Session(out, piece.file) if target == "onnx" else None
         for output, field in piece.outputs.items():
             yield (
@@ -268,7 +272,7 @@ def _seeing(out: Path, config: Any, target: str) -> Iterator[Case]:
     """An image between text, in one call of the live model, token by token of the artifact."""
     auto = transformers.AutoModelForImageTextToText
     other = auto.from_pretrained(out, dtype=torch.float32).eval() if target != "onnx" else None
-    pixels = drawn(("pixel_values",), config, 1, seed=9)["pixel_values"]
+    pixels = random_inputs(("pixel_values",), config, 1, seed=9)["pixel_values"]
     places = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     ids = np.random.default_rng(3).integers(3, VOCABULARY, (1, places + 10))
     ids[:, 4 : 4 + places] = config.image_token_id

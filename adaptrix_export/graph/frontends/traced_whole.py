@@ -16,7 +16,7 @@ import torch
 from onnx_ir.passes import common
 
 from adaptrix_export.arch.classes import live_class
-from adaptrix_export.arch.inputs import INPUTS, LENGTHS, SEQUENCE, sizes_of, taken
+from adaptrix_export.arch.inputs import INPUTS, LENGTHS, SEQUENCE, accepted_inputs, sizes_of
 from adaptrix_export.arch.pieces import Piece, pieces_of
 from adaptrix_export.arch.tasks import GENERATION
 from adaptrix_export.compat.transformers_tracing import traceable
@@ -67,7 +67,7 @@ def _sample(model: Any, piece: Piece) -> Sample:
     inputs: dict[str, Any] = {}
     shapes: dict[str, Any] = {}
     known = inspect.signature(getattr(model, piece.method)).parameters
-    for name in taken(piece.inputs, model.config):
+    for name in accepted_inputs(piece.inputs, model.config):
         if name not in known:
             continue
         sizes = sizes_of(name, model.config, type(model).__name__)
