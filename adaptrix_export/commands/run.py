@@ -59,11 +59,14 @@ log = logging.getLogger("adaptrix_export.run")
     "--provider", default="auto", show_default=True, metavar="auto|cpu|cuda",
     help="Where it runs.",
 )  # fmt: skip
+@click.option(
+    "--no-check", is_flag=True, help="Do not compare files with the manifest before using them."
+)
 @shared_options
 def run(
     artifact: Path, prompt: str | None, file: Path | None, max_new_tokens: int,
-    context_stats: bool, chat: bool, adapters: tuple[str, ...], provider: str, as_json: bool,
-    **sampling: Any,
+    context_stats: bool, chat: bool, adapters: tuple[str, ...], provider: str, no_check: bool,
+    as_json: bool, **sampling: Any,
 ) -> None:  # fmt: skip
     """Generate text from a published ARTIFACT on ONNX Runtime, greedily or drawn.
 
@@ -75,7 +78,7 @@ def run(
     if prompt is not None and file is not None:
         raise click.UsageError("--prompt and --prompts exclude each other.")
     how = Sampling(**sampling)
-    session = Session(artifact, provider=provider)
+    session = Session(artifact, provider=provider, check=not no_check)
     session.use(_selection(adapters))
     one = prompt if file is None else None
     if one is None and (as_json or context_stats) and file is None:

@@ -16,10 +16,11 @@ from typing import Any
 
 from adaptrix_export import __version__
 from adaptrix_export.errors import CheckerError, RecipeError
-from adaptrix_export.package.manifest import MANIFEST, check_hashes, library_versions, read_manifest
+from adaptrix_export.package.manifest import check_hashes, library_versions, read_manifest
 from adaptrix_export.plan import Plan
 from adaptrix_export.recipe.matrix import Cell
 from adaptrix_export.recipe.recipe import Recipe
+from adaptrix_export.runtime.files import MANIFEST
 from adaptrix_export.save.hashes import FileHash, InputHashes
 from adaptrix_export.save.machine_paths import without_machine_paths
 

@@ -18,8 +18,9 @@ from typing import Any
 from adaptrix_export.compat.huggingface_hub import ignored, transport_errors
 from adaptrix_export.errors import InputError, MachineError, OutputError, SourceError
 from adaptrix_export.load.source import HubName, hub_name
-from adaptrix_export.package.manifest import MANIFEST, check_hashes, read_manifest
+from adaptrix_export.package.manifest import check_hashes, read_manifest
 from adaptrix_export.progress import Progress, Silent
+from adaptrix_export.runtime.files import MANIFEST
 from adaptrix_export.save.staging import publish, staging
 
 CARD = "README.md"  # of the repository: not part of the artifact

@@ -2,7 +2,6 @@
 
 from adaptrix_export.package.content import write_package
 from adaptrix_export.package.manifest import (
-    MANIFEST,
     Problem,
     build_manifest,
     check_hashes,
@@ -10,6 +9,7 @@ from adaptrix_export.package.manifest import (
     write_manifest,
 )
 from adaptrix_export.package.model_config import portable_config
+from adaptrix_export.runtime.files import MANIFEST
 from adaptrix_export.save.hashes import InputHashes, hash_file
 from adaptrix_export.save.staging import addition, install, publish, staging
 

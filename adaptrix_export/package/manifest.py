@@ -6,7 +6,6 @@ and no path of the machine.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from adaptrix_export.errors import MachineError, SourceError, VerificationError
 from adaptrix_export.load.base_weights import weights_record
 from adaptrix_export.load.files.regular import require_regular
 from adaptrix_export.package.documents import MANIFEST_FORMAT, ManifestDocument, check_document
+from adaptrix_export.runtime.files import CHECKSUM, MANIFEST, manifest_text
 from adaptrix_export.save.hashes import (
     FileHash,
     InputFile,
@@ -33,10 +33,8 @@ if TYPE_CHECKING:
     from adaptrix_export.plan import Plan
     from adaptrix_export.targets.artifact import Artifact
 
-MANIFEST = "manifest.json"
 FORMAT = MANIFEST_FORMAT
 TOOL = "adaptrix-export"
-CHECKSUM = "checksum"  # sha256 of the manifest's text without it
 
 # Whose versions decide the bytes. The two builds of ONNX Runtime exclude each other.
 LIBRARIES = (
@@ -130,18 +128,7 @@ def _context(plan: Plan) -> dict[str, Any] | None:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write manifest.json, keys sorted, with a checksum of itself."""
-    (folder / MANIFEST).write_text(_text(manifest), encoding="utf-8")
-
-
-def _text(manifest: Mapping[str, Any]) -> str:
-    """The one text that a manifest has."""
-    bare = {key: value for key, value in manifest.items() if key != CHECKSUM}
-    digest = hashlib.sha256(_dumped(bare).encode()).hexdigest()
-    return _dumped({**bare, CHECKSUM: digest})
-
-
-def _dumped(manifest: Mapping[str, Any]) -> str:
-    return json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -178,7 +165,7 @@ def _read_known(folder: Path) -> dict[str, Any]:
             f"format {FORMAT}",
             "use the adaptrix-export that built it, or build again",
         )
-    if text != _text(manifest):
+    if text != manifest_text(manifest):
         raise VerificationError(
             str(path), f"not what its {CHECKSUM} says", "the manifest as it was written",
             "it was edited or damaged; build again",

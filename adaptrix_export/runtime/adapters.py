@@ -6,8 +6,6 @@ bytes are not those that were written, or if a tensor has no slot.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import threading
 import time
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from adaptrix_export.errors import SourceError, did_you_mean
+from adaptrix_export.runtime.files import MANIFEST, ArtifactFiles
 from adaptrix_export.runtime.graph import AdapterSlot, DecoderGraph
 from adaptrix_export.runtime.stamps import adapter_version
 
@@ -60,7 +59,7 @@ class AdapterStore:
     def loaded(self) -> Mapping[str, Loaded]:
         return MappingProxyType(dict(self._loaded))
 
-    def load(self, path: Path, name: str, sha256: str | None = None) -> Loaded:
+    def load(self, path: Path, name: str) -> Loaded:
         """Read an adapter file; another one of that name is replaced for requests to come.
 
         Raises SourceError for a file that is damaged, of another graph, or without a slot.
@@ -71,8 +70,6 @@ class AdapterStore:
                 f"adapter {name}", "a graph without slots for adapters",
                 "an artifact of target onnx-switchable",
             )  # fmt: skip
-        if sha256 is not None:
-            _check_hash(path, sha256)
         factors = read_factors(path, self._graph)
         loaded = Loaded(
             name=name,
@@ -95,7 +92,7 @@ class AdapterStore:
 
         A mix stacks the ranks of its adapters: sum of weight * B A, exactly. That copies all their
         factors, so it begins now, in a thread of its own, and the function waits for it. Raises
-        SourceError for an unknown name or a weight that is no number.
+        SourceError for an unknown name; the function does so for a mix that is not finite.
         """
         with self._lock:
             missing = [name for name in weights if name not in self._loaded]
@@ -106,9 +103,6 @@ class AdapterStore:
                 ", ".join(sorted(self._loaded)) or "no adapter at all",
                 did_you_mean(missing[0], self._loaded),
             )  # fmt: skip
-        for name, weight in weights.items():
-            if isinstance(weight, bool) or not np.isfinite(weight):
-                raise SourceError(f"weight of adapter {name}", repr(weight), "a number")
         if len(weights) == 1 and next(iter(weights.values())) == 1:
             own = next(iter(chosen.values())).factors
             return lambda: own
@@ -144,42 +138,27 @@ class AdapterStore:
         return {name: make(value.numpy(), device, 0) for name, value in factors.items()}
 
 
-def listed(folder: Path) -> dict[str, tuple[Path, str | None]]:
-    """Adapter name -> (file, sha256) in an artifact folder: as its manifest says, where it has one.
+def listed(files: ArtifactFiles) -> dict[str, Path]:
+    """Adapter name -> file, as the artifact's manifest says.
 
     Without a manifest, which a build that is not published yet lacks, the files themselves.
     """
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        return {p.name.removesuffix(SUFFIX): (p, None) for p in _files(folder)}
+    folder = files.folder
+    if not files.manifest:
+        return {p.name.removesuffix(SUFFIX): p for p in _files(folder)}
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
-        names: dict[str, Any] = content.get("switchable", {}).get("adapters", {})
-        hashes = {name: content["outputs"][entry["file"]] for name, entry in names.items()}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        entries: dict[str, Any] = files.manifest.get("switchable", {}).get("adapters", {})
+        names = {str(name): Path(str(entry["file"])).name for name, entry in entries.items()}
+    except (AttributeError, KeyError, TypeError) as error:
         raise SourceError(
-            str(manifest), f"unreadable ({error!r})", "the manifest of a build", "build again"
-        ) from error
-    adapters: dict[str, tuple[Path, str | None]] = {}
-    for name, entry in sorted(names.items()):
-        path = folder / FOLDER / Path(str(entry["file"])).name  # never outside the folder
-        adapters[name] = (path, str(hashes[name]["sha256"]))
-    return adapters
+            str(folder / MANIFEST), f"unreadable ({error!r})", "the manifest of a build",
+            "build again",
+        ) from error  # fmt: skip
+    return {name: folder / FOLDER / file for name, file in sorted(names.items())}
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted((folder / FOLDER).glob(f"*{SUFFIX}"))
-
-
-def _check_hash(path: Path, expected: str) -> None:
-    if not path.is_file():
-        raise SourceError(str(path), "no such file", "the adapter that the manifest names")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != expected:
-        raise SourceError(
-            str(path), f"sha256 {digest}", f"{expected} as in the manifest",
-            "the file was changed; build or add the adapter again",
-        )  # fmt: skip
 
 
 def read_factors(path: Path, graph: DecoderGraph) -> Factors:
@@ -256,6 +235,12 @@ def _mixed(
         ]
         if parts:
             first = np.concatenate([a for a, _, _ in parts], axis=1)
-            second = np.concatenate([b * np.float32(weight) for _, b, weight in parts], axis=0)
+            with np.errstate(over="ignore"):  # seen below
+                second = np.concatenate([b * np.float32(weight) for _, b, weight in parts], axis=0)
+            if not np.isfinite(second).all():
+                raise SourceError(
+                    f"mix of {', '.join(chosen)}", f"values at {slot.b} that are not finite",
+                    "finite ones", "use smaller weights",
+                )  # fmt: skip
             mixed[slot.a], mixed[slot.b] = make(first), make(second)
     return mixed

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adaptrix_export.errors import SourceError
+from adaptrix_export.runtime.files import MANIFEST, ArtifactFiles
 from adaptrix_export.runtime.graph import ADAPTER_IDS, DecoderGraph
 from adaptrix_export.runtime.selection import Choice
 
@@ -29,7 +28,7 @@ class SiteStatistics:
 
 
 def context_statistics(
-    folder: Path, graph: DecoderGraph, choice: Choice, ids: Sequence[int]
+    files: ArtifactFiles, graph: DecoderGraph, choice: Choice, ids: Sequence[int]
 ) -> list[SiteStatistics]:
     """The statistics of one pass over `ids`, in the order of the manifest.
 
@@ -39,7 +38,7 @@ def context_statistics(
     """
     import onnxruntime
 
-    sites = _sites(folder)
+    sites = _sites(files)
     row = np.array([ids], np.int64)
     fed: dict[str, Any] = {"input_ids": row, "attention_mask": np.ones_like(row)}
     if graph.takes_positions:
@@ -58,16 +57,21 @@ def context_statistics(
     return [SiteStatistics(s, *(float(n[i]) for n in numbers)) for i, s in enumerate(sites)]
 
 
-def _sites(folder: Path) -> list[str]:
+def _sites(files: ArtifactFiles) -> list[str]:
     """The sites whose gates depend on the data, as the artifact's manifest lists them."""
+    place = str(files.folder)
+    if not files.manifest:
+        raise SourceError(place, f"no {MANIFEST}", "an artifact folder")
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        context = manifest.get("context") or {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise SourceError(str(folder), f"no manifest ({error})", "an artifact folder") from error
-    if not context.get("stats"):
+        context = files.manifest.get("context") or {}
+        if context.get("stats"):
+            return [str(gate["site"]) for gate in context["gates"] if gate["mode"] != "blend"]
+    except (AttributeError, KeyError, TypeError) as error:
         raise SourceError(
-            str(folder), "a graph without statistics of gates", "one built with context.stats",
-            "build it again with `--set context.stats=true`",
-        )  # fmt: skip
-    return [gate["site"] for gate in context["gates"] if gate["mode"] != "blend"]
+            f"{place}/{MANIFEST}: context", f"unreadable ({error!r})", "gates by site",
+            "build again",
+        ) from error  # fmt: skip
+    raise SourceError(
+        place, "a graph without statistics of gates", "one built with context.stats",
+        "build it again with `--set context.stats=true`",
+    )  # fmt: skip

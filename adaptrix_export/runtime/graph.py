@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptrix_export.errors import SourceError
+from adaptrix_export.runtime.files import read_object
 from adaptrix_export.runtime.layout import located
 from adaptrix_export.runtime.providers import AUTO, provider_unavailable, requested_providers
 from adaptrix_export.runtime.requirement import check_runtime
@@ -63,7 +64,8 @@ def _refuse_others(folder: Path) -> None:
     kind = "an encoder-decoder" if located(folder, ENCODER).is_file() else None
     config = folder / "config.json"
     if kind is None and config.is_file():
-        names = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
+        names = read_object(config).get("architectures")
+        names = names if isinstance(names, list) else []
         kind = "a classifier" if any(str(n).endswith("Classification") for n in names) else None
     if kind is not None:
         raise SourceError(
@@ -108,13 +110,8 @@ class DecoderGraph:
         self.cache = tuple(_slots(inputs, list(outputs), path))
         self.vocabulary, self.logit_type = _logits(outputs[LOGITS], path)
         facts = _facts(self.session, path)
-        self.shares_cache: bool = bool(facts.get("shared_cache", False))
-        self.model_version: int = int(facts.get("model_version", 0))
-        self.rows: tuple[str, ...] = tuple(facts.get("rows", ()))
-        self.slots: Mapping[str, AdapterSlot] = {
-            s["name"]: AdapterSlot(s["name"], s["a"], s["b"], s["inputs"], s["outputs"])
-            for s in facts.get("slots", ())
-        }
+        self.shares_cache, self.model_version = facts.shares_cache, facts.model_version
+        self.rows, self.slots = facts.rows, facts.slots
 
 
 def _session(path: Path, threads: int, provider: str) -> Any:
@@ -140,13 +137,38 @@ def _session(path: Path, threads: int, provider: str) -> Any:
     return session
 
 
-def _facts(session: Any, path: Path) -> dict[str, Any]:
-    """What the graph's metadata says; nothing for a graph that was not made here."""
-    text = session.get_modelmeta().custom_metadata_map.get(FACTS, "{}")
+@dataclass(frozen=True)
+class Facts:
+    """What a graph says of itself; of one that was not made here, nothing is known."""
+
+    shares_cache: bool = False
+    model_version: int = 0
+    rows: tuple[str, ...] = ()
+    slots: Mapping[str, AdapterSlot] = field(default_factory=dict)
+
+
+def _facts(session: Any, path: Path) -> Facts:
+    text = session.get_modelmeta().custom_metadata_map.get(FACTS)
+    if text is None:
+        return Facts()
     try:
-        return dict(json.loads(text))
-    except ValueError as error:
-        raise SourceError(f"{path}: {FACTS}", f"not JSON ({error})", "build again") from error
+        content = json.loads(text)
+        return Facts(
+            shares_cache=bool(content.get("shared_cache", False)),
+            model_version=int(content.get("model_version", 0)),
+            rows=tuple(map(str, content.get("rows", ()))),
+            slots={
+                str(s["name"]): AdapterSlot(
+                    str(s["name"]), s["a"], s["b"], int(s["inputs"]), int(s["outputs"])
+                )
+                for s in content.get("slots", ())
+            },
+        )  # fmt: skip
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise SourceError(
+            f"{path}: metadata {FACTS}", f"unreadable ({error!r})", "what a build writes there",
+            "build again",
+        ) from error  # fmt: skip
 
 
 def _logits(output: Any, path: Path) -> tuple[int | None, Any]:

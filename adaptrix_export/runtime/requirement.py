@@ -5,13 +5,12 @@ Its own words about a graph that is too new name opsets and operators, and no ve
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from adaptrix_export.errors import SourceError
+from adaptrix_export.runtime.files import MANIFEST, read_object
 
-MANIFEST = "manifest.json"
 OLDEST = "1.20"  # what a session asks for itself: the format of adapter files came with it
 
 
@@ -36,11 +35,7 @@ def minimum_runtime(graph: Path) -> str | None:
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SourceError(str(path), f"not JSON ({error})", "a manifest", "build again") from error
-    needs = manifest.get("onnxruntime") if isinstance(manifest, dict) else None
+    needs = read_object(path).get("onnxruntime")
     minimum = needs.get("minimum") if isinstance(needs, dict) else None
     if not isinstance(minimum, str) or not re.fullmatch(r"\d+\.\d+", minimum):
         return None

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptrix_export.errors import SourceError
+from adaptrix_export.runtime.requests import number, whole_number
 
 Scores = NDArray[np.floating[Any]]
 
@@ -34,13 +35,16 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            number(name, getattr(self, name))
+        whole_number("top_k", self.top_k)
+        if self.seed is not None:
+            whole_number("seed", self.seed)
         for name, value, right, expected in (
-            ("temperature", self.temperature, 0 <= self.temperature < np.inf, "0 or more"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
+            ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", self.repetition_penalty,
-             0 < self.repetition_penalty < np.inf, "above 0"),
-            ("seed", self.seed, self.seed is None or self.seed >= 0, "0 or more"),
+             self.repetition_penalty > 0, "above 0"),
         ):  # fmt: skip
             if not right:
                 raise SourceError(name, repr(value), expected)
@@ -59,8 +63,13 @@ class Sampler:
         self._random = np.random.default_rng(seed)
 
     def choose(self, logits: Scores) -> int:
-        """The next token, from its logits (vocab,)."""
+        """The next token, from its logits (vocab,). Raises SourceError where none is finite."""
         options = self._options
+        largest = logits[logits.argmax()]  # NaN counts as the largest
+        if not np.isfinite(largest):
+            raise SourceError(
+                "logits", f"{largest}", "finite numbers", "use smaller weights for the adapters"
+            )
         scores = logits
         if options.repetition_penalty != 1:
             scores = penalized(scores, self._seen, options.repetition_penalty)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from adaptrix_export.errors import SourceError, did_you_mean
 from adaptrix_export.runtime.adapters import NOTHING, AdapterStore, Factors
 from adaptrix_export.runtime.graph import DecoderGraph, Ids
+from adaptrix_export.runtime.requests import number, shown, text
 from adaptrix_export.runtime.statistics import BASE
 
 # A name, a mix {name: weight}, a name or None for each row of a batch, or None: the base alone.
@@ -39,6 +41,7 @@ def resolved(selection: Selection, graph: DecoderGraph, store: AdapterStore) -> 
     """The choice, or SourceError for a name or a kind of selection that this graph has not."""
     if selection is None or (isinstance(selection, Mapping) and not selection):
         return Choice()
+    _check_kind(selection)
     if graph.takes_ids:
         return _by_row(selection, graph)
     if isinstance(selection, str):
@@ -51,6 +54,22 @@ def resolved(selection: Selection, graph: DecoderGraph, store: AdapterStore) -> 
         "adapters", "one for each row", "one for the whole request",
         "build with `rows: true` for an adapter a row",
     )  # fmt: skip
+
+
+def _check_kind(selection: Any) -> None:
+    """Raise SourceError for what is no name, no mix of names and no name for each row."""
+    if isinstance(selection, str):
+        return
+    if isinstance(selection, Mapping):
+        for name, weight in selection.items():
+            text("name of an adapter", name)
+            number(f"weight of adapter {name}", weight)
+    elif isinstance(selection, Sequence) and not isinstance(selection, bytes):
+        for name in selection:
+            if name is not None:
+                text("name of an adapter", name)
+    else:
+        raise SourceError("adapter", shown(selection), "a name, {name: weight}, or None")
 
 
 def _by_row(selection: Selection, graph: DecoderGraph) -> Choice:

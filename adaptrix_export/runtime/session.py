@@ -11,7 +11,6 @@ no lock is held while a graph runs.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Collection, Iterator, Sequence
 from enum import Enum
@@ -25,12 +24,26 @@ from numpy.typing import NDArray
 from adaptrix_export.errors import SourceError
 from adaptrix_export.runtime.adapters import SUFFIX, AdapterStore, listed
 from adaptrix_export.runtime.context import SiteStatistics, context_statistics
-from adaptrix_export.runtime.graph import SLOTLESS, DecoderGraph, Ids
+from adaptrix_export.runtime.files import ArtifactFiles
+from adaptrix_export.runtime.graph import GRAPH, SLOTLESS, DecoderGraph, Ids
+from adaptrix_export.runtime.layout import located
 from adaptrix_export.runtime.padding import padded
 from adaptrix_export.runtime.providers import AUTO
+from adaptrix_export.runtime.requests import attention_mask as mask_of
+from adaptrix_export.runtime.requests import (
+    fits_context,
+    path_of,
+    prompt_rows,
+    shown,
+    stop_ids,
+    text,
+    token_ids,
+    whole_number,
+)
 from adaptrix_export.runtime.running import Run
 from adaptrix_export.runtime.sampling import GREEDY, Sampler, Sampling
 from adaptrix_export.runtime.selection import Choice, Selection, resolved
+from adaptrix_export.runtime.settings import read_context_length, read_eos_ids
 from adaptrix_export.runtime.statistics import MERGED, Statistics
 from adaptrix_export.runtime.tokenizer import TextTokenizer
 
@@ -54,28 +67,37 @@ class Session:
     With `twin`, requests without an adapter run on a second graph over the same weights file, one
     without slots: they cost what they would if there were none, and ONNX Runtime holds the weights
     of both graphs in memory. Only an artifact with slots has it.
+
+    Every file that is read is compared with the manifest first, the weights while ONNX Runtime
+    loads them; `check=False` leaves that out.
     """
 
     def __init__(
-        self, folder: Path | str, threads: int = 0, provider: str = AUTO, twin: bool = False
-    ) -> None:
-        self.folder = Path(folder)
+        self, folder: Path | str, threads: int = 0, provider: str = AUTO, twin: bool = False,
+        check: bool = True,
+    ) -> None:  # fmt: skip
+        self.folder = path_of("folder", folder)
         if not self.folder.is_dir():
             raise SourceError(str(folder), "no such folder", "an ONNX artifact folder")
-        self._graph = DecoderGraph(self.folder, threads, provider)
-        self._twin = DecoderGraph(self.folder, threads, provider, SLOTLESS) if twin else None
+        threads = whole_number("threads", threads)
+        self._files = ArtifactFiles(self.folder, check)
+        self._files.require(self.folder / "config.json")
+        graphs = [located(self.folder, file) for file in (GRAPH, *((SLOTLESS,) if twin else ()))]
+        with self._files.requiring(path for path in graphs if path.is_file()):
+            self._graph = DecoderGraph(self.folder, threads, provider)
+            self._twin = DecoderGraph(self.folder, threads, provider, SLOTLESS) if twin else None
         self._store = AdapterStore(self._graph)
         self._statistics = Statistics()
         self._current = Choice()
-        self.eos_ids = self._read_eos_ids()
-        self.context_length = self._read_context_length()
+        self.eos_ids = read_eos_ids(self._files)
+        self.context_length = read_context_length(self._files)
         if self._graph.slots:
-            for name, (path, sha256) in listed(self.folder).items():
-                self._store.load(path, name, sha256)
+            for name, path in listed(self._files).items():
+                self._store.load(self._files.require(path), name)
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
-        return TextTokenizer(self.folder)
+        return TextTokenizer(self.folder, self._files)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -89,8 +111,8 @@ class Session:
 
     def load_adapter(self, path: Path | str, name: str | None = None) -> str:
         """Add an `.onnx_adapter` file that was made for this artifact; returns its name."""
-        path = Path(path)
-        name = name or path.name.removesuffix(SUFFIX)
+        path = path_of("adapter", path)
+        name = path.name.removesuffix(SUFFIX) if name is None else text("name of the adapter", name)
         self._store.load(path, name)
         return name
 
@@ -115,7 +137,8 @@ class Session:
 
         Raises SourceError for an artifact that was not built with context.stats.
         """
-        return context_statistics(self.folder, self._graph, self._chosen(adapter), ids)
+        (row,) = prompt_rows([ids], self._graph.vocabulary, self.context_length)
+        return context_statistics(self._files, self._graph, self._chosen(adapter), row)
 
     def logits(
         self,
@@ -123,9 +146,15 @@ class Session:
         attention_mask: Ids | None = None,
         adapter: Selection | Current = CURRENT,
     ) -> NDArray[np.float32]:
-        """Logits (batch, seq, vocab) of one pass over `input_ids` (batch, seq), padded or not."""
-        ids = np.asarray(input_ids, dtype=np.int64)
-        mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
+        """Logits (batch, seq, vocab) of one pass over `input_ids` (batch, seq), padded or not.
+
+        Raises SourceError for ids outside of the vocabulary, and other shapes and types.
+        """
+        ids = token_ids("input_ids", input_ids, self._graph.vocabulary, dimensions=2)
+        if not ids.size:
+            raise SourceError("input_ids", f"shape {list(ids.shape)}", "at least one token")
+        mask = np.ones_like(ids) if attention_mask is None else mask_of(attention_mask, ids)
+        fits_context("input_ids", int(mask.sum(axis=1).max()), self.context_length)
         run, _ = self._start(self._chosen(adapter), ids.shape[0], ids.shape[1])
         return run.step(ids, mask).astype(np.float32, copy=False)
 
@@ -163,9 +192,10 @@ class Session:
         Each row gets what it would get alone; a row that has ended no longer grows. The context
         is that of the longest row.
         """
-        answers: list[list[int]] = [[] for _ in rows]
         ends = self._ends(stop_at_eos, stop)
-        for tokens in self._decode(rows, max_new_tokens, ends, adapter, sampling, padding):
+        steps = self._decode(rows, max_new_tokens, ends, adapter, sampling, padding)
+        answers: list[list[int]] = [[] for _ in rows]
+        for tokens in steps:
             for row, token in zip(answers, tokens, strict=True):
                 if token is not None:
                     row.append(token)
@@ -214,18 +244,19 @@ class Session:
         """
         if isinstance(prompt, str):
             return "".join(self.stream(prompt, max_new_tokens, chat, **how))
-        prompts = [self._encoded(text, chat) for text in prompt]
+        if not isinstance(prompt, Sequence):
+            raise SourceError("prompt", shown(prompt), "some text, or a list of texts")
+        prompts = [self._encoded(each, chat) for each in prompt]
         answers = self.generate_batch(prompts, max_new_tokens, **how)
         words = self.tokenizer
         return ["".join(words.stream(a, b)) for a, b in zip(prompts, answers, strict=True)]
 
     def _encoded(self, prompt: str, chat: bool) -> list[int]:
-        if not prompt:
-            raise SourceError("prompt", "empty", "some text")
-        return self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt)
+        words = text("prompt", prompt)
+        return self.tokenizer.encode_chat(words) if chat else self.tokenizer.encode(words)
 
     def _ends(self, stop_at_eos: bool, stop: Collection[int]) -> frozenset[int]:
-        return frozenset(stop) | (self.eos_ids if stop_at_eos else frozenset())
+        return stop_ids(stop) | (self.eos_ids if stop_at_eos else frozenset())
 
     def _chosen(self, adapter: Selection | Current) -> Choice:
         if isinstance(adapter, Current):
@@ -254,7 +285,10 @@ class Session:
         side: str,
     ) -> Iterator[list[int | None]]:
         """A token a row and step, None for rows that have ended. All checks happen before."""
-        self._check_prompts(rows)
+        if not self._graph.cache:
+            raise SourceError(str(self.folder), "a graph without a cache", "past_key_values inputs")
+        rows = prompt_rows(rows, self._graph.vocabulary, self.context_length)
+        count = whole_number("max_new_tokens", count)
         longest = max(len(row) for row in rows)
         if self.context_length is not None:
             count = min(count, self.context_length - longest)
@@ -293,45 +327,3 @@ class Session:
                     return
         finally:
             self._statistics.tokens(label, made)
-
-    def _check_prompts(self, rows: Sequence[Sequence[int]]) -> None:
-        if not self._graph.cache:
-            raise SourceError(str(self.folder), "a graph without a cache", "past_key_values inputs")
-        if not len(rows):
-            raise SourceError("prompts", "none", "at least one")
-        for ids in rows:
-            if not len(ids):
-                raise SourceError("prompt", "no tokens", "at least one")
-            if self.context_length is not None and len(ids) > self.context_length:
-                raise SourceError(
-                    "prompt",
-                    f"{len(ids)} tokens",
-                    f"at most {self.context_length}",
-                    "shorten it",
-                )
-
-    def _read_eos_ids(self) -> frozenset[int]:
-        """From generation_config.json, which may know more end tokens than config.json."""
-        for name in ("generation_config.json", "config.json"):
-            eos = self._read(name).get("eos_token_id")
-            if eos is not None:
-                return frozenset(eos) if isinstance(eos, list) else frozenset({int(eos)})
-        return frozenset()
-
-    def _read_context_length(self) -> int | None:
-        length = self._read("genai_config.json").get("model", {}).get("context_length")
-        if length is None:  # a graph that genai cannot run
-            config = self._read("config.json")
-            length = config.get("max_position_embeddings") or config.get("n_positions")
-        return int(length) if length is not None else None
-
-    def _read(self, name: str) -> dict[str, Any]:
-        """One of the folder's JSON files; empty where a folder does without it."""
-        path = self.folder / name
-        if not path.is_file():
-            return {}
-        try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise SourceError(str(path), f"not JSON ({error})", "a JSON object") from error
-        return content

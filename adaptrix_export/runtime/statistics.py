@@ -11,6 +11,8 @@ from adaptrix_export.runtime.adapters import Loaded, log
 
 BASE = "base"  # what requests without an adapter are counted under
 MERGED = "merged"  # and those of a graph that has its adapters in its weights
+OTHERS = "others"  # and those of all further labels, once there are so many:
+MOST_LABELS = 1000  # of adapters, mixes and rows; a weight may be any number
 
 
 class Statistics:
@@ -24,12 +26,12 @@ class Statistics:
 
     def request(self, label: str) -> None:
         with self._lock:
-            self._requests[label] += 1
+            self._requests[_kept(label, self._requests)] += 1
         log.debug("request on %s", label)
 
     def tokens(self, label: str, count: int) -> None:
         with self._lock:
-            self._tokens[label] += count
+            self._tokens[_kept(label, self._tokens)] += count
 
     def switch(self, label: str, seconds: float) -> None:
         with self._lock:
@@ -39,7 +41,7 @@ class Statistics:
 
     def as_dict(self, loaded: Mapping[str, Loaded], active: str) -> dict[str, Any]:
         """`active`, `adapters` (bytes, rank, load_ms of each), `requests` and `tokens` by adapter
-        or mix, `switches` (number, mean_ms, max_ms, last_ms)."""
+        or mix, the first 1000 of them by name, `switches` (number, mean_ms, max_ms, last_ms)."""
         with self._lock:
             requests, tokens = dict(self._requests), dict(self._tokens)
             number, total, longest, last = self._switches
@@ -58,3 +60,8 @@ class Statistics:
                 "last_ms": round(1e3 * last, 4),
             },
         }
+
+
+def _kept(label: str, counts: Counter[str]) -> str:
+    """What to count under, so that counters do not grow with the mixes that people ask for."""
+    return label if label in counts or len(counts) < MOST_LABELS else OTHERS

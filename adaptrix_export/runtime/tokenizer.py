@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from adaptrix_export.errors import SourceError
+from adaptrix_export.runtime.files import ArtifactFiles
 
 REPLACEMENT = "\ufffd"  # what an unfinished multi-byte character decodes to
 # A character has at most 4 byte tokens; more than this are not a character but bad bytes.
@@ -18,12 +19,16 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 
 class TextTokenizer:
-    """The tokenizer of an artifact folder. Raises SourceError if the folder has none."""
+    """The tokenizer of an artifact folder. Raises SourceError if the folder has none.
 
-    def __init__(self, folder: Path) -> None:
+    With `files` what is read is checked first.
+    """
+
+    def __init__(self, folder: Path, files: ArtifactFiles | None = None) -> None:
         from tokenizers import Tokenizer
 
-        path = folder / "tokenizer.json"
+        self._files = files or ArtifactFiles(folder, check=False)
+        path = self._files.require(folder / "tokenizer.json")
         if not path.is_file():
             raise SourceError(
                 str(folder),
@@ -50,15 +55,15 @@ class TextTokenizer:
 
     def encode_chat(self, text: str) -> list[int]:
         """Ids of `text` as one user message, up to where the assistant's answer begins."""
-        config = _read(self._folder / "tokenizer_config.json")
-        template = _chat_template(self._folder, config)
+        config = self._files.read("tokenizer_config.json")
+        template = _chat_template(self._files, config)
         if template is None:
             raise SourceError(
                 str(self._folder), "no chat template", "an instruct model", "prompt without chat"
             )
         messages = [{"role": "user", "content": text}]
         # The template writes the special tokens itself.
-        rendered = render_chat(template, messages, _special_tokens(self._folder, config))
+        rendered = render_chat(template, messages, _special_tokens(self._files, config))
         return self.encode(rendered, special_tokens=False)
 
     def stream(self, prompt: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
@@ -123,21 +128,21 @@ def _raise_in_template(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+def _chat_template(files: ArtifactFiles, config: Mapping[str, Any]) -> str | None:
     """The default template, from wherever the versions of transformers put it."""
-    file = folder / "chat_template.jinja"
+    file = files.require(files.folder / "chat_template.jinja")
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    stored = _read(folder / "chat_template.json") or config
+    stored = files.read("chat_template.json") or config
     template = stored.get("chat_template")
     if isinstance(template, list):  # several by name
         template = {t.get("name"): t.get("template") for t in template}.get("default")
     return template if isinstance(template, str) else None
 
 
-def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def _special_tokens(files: ArtifactFiles, config: Mapping[str, Any]) -> dict[str, str]:
     """Variables such as `bos_token` for the template; a token is a string or a description."""
-    stored = {**_read(folder / "special_tokens_map.json"), **config}
+    stored = {**files.read("special_tokens_map.json"), **config}
     tokens = {}
     for name in SPECIAL_TOKENS:
         token = stored.get(name)
@@ -145,14 +150,3 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(content, str):
             tokens[name] = content
     return tokens
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if the file is not there, since each of these files is optional."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SourceError(str(path), f"not JSON ({error})", "a JSON object") from error
-    return content if isinstance(content, dict) else {}

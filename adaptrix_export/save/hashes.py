@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import threading
@@ -12,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptrix_export.errors import SourceError
+from adaptrix_export.runtime.files import digest_of
 
 if TYPE_CHECKING:
     from adaptrix_export.plan import Plan
-
-_BLOCK = 4 * 2**20  # large enough that reading and hashing run free of the interpreter lock
 
 
 @dataclass(frozen=True)
@@ -32,13 +30,7 @@ class FileHash:
 
 def hash_file(path: Path) -> FileHash:
     """Read `path` once, in blocks."""
-    digest, size = hashlib.sha256(), 0
-    block = memoryview(bytearray(_BLOCK))
-    with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(block):
-            digest.update(block[:count])
-            size += count
-    return FileHash(size, digest.hexdigest())
+    return FileHash(*digest_of(path))
 
 
 def hash_folder(folder: Path, skip: frozenset[str] = frozenset()) -> dict[str, FileHash]:

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptrix_export.package.manifest import MANIFEST
 from adaptrix_export.progress import Advance, Progress
 from adaptrix_export.prove.preflight.preflight import cache_folder
+from adaptrix_export.runtime.files import MANIFEST
 
 if TYPE_CHECKING:
     from rich.table import Table
