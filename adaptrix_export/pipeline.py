@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adaptrix_export.graph.expression import names
+from adaptrix_export.graph.expression import expression_of
 from adaptrix_export.load import Reading, open_adapter
 from adaptrix_export.load.base_weights import note_of, open_bases
 from adaptrix_export.load.files.finite import check_finite
@@ -195,9 +195,9 @@ def notes(opened: Plan, plan: Plan, artifact: Artifact) -> tuple[str, ...]:
         f"{name} shared its weights with {plan.base.tied[name]} and has its own now"
         for name in artifact.untied
     )
-    expressions: list[Any] = [*artifact.weights.values()]
-    expressions += [entry["expression"] for entry in artifact.quantized.values()]
-    read = {name for expression in expressions for name in names(expression)}
+    expressions = [*artifact.weights.values()]
+    expressions += [expression_of(entry["expression"]) for entry in artifact.quantized.values()]
+    read = {name for expression in expressions for name in expression.names()}
     beyond = (
         f"{name} is adapted, and is not part of the graph, which ends before it"
         for name in sorted(set(plan.changes()) - read)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaptrix_export.graph.expression import expressions_of
 from adaptrix_export.oracle.job import Job
 from adaptrix_export.pipeline import Outcome, build
 from adaptrix_export.progress import Silent
@@ -31,7 +32,7 @@ class Switchable:
         """The report of the artifact as it is now, made in this process."""
         settings: dict[str, Any] = {
             "adapters": tuple(self.adapters.items()),
-            "weights": self.outcome.manifest["weights"],
+            "weights": expressions_of(self.outcome.manifest["weights"]),
             "level": "fast",
             **changed,
         }

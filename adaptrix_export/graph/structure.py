@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from adaptrix_export.arch.tasks import FEATURES, GENERATION, SEQ2SEQ, SEQUENCES, TOKENS
 from adaptrix_export.errors import UnsupportedError
-from adaptrix_export.graph.expression import Expression, names
+from adaptrix_export.graph.expression import Expression
 from adaptrix_export.load.files.tensors import FLOATS
 from adaptrix_export.plan import Plan
 
@@ -120,7 +120,7 @@ def _initializers(
                 yield name, f"type {value.dtype}", "FLOAT, as its weights are written"
             if value.shape is None or not value.shape.is_static():
                 yield name, f"shape {value.shape}", "sizes that are numbers"
-            for source in names(weights[name]):
+            for source in weights[name].names():
                 stored = plan.base.tensors.get(plan.base.tied.get(source, source))
                 if source not in changes and stored is not None and stored.dtype not in FLOATS:
                     yield name, f"{source}, which is {stored.dtype}", "a tensor of floats"

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from adaptrix_export.errors import ParityError
-from adaptrix_export.graph.expression import Expression, evaluate, names
+from adaptrix_export.graph.expression import Concat, Expression, TensorRef
 from adaptrix_export.oracle.job import Job
 from adaptrix_export.oracle.reference import Reference, bare_model, with_adapters
 
@@ -35,26 +35,24 @@ def dequantized(
     for expression, values in stored:
         _put(model, expression, values, written)
     for name, values in others.items():
-        _put(model, ["tensor", name], values, written)
+        _put(model, TensorRef(name), values, written)
     return Reference((with_adapters(model, adapters) if adapters else model).eval())
 
 
 def _put(model: Any, expression: Expression, values: Values, written: set[str]) -> None:
     """Write values into the parameters that an expression reads."""
-    kind, *rest = expression
-    if kind == "concat":
-        axis, parts = rest
-        start = 0
-        for part in parts:
-            size = evaluate(part, lambda name: _array(model, name)).shape[axis]
+    if isinstance(expression, Concat):
+        start, axis = 0, expression.axis
+        for part in expression.of:
+            size = part.evaluate(lambda name: _array(model, name)).shape[axis]
             cut = (slice(None),) * axis + (slice(start, start + size),)
             _put(model, part, values[cut], written)
             start += size
         return
-    for name in names(expression):
+    for name in expression.names():
         _own(model, name, written)
-    target = evaluate(expression, lambda name: _array(model, name))
-    home = next(names(expression))
+    target = expression.evaluate(lambda name: _array(model, name))
+    home = next(expression.names())
     if not np.shares_memory(target, _array(model, home)) or target.shape != values.shape:
         raise ParityError(
             home, f"stored values {values.shape} that no part of it can take", f"{target.shape}"

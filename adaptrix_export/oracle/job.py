@@ -10,7 +10,7 @@ from typing import Any
 
 from adaptrix_export.arch.tasks import TASKS
 from adaptrix_export.errors import ParityError
-from adaptrix_export.graph.expression import Expression
+from adaptrix_export.graph.expression import Expression, expressions_of
 from adaptrix_export.oracle.naming import FROM_FILES, OracleFacts
 from adaptrix_export.oracle.thresholds import Threshold
 from adaptrix_export.plan import Gate
@@ -101,7 +101,8 @@ class Job:
 
     def to_json(self) -> str:
         """The job as one JSON document; `from_json` is its inverse. Paths become absolute."""
-        document = asdict(self)
+        document = asdict(replace(self, weights={}))
+        document["weights"] = {name: e.as_json() for name, e in self.weights.items()}
         document["artifact"] = str(self.artifact.resolve())
         document["base_folder"] = str(self.base_folder.resolve())
         if self.adapter_folder is not None:
@@ -114,6 +115,7 @@ class Job:
     @classmethod
     def from_json(cls, text: str) -> Job:
         document = json.loads(text)
+        document["weights"] = expressions_of(document["weights"], "parity job weights")
         document["artifact"] = Path(document["artifact"])
         document["base_folder"] = Path(document["base_folder"])
         if document["adapter_folder"] is not None:

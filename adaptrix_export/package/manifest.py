@@ -105,7 +105,7 @@ def build_manifest(
         "context": _context(plan),
         "sites": [site.path for site in plan.sites()],
         "untied": list(artifact.untied),
-        "weights": {name: list(e) for name, e in artifact.weights.items()},
+        "weights": {name: e.as_json() for name, e in artifact.weights.items()},
         **({"quantized": dict(artifact.quantized)} if artifact.quantized else {}),
         **({"kept_float": dict(artifact.kept_float)} if artifact.quantized else {}),
         **({"switchable": dict(artifact.switchable)} if artifact.switchable else {}),

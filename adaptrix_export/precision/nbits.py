@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from adaptrix_export.graph.expression import Expression, names
+from adaptrix_export.graph.expression import Expression
 from adaptrix_export.graph.graph import Graph
 from adaptrix_export.precision.blocks import Spec
 from adaptrix_export.precision.formats import ACCURACY_FAST
-from adaptrix_export.precision.pieces import turned
 
 DOMAIN = "com.microsoft"
 VIEW = ".rows"  # ends the name of the codes as GatherBlockQuantized reads them
@@ -67,7 +66,7 @@ def weights_of(graph: Graph, known: Callable[[str], bool]) -> tuple[list[Weight]
     weights, floats = [], {}
     for name, expression in sorted(graph.weights.items()):
         value = graph.model.graph.initializers[name]
-        if value.shape is None or len(value.shape) < 2 or not all(map(known, names(expression))):
+        if value.shape is None or len(value.shape) < 2 or not all(map(known, expression.names())):
             continue
         weight = _weight(graph, name, expression, value)
         if isinstance(weight, str):
@@ -81,7 +80,7 @@ def _weight(graph: Graph, name: str, expression: Expression, value: ir.Value) ->
     assert value.shape is not None
     if len(value.shape) != 2:
         return f"{len(value.shape)} dimensions"
-    if "affine" in repr(expression):
+    if expression.computes:
         return "computed"
     if value in graph.model.graph.outputs:
         return "an output of the graph"
@@ -98,7 +97,7 @@ def _weight(graph: Graph, name: str, expression: Expression, value: ir.Value) ->
     rows, columns = value.shape.numpy()
     if not by_rows:
         rows, columns = columns, rows
-    return Weight(name, expression if by_rows else turned(expression), (rows, columns),
+    return Weight(name, expression if by_rows else expression.transposed(), (rows, columns),
                   tuple(readers))  # fmt: skip
 
 

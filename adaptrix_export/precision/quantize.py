@@ -15,13 +15,12 @@ import numpy as np
 import onnx_ir as ir
 
 from adaptrix_export.errors import UnsupportedError
-from adaptrix_export.graph.expression import Expression, names
+from adaptrix_export.graph.expression import Expression
 from adaptrix_export.graph.graph import Graph
 from adaptrix_export.plan import Array, Plan
 from adaptrix_export.precision.blocks import Blocks, Spec, nearest, stacked
 from adaptrix_export.precision.nbits import Stored, Weight, put_blocks, weights_of
 from adaptrix_export.precision.packing import packed_codes, packed_zeros
-from adaptrix_export.precision.pieces import module_of, pieces
 from adaptrix_export.precision.settings import Quantization
 from adaptrix_export.progress import Progress
 
@@ -39,7 +38,7 @@ class Piece:
 
     @property
     def tensor(self) -> str:
-        return next(names(self.expression))
+        return next(self.expression.names())
 
     @property
     def key(self) -> str:
@@ -172,7 +171,7 @@ def _choose(
 
 
 def _spec(plan: Plan, weight: Weight, settings: Quantization) -> Spec | str:
-    modules = {module_of(piece) for piece in pieces(weight.expression)}
+    modules = {piece.module for piece in weight.expression.stacked()}
     if any(map(settings.keeps_float, modules)):
         return "as asked for"
     embedding = plan.base.architecture.family.embedding
@@ -190,7 +189,7 @@ def _spec(plan: Plan, weight: Weight, settings: Quantization) -> Spec | str:
 
 def _pieces(plan: Plan, weight: Weight, spec: Spec) -> tuple[Piece, ...]:
     result = []
-    for expression in pieces(weight.expression):
+    for expression in weight.expression.stacked():
         rows = _rows(plan, expression, weight)
         result.append(Piece(expression, spec, (rows, weight.shape[1]), weight.is_table))
     return tuple(result)
@@ -198,16 +197,15 @@ def _pieces(plan: Plan, weight: Weight, spec: Spec) -> tuple[Piece, ...]:
 
 def _rows(plan: Plan, expression: Expression, weight: Weight) -> int:
     """Rows of a piece: known from its tensor, or of the weight if it has but one."""
-    if len(pieces(weight.expression)) == 1:
+    if len(weight.expression.stacked()) == 1:
         return weight.shape[0]
-    kind, *rest = expression
-    if kind == "slice" and rest[0] == 0:
-        return int(rest[2] - rest[1])
-    tensor = next(names(expression))
-    change = plan.changes().get(tensor)
-    home = plan.base.tied.get(tensor, tensor)
-    shape = change.shape if change is not None else plan.base.tensors[home].shape
-    return int(shape[1] if kind == "transpose" else shape[0])
+
+    def shape_of(tensor: str) -> tuple[int, ...]:
+        change = plan.changes().get(tensor)
+        home = plan.base.tied.get(tensor, tensor)
+        return change.shape if change is not None else plan.base.tensors[home].shape
+
+    return expression.shape(shape_of)[0]
 
 
 def _stored(
@@ -232,7 +230,7 @@ def _stored(
         None if zeros is None else ir.tensor(zeros),
     )
     entry = {
-        "expression": one.weight.expression,
+        "expression": one.weight.expression.as_json(),
         "shape": list(one.weight.shape),
         "bits": spec.bits,
         "block": spec.block,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptrix_export.graph.expression import evaluate, names
+from adaptrix_export.graph.expression import Expression, expression_of
 from adaptrix_export.oracle.compare import rounded
 from adaptrix_export.targets.stored import StoredTensors
 
@@ -105,7 +105,9 @@ def replay_blocks(
         if isinstance(read, str):
             failures.append(_failure(name, entry, read))
             continue
-        live_weight = evaluate(entry["expression"], lambda tensor: live(tensor)[0])
+        live_weight = expression_of(entry["expression"], name).evaluate(
+            lambda tensor: live(tensor)[0]
+        )
         elements += live_weight.size
         cosine, off = _rows(read.values(), live_weight)
         least, error = min(least, (cosine, name)), max(error, (off, name))
@@ -166,15 +168,16 @@ def _rows(stored: NDArray[np.float32], live: NDArray[np.float64]) -> tuple[float
 
 
 def _failure(name: str, entry: Mapping[str, Any], why: str) -> dict[str, Any]:
-    sites = sorted({tensor.rpartition(".")[0] for tensor in names(entry["expression"])})
+    read = expression_of(entry["expression"], name).names()
+    sites = sorted({tensor.rpartition(".")[0] for tensor in read})
     return {"tensor": name, "sites": sites, "why": why, "ulps": None}
 
 
 def values_of(
     stored: StoredTensors, entries: Mapping[str, Mapping[str, Any]]
-) -> Iterable[tuple[list[Any], NDArray[np.float32]]]:
+) -> Iterable[tuple[Expression, NDArray[np.float32]]]:
     """(expression, values) of each quantized weight; those that cannot be read are left out."""
     for name, entry in sorted(entries.items()):
         read = read_blocks(stored, name, entry)
         if not isinstance(read, str):
-            yield entry["expression"], read.values()
+            yield expression_of(entry["expression"], name), read.values()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptrix_export.errors import ParityError
-from adaptrix_export.graph.expression import Expression
+from adaptrix_export.graph.expression import Expression, expressions_of
 from adaptrix_export.load.sentence import AUTO, saved_pooling
 from adaptrix_export.load.text import read_text
 from adaptrix_export.oracle.job import GateSpec, Job, gate_specs
@@ -90,7 +90,7 @@ class ProofRequest:
             target=manifest["target"],
             folder=folder,
             precision=manifest["precision"],
-            weights=manifest["weights"],
+            weights=expressions_of(manifest["weights"], "manifest.json: weights"),
             gates=gates_of(manifest),
             gate_stats=bool((manifest.get("context") or {}).get("stats")),
             composition=manifest.get("composition"),

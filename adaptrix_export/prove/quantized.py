@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptrix_export.arch.tasks import GENERATION
-from adaptrix_export.graph.expression import names
+from adaptrix_export.graph.expression import expression_of
 from adaptrix_export.oracle.compare import Logits
 from adaptrix_export.oracle.dequantized import dequantized
 from adaptrix_export.oracle.executed import Executed
@@ -169,8 +169,8 @@ def ask_row(model: Any, job: Job, row: Sequence[int]) -> Logits:
 
 def changed_floats(job: Job, reference: Any) -> dict[str, NDArray[np.float32]]:
     """The parameters that stay float and that adapters change, as the artifact has them."""
-    inside = {n for entry in job.quantized.values() for n in names(entry["expression"])}
-    read = {n for e in job.weights.values() for n in names(e)} - inside
+    inside = {n for e in job.quantized.values() for n in expression_of(e["expression"]).names()}
+    read = {n for e in job.weights.values() for n in e.names()} - inside
     changed_values = {}
     for name in sorted(read):
         value, changed = reference.live(name)

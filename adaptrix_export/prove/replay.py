@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptrix_export.errors import ParityError
-from adaptrix_export.graph.expression import Expression, evaluate, names
+from adaptrix_export.graph.expression import Expression
 from adaptrix_export.oracle.compare import rounded
 from adaptrix_export.prove.floats import FORMATS, Float64, FloatFormat, format_of
 from adaptrix_export.targets.stored import StoredTensors
@@ -101,7 +101,7 @@ class _LastRead:
 
 
 def _by_first_read(weights: dict[str, Expression]) -> list[str]:
-    return sorted(weights, key=lambda name: (next(names(weights[name])), name))
+    return sorted(weights, key=lambda name: (next(weights[name].names()), name))
 
 
 def _replay_one(
@@ -123,15 +123,15 @@ def _replay_one(
         promised_type = promised.name if promised else "a float of 16 or 32 bits"
         _fail(outcome, name, expression, f"stored as {artifact.dtype}, expected {promised_type}")
         return None
-    expected = evaluate(expression, read)
+    expected = expression.evaluate(read)
     if expected.shape != artifact.shape:
         _fail(outcome, name, expression, f"shape {artifact.shape}, expected {expected.shape}")
         return kind.name
-    touched = any(read.touched[source] for source in names(expression))
+    touched = any(read.touched[source] for source in expression.names())
     outcome.elements += artifact.size
     outcome.changed += touched
-    exact = not touched and "affine" not in _kinds(expression)
-    allowed = sum(room(source) for source in set(names(expression)))
+    exact = not touched and not expression.computes
+    allowed = sum(room(source) for source in set(expression.names()))
     outcome.room = max(outcome.room, allowed)
     ulps, wrong = _measure(artifact, expected, kind, exact, allowed)
     if ulps > outcome.worst[0]:
@@ -142,18 +142,10 @@ def _replay_one(
     return kind.name
 
 
-def _kinds(expression: Expression) -> list[str]:
-    kind, *rest = expression
-    if kind == "tensor":
-        return [kind]
-    parts = rest[1] if kind == "concat" else [rest[-1]]
-    return [kind, *(k for part in parts for k in _kinds(part))]
-
-
 def _fail(
     outcome: Outcome, name: str, expression: Expression, why: str, ulps: float | None = None
 ) -> None:
-    sites = sorted({source.rpartition(".")[0] for source in names(expression)})
+    sites = sorted({source.rpartition(".")[0] for source in expression.names()})
     outcome.failures.append(
         {
             "tensor": name,

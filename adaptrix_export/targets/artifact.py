@@ -15,7 +15,8 @@ class Artifact:
     """Weights (and graph) written, not yet packaged, proved or published.
 
     `hashes`: file name -> sha256 of the files that lowering wrote, taken while writing.
-    `weights`: tensor or initializer name -> expression over base tensor names (see `weights.py`).
+    `weights`: tensor or initializer name -> expression over base tensor names (see
+    `graph/expression.py`).
     `quantized`: initializer of the float graph -> what is stored in its place, and how it was made
     (see `precision/quantize.py`); `kept`: matrices that stayed float, and why.
     `untied`: tensors that the base shares and this artifact does not.

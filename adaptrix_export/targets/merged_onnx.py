@@ -13,7 +13,7 @@ import onnx_ir as ir
 from adaptrix_export.arch.config_changes import config_changes
 from adaptrix_export.arch.tasks import TWO_PARTS
 from adaptrix_export.errors import UnsupportedError
-from adaptrix_export.graph.expression import Expression, evaluate
+from adaptrix_export.graph.expression import Expression
 from adaptrix_export.graph.frontends.draw import AUTO, Trial, draw, draw_parts
 from adaptrix_export.graph.graph import Graph
 from adaptrix_export.graph.rewrite.facts import state_facts
@@ -143,8 +143,8 @@ def write_data(
     """Evaluate each initializer, write it once, and point the graphs at its bytes; returns the
     sha256. Equal expressions share their bytes, and so does a constant of several graphs."""
     uses = {(name, file): graph for file, graph in graphs.items() for name in graph.weights}
-    sizes = {repr(g.weights[n]): _size(g.model.graph.initializers[n]) for (n, _), g in uses.items()}
-    placed: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+    sizes = {g.weights[n]: _size(g.model.graph.initializers[n]) for (n, _), g in uses.items()}
+    placed: dict[Expression, tuple[int, int, tuple[int, ...]]] = {}
     with (
         HashingWriter(path) as out,
         progress.stage("weights", 4 * sum(sizes.values()), "B") as advance,
@@ -155,9 +155,9 @@ def write_data(
             return out.position, out.write_array(array), array.shape
 
         for (name, _), graph in sorted(uses.items(), key=lambda item: item[0]):
-            key = repr(graph.weights[name])
+            key = graph.weights[name]
             if key not in placed:
-                placed[key] = write(values_of(graph.weights[name]))
+                placed[key] = write(values_of(key))
                 advance(placed[key][1])
             value = graph.model.graph.initializers[name]
             value.const_value = _external(name, ir.DataType.FLOAT, placed[key], path)
@@ -204,7 +204,7 @@ class Values:
     def __call__(self, expression: Expression) -> Array:
         """An expression that computes (a factor, a shift) is evaluated in float64, so that it is
         still one rounding."""
-        dtype = "F64" if "affine" in repr(expression) else "F32"
+        dtype = "F64" if expression.computes else "F32"
 
         def read(name: str) -> Array:
             if name in self.factors:
@@ -221,7 +221,7 @@ class Values:
                 return merged(change, dtype, start, stop)
             return self._stored(name).rows(start, stop).astype(DTYPES[dtype])
 
-        return evaluate(expression, read, rows).astype(np.float32, copy=False)
+        return expression.evaluate(read, rows).astype(np.float32, copy=False)
 
     def _stored(self, name: str) -> Tensor:
         return self.plan.base.tensors[self.plan.base.tied.get(name, name)]

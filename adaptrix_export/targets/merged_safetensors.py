@@ -15,7 +15,7 @@ from pathlib import Path
 
 from adaptrix_export.arch.config_changes import config_changes
 from adaptrix_export.errors import UnsupportedError
-from adaptrix_export.graph.expression import Expression, tensor
+from adaptrix_export.graph.expression import Expression, Reshape, Slice, TensorRef
 from adaptrix_export.load.base_model import INDEX, SINGLE
 from adaptrix_export.load.files.tensors import (
     FLOATS,
@@ -53,10 +53,10 @@ class Entry:
     def expression(self) -> Expression:
         """How this stored tensor follows from the live model's."""
         if self.piece is None:
-            return tensor(self.name)
+            return TensorRef(self.name)
         expert, first, last = self.piece
-        one = ["slice", 0, expert, expert + 1, tensor(self.name)]
-        return ["reshape", list(self.shape), ["slice", 1, first, last, one]]
+        one = Slice(0, expert, expert + 1, TensorRef(self.name))
+        return Reshape(tuple(self.shape), Slice(1, first, last, one))
 
     @property
     def resized(self) -> bool:

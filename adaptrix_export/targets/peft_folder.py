@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adaptrix_export.errors import UnsupportedError
-from adaptrix_export.graph.expression import tensor
+from adaptrix_export.graph.expression import TensorRef
 from adaptrix_export.load.adapters.peft_adapter import CONFIG, WEIGHTS
 from adaptrix_export.passes.redistribute.written import with_one_term_a_site
 from adaptrix_export.plan import Adapter, Delta, Gate, LowRank, Plan, Scaled, Site, Term, Tuned
@@ -45,7 +45,7 @@ def lower_peft_folder(plan: Plan, stage: Path, progress: Progress) -> Artifact:
         target="peft",
         precision="fp32",  # what the check computes in; factors keep their own dtypes
         hashes={name: hash_file(stage / name).sha256 for name in (CONFIG, WEIGHTS)},
-        weights={name: tensor(name) for name in sorted(plan.changes())},
+        weights={name: TensorRef(name) for name in sorted(plan.changes())},
         untied=(),
         config_changes={},
         gates=plan.gates,

@@ -124,7 +124,7 @@ def test_tensors_of_integers_are_no_weights(tmp_path: Path, plan: Plan, graph: G
     source = next(iter(plan.base.tensors))
     stored = replace(plan.base.tensors[source], dtype="I64")  # type: ignore[type-var]
     other = replace(plan, base=replace(plan.base, tensors={**plan.base.tensors, source: stored}))
-    from adaptrix_export.graph.expression import tensor
+    from adaptrix_export.graph.expression import TensorRef
 
     with pytest.raises(UnsupportedError, match="which is I64"):
-        check_structure(graph.model, {**graph.weights, name: tensor(source)}, other, "native")
+        check_structure(graph.model, {**graph.weights, name: TensorRef(source)}, other, "native")

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptrix_export.errors import MachineError, SourceError, VerificationError
+from adaptrix_export.graph.expression import TensorRef, Transpose
 from adaptrix_export.package import (
     InputHashes,
     build_manifest,
@@ -41,7 +42,7 @@ def staged(tmp_path):
     (stage / "model.bin").write_bytes(b"graph")
     (stage / "sub" / "x").write_bytes(b"")
     digest = hashlib.sha256(b"graph").hexdigest()
-    weights = {"w": ["transpose", [1, 0], ["tensor", "model.w"]]}
+    weights = {"w": Transpose((1, 0), TensorRef("model.w"))}
     return Artifact(stage, "onnx", "fp32", {"model.bin": digest}, weights, (), {}, "native")
 
 
@@ -75,7 +76,11 @@ def test_a_manifest_names_inputs_outputs_versions_and_verdict(staged, sources):
     assert sorted(manifest["outputs"]) == ["model.bin", "sub/x"]
     assert {"torch", "transformers", "numpy", "mobius-onnx"} <= manifest["versions"].keys()
     assert manifest["parity"] == {"verdict": "proved", "report_sha256": "ab"}
-    assert len(manifest["sites"]) == 28 and manifest["weights"]["w"][0] == "transpose"
+    assert len(manifest["sites"]) == 28 and manifest["weights"]["w"] == [
+        "transpose",
+        [1, 0],
+        ["tensor", "model.w"],
+    ]
 
 
 def test_the_same_build_elsewhere_gives_the_same_bytes(staged, sources):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from adaptrix_export.graph.expression import Expression, evaluate, tensor
+from adaptrix_export.graph.expression import Expression, Slice, TensorRef, Transpose
 from adaptrix_export.oracle.job import Job
 from tests.tiny import config_of
 
@@ -52,14 +52,14 @@ def gpt2_expressions(names: list[str]) -> dict[str, Expression]:
             ("mlp.down_proj", "mlp.c_proj"),
         ):
             if module.endswith(ours):
-                source = tensor(f"{module.removesuffix(ours)}{theirs}.{parameter}")
-                found[name] = ["transpose", [1, 0], source] if parameter == "weight" else source
+                source = TensorRef(f"{module.removesuffix(ours)}{theirs}.{parameter}")
+                found[name] = Transpose((1, 0), source) if parameter == "weight" else source
         if part is not None:
-            source = tensor(f"{module.rsplit('.', 1)[0]}.c_attn.{parameter}")
+            source = TensorRef(f"{module.rsplit('.', 1)[0]}.c_attn.{parameter}")
             axis, cut = (1, True) if parameter == "weight" else (0, False)
-            piece = ["slice", axis, part * WIDTH, (part + 1) * WIDTH, source]
-            found[name] = ["transpose", [1, 0], piece] if cut else piece
-    return {name: found.get(name, tensor(name)) for name in names}
+            piece = Slice(axis, part * WIDTH, (part + 1) * WIDTH, source)
+            found[name] = Transpose((1, 0), piece) if cut else piece
+    return {name: found.get(name, TensorRef(name)) for name in names}
 
 
 def write_onnx(kind: str, weights: Weights, out: Path) -> dict[str, Expression]:
@@ -77,12 +77,12 @@ def write_onnx(kind: str, weights: Weights, out: Path) -> dict[str, Expression]:
     )
     model = package["model"]
     empty = [n for n, v in model.graph.initializers.items() if v.const_value is None]
-    expressions = gpt2_expressions(empty) if kind == "gpt2" else {n: tensor(n) for n in empty}
+    expressions = gpt2_expressions(empty) if kind == "gpt2" else {n: TensorRef(n) for n in empty}
     have = dict(weights)
     embedding = "transformer.wte.weight" if kind == "gpt2" else "model.embed_tokens.weight"
     have.setdefault("lm_head.weight", have[embedding])
     for name, expression in expressions.items():
-        values = np.ascontiguousarray(evaluate(expression, have.__getitem__))
+        values = np.ascontiguousarray(expression.evaluate(have.__getitem__))
         model.graph.initializers[name].const_value = ir.tensor(values, name=name)
     out.mkdir(parents=True, exist_ok=True)
     ir.save(model, out / "model.onnx", external_data="model.onnx.data")
@@ -93,7 +93,7 @@ def write_safetensors(base: Path, weights: Weights, out: Path) -> dict[str, Expr
     out.mkdir(parents=True, exist_ok=True)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_bytes((base / "config.json").read_bytes())
-    return {name: tensor(name) for name in weights}
+    return {name: TensorRef(name) for name in weights}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptrix_export.errors import ParityError
-from adaptrix_export.graph.expression import tensor
+from adaptrix_export.graph.expression import Affine, Slice, TensorRef, Transpose
 from adaptrix_export.prove.floats import FORMATS, format_of
 from adaptrix_export.prove.replay import coarsest, replay
 from adaptrix_export.targets.stored import StoredTensors
@@ -24,7 +24,7 @@ Replay = tuple[dict[str, Any], set[str]]
 
 def replayed(artifact: np.ndarray, expected: np.ndarray, changed: bool, **options: Any) -> Replay:
     stored = StoredTensors({"w": lambda: artifact})
-    weights = options.pop("weights", {"w": tensor("site.weight")})
+    weights = options.pop("weights", {"w": TensorRef("site.weight")})
     return replay(stored, weights, lambda name: (expected, changed), **options)
 
 
@@ -94,7 +94,7 @@ def test_untouched_ties_go_to_even_as_every_converter_rounds_them() -> None:
         (np.ones((2, 2), np.float32), {}, "shape (2, 2), expected (4,)"),
         (np.ones(4, np.int8), {}, "stored as int8"),
         (np.ones(4, np.float16), {"precision": "fp32"}, "stored as float16, expected fp32"),
-        (np.ones(4, np.float32), {"weights": {"v": tensor("s.weight")}}, "missing"),
+        (np.ones(4, np.float32), {"weights": {"v": TensorRef("s.weight")}}, "missing"),
     ],
 )
 def test_what_cannot_be_compared_is_a_failure(
@@ -112,7 +112,7 @@ def test_tensors_that_no_expression_covers_are_listed() -> None:
             "shape": lambda: np.ones(8, np.int64),
         }
     )
-    weights = {"w": tensor("site.weight")}
+    weights = {"w": TensorRef("site.weight")}
     report, _ = replay(stored, weights, lambda name: (np.ones(2), False))
     assert report["unmapped"] == ["rotary"]
 
@@ -126,9 +126,9 @@ def test_expressions_are_evaluated_over_the_live_weights_once_a_tensor() -> None
         return live, True
 
     weights = {
-        f"{axis}": ["transpose", [1, 0], ["slice", 1, 2 * axis, 2 * axis + 2, tensor("m.weight")]]
+        f"{axis}": Transpose((1, 0), Slice(1, 2 * axis, 2 * axis + 2, TensorRef("m.weight")))
         for axis in (0, 1)
-    } | {"shifted": ["affine", 1.0, 1.0, tensor("n.weight")]}
+    } | {"shifted": Affine(1.0, 1.0, TensorRef("n.weight"))}
     made: dict[str, Callable[[], np.ndarray]] = {
         "0": lambda: live[:, :2].T.astype(np.float32),
         "1": lambda: live[:, 2:].T.astype(np.float32),

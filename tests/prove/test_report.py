@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from adaptrix_export.errors import ParityError
+from adaptrix_export.graph.expression import TensorRef
 from adaptrix_export.oracle.compare import distance
 from adaptrix_export.oracle.job import TOLERANCES, Job
 from adaptrix_export.oracle.prompts import CACHED, choose_prompts
@@ -28,7 +29,7 @@ FP32 = TOLERANCES["fp32"]
 
 def a_job(tmp_path: Path, **options: Any) -> Job:
     return Job(
-        "onnx", tmp_path / "out", tmp_path / "base", "fp32", {"w": ["tensor", "m.w"]}, **options
+        "onnx", tmp_path / "out", tmp_path / "base", "fp32", {"w": TensorRef("m.w")}, **options
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adaptrix_export.errors import UnsupportedError
-from adaptrix_export.graph.expression import evaluate, names
+from adaptrix_export.graph.expression import Concat, Transpose
 from adaptrix_export.graph.frontends.native import native
 from adaptrix_export.graph.rewrite.padding import needs_left_padding
 from adaptrix_export.load import open_adapter, open_base
@@ -112,10 +112,10 @@ def test_every_initializer_is_its_expression_over_merged_weights(built):
         delta = (layer.scaling["a0"] * (b @ a)).detach()
         return (exact + (delta.T if kind == "gpt2" else delta)).numpy()
 
-    assert {n for e in artifact.weights.values() for n in names(e)} == set(plan.base.tensors)
+    assert {n for e in artifact.weights.values() for n in e.names()} == set(plan.base.tensors)
     for name, expression in artifact.weights.items():
         ours = graph.initializers[name].const_value.numpy()
-        assert np.array_equal(ours, evaluate(expression, weight).astype(np.float32)), name
+        assert np.array_equal(ours, expression.evaluate(weight).astype(np.float32)), name
 
 
 def test_counts_of_folds_and_rolls(tmp_path):
@@ -125,7 +125,10 @@ def test_counts_of_folds_and_rolls(tmp_path):
     kinds = [n.op_type for n in graph.model.graph]
     assert kinds.count("Transpose") == 1 and kinds.count("Concat") == 0
     assert kinds.count("MatMul") == 4 * 5 + 1 and kinds.count("GroupQueryAttention") == 4
-    assert sum(e[0] == "transpose" and e[2][0] == "concat" for e in graph.weights.values()) == 4
+    assert (
+        sum(isinstance(e, Transpose) and isinstance(e.of, Concat) for e in graph.weights.values())
+        == 4
+    )
     assert graph.unused == ()
     assert needs_left_padding(graph.model)
     assert kinds.count("GatherND") == 2  # tokens and hidden states; positions are internal

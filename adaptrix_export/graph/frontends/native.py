@@ -15,7 +15,7 @@ import onnx_ir as ir
 from adaptrix_export.arch.tasks import FEATURES, GENERATION
 from adaptrix_export.compat.mobius import module_config
 from adaptrix_export.errors import UnsupportedError
-from adaptrix_export.graph.expression import Expression, names
+from adaptrix_export.graph.expression import Expression, TensorRef
 from adaptrix_export.graph.frontends.faults import REMEDIES, raised_by
 from adaptrix_export.graph.frontends.live_config import live_config
 from adaptrix_export.graph.graph import Graph
@@ -60,7 +60,7 @@ def native(plan: Plan, provider: str) -> Graph:
         wire_left_padding(model)
     if plan.base.task == FEATURES:
         wire_key_mask(model)
-    read = {n for e in weights.values() for n in names(e)}
+    read = {n for e in weights.values() for n in e.names()}
     return Graph(model, weights, "native", tuple(n for n in plan.base.tensors if n not in read))
 
 
@@ -115,19 +115,19 @@ def _native_faults(plan: Plan) -> Iterator[None]:
 
 def _recorded(plan: Plan) -> Iterator[tuple[str, Any]]:
     """Every base tensor as a `Recorded` tensor, of its merged shape if a replacement changes it."""
-    from adaptrix_export.graph.expression import tensor
     from adaptrix_export.graph.frontends.recorder import Recorded
 
     changes, untied = plan.changes(), plan.untied()
     for name, stored in plan.base.tensors.items():
         if name in plan.base.tied and name not in untied:
             continue  # tied: the front end reads the embedding
-        yield name, Recorded(changes[name].shape if name in changes else stored.shape, tensor(name))
+        shape = changes[name].shape if name in changes else stored.shape
+        yield name, Recorded(shape, TensorRef(name))
     for name in untied:
         if name not in plan.base.tensors:
             shared = plan.base.tensors[plan.base.tied[name]]
             shape = changes[name].shape if name in changes else shared.shape
-            yield name, Recorded(shape, tensor(name))
+            yield name, Recorded(shape, TensorRef(name))
 
 
 def _check_bound(plan: Plan, model: ir.Model, weights: Mapping[str, Expression]) -> None:
@@ -138,7 +138,7 @@ def _check_bound(plan: Plan, model: ir.Model, weights: Mapping[str, Expression])
                 f"native front end: {name}", "an initializer without a tensor in the base",
                 "one for each", "is the checkpoint complete?",
             )  # fmt: skip
-    read = {n for e in weights.values() for n in names(e)}
+    read = {n for e in weights.values() for n in e.names()}
     lost = sorted(n for n in set(plan.changes()) - read if not _is_beyond(plan, n))
     if lost:
         raise UnsupportedError(

@@ -15,7 +15,7 @@ import torch
 
 from adaptrix_export.compat.torch import RESHAPE_ALIAS, TO_COPY, UNSAFE_VIEW, without_storage
 from adaptrix_export.errors import UnsupportedError
-from adaptrix_export.graph.expression import Expression
+from adaptrix_export.graph.expression import Affine, Concat, Expression, Reshape, Slice, Transpose
 
 _aten = torch.ops.aten
 
@@ -39,8 +39,9 @@ class Recorded(torch.Tensor):
         record = _RECORDS.get(function)
         if record is None:
             first = next((a for a in args if isinstance(a, Recorded)), None)
+            source = None if first is None else next(first.expression.names())
             raise UnsupportedError(
-                f"native front end: {first.expression if first is not None else function}",
+                f"native front end: {source or function}",
                 f"a weight computed with {function}", "moves, stacks and constant factors",
                 "build with --frontend traced, or report the model type",
             )  # fmt: skip
@@ -49,7 +50,7 @@ class Recorded(torch.Tensor):
 
 def _permute(x: Recorded, dims: list[int]) -> Recorded:
     dims = [d % x.dim() for d in dims]
-    return Recorded(tuple(x.shape[d] for d in dims), ["transpose", dims, x.expression])
+    return Recorded(tuple(x.shape[d] for d in dims), Transpose(tuple(dims), x.expression))
 
 
 def _transpose(x: Recorded, a: int, b: int) -> Recorded:
@@ -60,7 +61,7 @@ def _transpose(x: Recorded, a: int, b: int) -> Recorded:
 
 def _reshape(x: Recorded, shape: list[int]) -> Recorded:
     sizes = [int(s) for s in torch.empty(x.shape, device="meta").reshape(shape).shape]
-    return Recorded(tuple(sizes), ["reshape", sizes, x.expression])
+    return Recorded(tuple(sizes), Reshape(tuple(sizes), x.expression))
 
 
 def _slice(
@@ -71,7 +72,7 @@ def _slice(
     dim %= x.dim()
     first, last, _ = slice(start, stop).indices(x.shape[dim])
     shape = (*x.shape[:dim], max(0, last - first), *x.shape[dim + 1 :])
-    return Recorded(shape, ["slice", dim, first, last, x.expression])
+    return Recorded(shape, Slice(dim, first, last, x.expression))
 
 
 def _split(x: Recorded, size: int | list[int], dim: int = 0) -> list[Recorded]:
@@ -93,7 +94,7 @@ def _cat(parts: list[Recorded], dim: int = 0) -> Recorded:
     dim %= parts[0].dim()
     shape = list(parts[0].shape)
     shape[dim] = sum(p.shape[dim] for p in parts)
-    return Recorded(tuple(shape), ["concat", dim, [p.expression for p in parts]])
+    return Recorded(tuple(shape), Concat(dim, tuple(p.expression for p in parts)))
 
 
 def _stack(parts: list[Recorded], dim: int = 0) -> Recorded:
@@ -118,7 +119,7 @@ def _same(x: Recorded, *_: Any, **__: Any) -> Recorded:
 
 
 def _affine(scale: float, shift: float) -> Callable[[Recorded], Recorded]:
-    return lambda x: Recorded(tuple(x.shape), ["affine", scale, shift, x.expression])
+    return lambda x: Recorded(tuple(x.shape), Affine(scale, shift, x.expression))
 
 
 def _number(value: Any) -> float:

@@ -21,7 +21,6 @@ from adaptrix_export.arch.tasks import GENERATION
 from adaptrix_export.compat.onnxscript import exactly_matched
 from adaptrix_export.compat.transformers_tracing import traceable
 from adaptrix_export.errors import UnsupportedError
-from adaptrix_export.graph.expression import names
 from adaptrix_export.graph.frontends.faults import raised_by
 from adaptrix_export.graph.frontends.live_config import live_config
 from adaptrix_export.graph.frontends.traced_interface import OUTPUTS, name_interface
@@ -60,7 +59,7 @@ def finish(plan: Plan, model: ir.Model, parameters: Set[str], provider: str) -> 
     weights = bind(plan, model, parameters)
     _simplify(model, weights, provider)
     _forget_traces(model)
-    read = {n for e in weights.values() for n in names(e)}
+    read = {n for e in weights.values() for n in e.names()}
     return Graph(model, weights, "traced", tuple(n for n in plan.base.tensors if n not in read))
 
 

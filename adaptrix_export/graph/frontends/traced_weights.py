@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from adaptrix_export.errors import UnsupportedError
-from adaptrix_export.graph.expression import Expression, tensor
+from adaptrix_export.graph.expression import Expression, TensorRef
 from adaptrix_export.plan import Plan
 
 
@@ -34,7 +34,7 @@ def bind(plan: Plan, model: ir.Model, parameters: Set[str]) -> dict[str, Express
         if value.dtype is not None and not value.dtype.is_floating_point():
             _check_integers(plan, name, source, value)
             continue
-        weights[name] = tensor(source)
+        weights[name] = TensorRef(source)
         value.const_value = None
     return weights
 

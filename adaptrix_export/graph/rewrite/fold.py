@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from adaptrix_export.graph.expression import Expression
+from adaptrix_export.graph.expression import Concat, Expression, Transpose
 
 
 def share_equal(model: ir.Model, weights: dict[str, Expression]) -> int:
     """Share one initializer among equal expressions (a tied head); returns how many are dropped."""
-    first: dict[str, ir.Value] = {}
+    first: dict[Expression, ir.Value] = {}
     dropped = 0
     for name in list(weights):
         value = model.graph.initializers[name]
-        shared = first.setdefault(repr(weights[name]), value)
+        shared = first.setdefault(weights[name], value)
         if shared is not value:
             value.replace_all_uses_with(shared)
             del model.graph.initializers[name], weights[name]
@@ -46,8 +46,8 @@ def fold(model: ir.Model, weights: dict[str, Expression]) -> int:
 
 
 _FOLDS: dict[str, Callable[[ir.Node, list[Expression]], Expression]] = {
-    "Transpose": lambda node, e: ["transpose", list(node.attributes["perm"].as_ints()), e[0]],
-    "Concat": lambda node, e: ["concat", node.attributes["axis"].as_int(), e],
+    "Transpose": lambda node, e: Transpose(tuple(node.attributes["perm"].as_ints()), e[0]),
+    "Concat": lambda node, e: Concat(node.attributes["axis"].as_int(), tuple(e)),
 }
 
 

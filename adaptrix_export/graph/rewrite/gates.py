@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from adaptrix_export.errors import UnsupportedError
-from adaptrix_export.graph.expression import Expression, tensor
+from adaptrix_export.graph.expression import Concat, Expression, TensorRef, Transpose
 from adaptrix_export.graph.graph import Graph
 from adaptrix_export.graph.rewrite.gate_functions import FLOOR, call, define
 from adaptrix_export.graph.rewrite.taps import (
@@ -119,11 +119,10 @@ def _branch(plan: Plan, model: ir.Model, weights: dict[str, Expression], tap: Ta
     """d = x A^T B^T: the terms' factors stacked, the scales in B."""
     path, terms = tap.site.path, _terms(plan, tap.site)
     rank = sum(term.rank for term in terms)
-    down = [tensor(f"{path}.lora_A.{n}") for n in range(len(terms))]
-    up = [tensor(f"{path}.lora_B.{n}") for n in range(len(terms))]
-    turned = ["transpose", [1, 0]]
-    a = bound(model, weights, f"{path}.lora_A", (tap.inputs, rank), [*turned, ["concat", 0, down]])
-    b = bound(model, weights, f"{path}.lora_B", (rank, tap.outputs), [*turned, ["concat", 1, up]])
+    down = Concat(0, tuple(TensorRef(f"{path}.lora_A.{n}") for n in range(len(terms))))
+    up = Concat(1, tuple(TensorRef(f"{path}.lora_B.{n}") for n in range(len(terms))))
+    a = bound(model, weights, f"{path}.lora_A", (tap.inputs, rank), Transpose((1, 0), down))
+    b = bound(model, weights, f"{path}.lora_B", (rank, tap.outputs), Transpose((1, 0), up))
     return low_rank(model, tap, a, b, f"{path}.lora")
 
 

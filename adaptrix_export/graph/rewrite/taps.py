@@ -17,7 +17,14 @@ from itertools import pairwise
 import onnx_ir as ir
 
 from adaptrix_export.errors import UnsupportedError
-from adaptrix_export.graph.expression import Expression, names
+from adaptrix_export.graph.expression import (
+    Concat,
+    Expression,
+    Reshape,
+    Slice,
+    TensorRef,
+    Transpose,
+)
 from adaptrix_export.graph.graph import Graph
 from adaptrix_export.plan import Plan, Site
 
@@ -85,7 +92,7 @@ def taps(plan: Plan, graph: Graph, sites: Iterable[Site]) -> dict[Site, Tap]:
     """
     readers: dict[str, list[str]] = {}
     for initializer, expression in sorted(graph.weights.items()):
-        for name in dict.fromkeys(names(expression)):
+        for name in dict.fromkeys(expression.names()):
             readers.setdefault(name, []).append(initializer)
     return {site: _tap(plan, graph, site, readers) for site in sites}
 
@@ -100,7 +107,7 @@ def _tap(plan: Plan, graph: Graph, site: Site, readers: Mapping[str, list[str]])
     node_pieces: list[tuple[ir.Node, Piece]] = []
     for initializer in readers.get(home, ()):
         value = graph.model.graph.initializers[initializer]
-        _, boxes = _boxes(graph.weights[initializer], home, lambda n: _shape(plan, n), site)
+        boxes = _boxes(graph.weights[initializer], home, lambda n: _shape(plan, n), site)
         for reader in _readers(value):
             if reader.node.op_type == "Gather" and home != name:
                 continue  # the other end of a tie
@@ -138,36 +145,38 @@ def _shape(plan: Plan, name: str) -> tuple[int, ...]:
 
 def _boxes(
     expression: Expression, source: str, shape_of: Callable[[str], tuple[int, ...]], site: Site
-) -> tuple[tuple[int, ...], list[_Box]]:
-    """Shape of the expression's value, and the blocks of it that come from tensor `source`."""
-    kind, *rest = expression
-    if kind == "tensor":
-        shape = shape_of(rest[0])
-        zeros, axes = (0,) * len(shape), tuple(range(len(shape)))
-        return shape, [_Box(rest[0], axes, zeros, zeros, shape)] if rest[0] == source else []
-    if kind == "concat":
-        axis, length, boxes = rest[0], 0, list[_Box]()
-        for part in rest[1]:
-            shape, inside = _boxes(part, source, shape_of, site)
-            boxes += [replace(b, starts=_with(b.starts, axis, length, add=True)) for b in inside]
-            length += shape[axis]
-        return _with(shape, axis, length), boxes
-    shape, boxes = _boxes(rest[-1], source, shape_of, site)
-    if kind == "transpose":
-        return _permuted(shape, rest[0]), [
-            _Box(b.name, *(_permuted(v, rest[0]) for v in (b.axes, b.starts, b.sources, b.sizes)))
-            for b in boxes
-        ]
-    if kind == "slice":
-        axis, start, stop = rest[:3]
-        return _with(shape, axis, stop - start), list(_cut(boxes, axis, start, stop))
-    if kind == "reshape":
-        if boxes:
-            raise _refused(site, "a weight whose values the graph rearranges", "whole columns")
-        return tuple(rest[0]), []
-    if boxes:
-        raise _refused(site, f"a weight that the graph computes with ({kind})", "its own values")
-    return shape, []
+) -> list[_Box]:
+    """The blocks of the expression's value that come from tensor `source`."""
+
+    def inside(part: Expression) -> list[_Box]:
+        return _boxes(part, source, shape_of, site)
+
+    match expression:
+        case TensorRef(name):
+            shape = shape_of(name)
+            zeros, axes = (0,) * len(shape), tuple(range(len(shape)))
+            return [_Box(name, axes, zeros, zeros, shape)] if name == source else []
+        case Concat(axis, parts):
+            length, boxes = 0, list[_Box]()
+            for part in parts:
+                boxes += [
+                    replace(b, starts=_with(b.starts, axis, length, add=True)) for b in inside(part)
+                ]
+                length += part.shape(shape_of)[axis]
+            return boxes
+        case Transpose(order, of):
+            return [
+                _Box(b.name, *(_permuted(v, order) for v in (b.axes, b.starts, b.sources, b.sizes)))
+                for b in inside(of)
+            ]
+        case Slice(axis, start, stop, of):
+            return list(_cut(inside(of), axis, start, stop))
+    if not any(map(inside, expression.parts)):
+        return []
+    if isinstance(expression, Reshape):
+        raise _refused(site, "a weight whose values the graph rearranges", "whole columns")
+    kind = type(expression).__name__.lower()
+    raise _refused(site, f"a weight that the graph computes with ({kind})", "its own values")
 
 
 def _with(values: tuple[int, ...], axis: int, number: int, add: bool = False) -> tuple[int, ...]:
@@ -175,7 +184,7 @@ def _with(values: tuple[int, ...], axis: int, number: int, add: bool = False) ->
     return (*values[:axis], new, *values[axis + 1 :])
 
 
-def _permuted(values: tuple[int, ...], order: list[int]) -> tuple[int, ...]:
+def _permuted(values: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(values[axis] for axis in order)
 
 
@@ -286,7 +295,7 @@ def _width(graph: Graph, reader: _Reader, column: int) -> int:
 def _output(graph: Graph, site: Site, node: ir.Node) -> tuple[ir.Value, bool]:
     """The module's output, and whether its bias is in it."""
     value, bias = node.outputs[0], f"{site.path}.bias"
-    reads = {n for n, e in graph.weights.items() if bias in names(e)}
+    reads = {n for n, e in graph.weights.items() if bias in e.names()}
     if not reads or (node.op_type == "Gemm" and _is_read(node, 2, reads)):
         return value, True
     users = list(value.uses())

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from adaptrix_export.arch.config_changes import config_changes
-from adaptrix_export.graph.expression import evaluate
 from adaptrix_export.load.files.tensors import ByRows
 from adaptrix_export.measure.calibration import Calibration, Rows, calibration_rows
 from adaptrix_export.merge.merge import merged
@@ -238,7 +237,7 @@ class _Run:
         """The piece's values in the live model, to be read and to be written."""
         parameter: Any = self._live.plain.get_submodule(module).weight
         whole = parameter.detach().numpy()
-        view = evaluate(piece.expression, lambda name: whole)
+        view = piece.expression.evaluate(lambda name: whole)
         assert np.shares_memory(view, whole), piece.key
         return view
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.graph.expression import TensorRef
 from adaptrix_export.graph.frontends.native import native
 from adaptrix_export.graph.graph import Graph
 from adaptrix_export.graph.rewrite.taps import (
@@ -41,7 +42,7 @@ def _wired(plan: Plan, graph: Graph, adapter: Path, found: dict[Site, Tap]) -> G
         fixed[f"{name}.a"] = term.a.read().T
         fixed[f"{name}.b"] = np.float32(term.scale) * term.b.read().T
         a, b = (
-            bound(graph.model, weights, n, fixed[n].shape, ["tensor", n])
+            bound(graph.model, weights, n, fixed[n].shape, TensorRef(n))
             for n in (f"{name}.a", f"{name}.b")
         )
         deltas[delta.site] = low_rank(graph.model, found[delta.site], a, b, name)

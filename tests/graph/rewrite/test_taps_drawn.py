@@ -12,7 +12,14 @@ import onnxruntime as ort
 import pytest
 
 from adaptrix_export.errors import UnsupportedError
-from adaptrix_export.graph.expression import Expression, tensor
+from adaptrix_export.graph.expression import (
+    Affine,
+    Expression,
+    Reshape,
+    Slice,
+    TensorRef,
+    Transpose,
+)
 from adaptrix_export.graph.graph import Graph
 from adaptrix_export.graph.rewrite.taps import Tap, columns_of, joined, low_rank, replace_uses, taps
 from adaptrix_export.plan import Plan, Site
@@ -20,8 +27,8 @@ from tests.artifacts import plan_of
 from tests.tiny import save_base
 
 SITE = Site("transformer.h", 1, "attn.c_attn")  # Conv1D (64, 192), with a bias
-WEIGHT, BIAS = tensor(f"{SITE.path}.weight"), tensor(f"{SITE.path}.bias")
-TURNED: Expression = ["transpose", [1, 0], WEIGHT]
+WEIGHT, BIAS = TensorRef(f"{SITE.path}.weight"), TensorRef(f"{SITE.path}.bias")
+TURNED = Transpose((1, 0), WEIGHT)
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
 
@@ -96,8 +103,8 @@ def cut() -> Graph:
     made = Drawing()
     parts = []
     for i, (start, stop) in enumerate(((0, 80), (80, 192))):
-        w = made.weight(f"w{i}", (64, stop - start), ["slice", 1, start, stop, WEIGHT])
-        b = made.weight(f"b{i}", (stop - start,), ["slice", 0, start, stop, BIAS])
+        w = made.weight(f"w{i}", (64, stop - start), Slice(1, start, stop, WEIGHT))
+        b = made.weight(f"b{i}", (stop - start,), Slice(0, start, stop, BIAS))
         parts.append(made.add("Add", made.add("MatMul", made.x, w), b))
     return made.graph(made.add("Concat", *parts, axis=-1))
 
@@ -169,13 +176,13 @@ def _run(
 
 def rearranged() -> Graph:
     made = Drawing()
-    mixed = ["reshape", [64, 192], ["transpose", [1, 0], ["reshape", [96, 128], WEIGHT]]]
+    mixed = Reshape((64, 192), Transpose((1, 0), Reshape((96, 128), WEIGHT)))
     return made.graph(made.add("MatMul", made.x, made.weight("w", (64, 192), mixed)))
 
 
 def computed() -> Graph:
     made = Drawing()
-    doubled: Expression = ["affine", 2.0, 0.0, WEIGHT]
+    doubled = Affine(2.0, 0.0, WEIGHT)
     return made.graph(made.add("MatMul", made.x, made.weight("w", (64, 192), doubled)))
 
 
@@ -188,7 +195,7 @@ def scaled() -> Graph:
 
 def half() -> Graph:
     made = Drawing()
-    w = made.weight("w", (64, 80), ["slice", 1, 0, 80, WEIGHT])
+    w = made.weight("w", (64, 80), Slice(1, 0, 80, WEIGHT))
     return made.graph(made.add("MatMul", made.x, w))
 
 

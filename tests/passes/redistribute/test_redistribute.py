@@ -364,7 +364,7 @@ def test_a_published_peft_folder_that_says_another_scale_fails_its_proof(
     tmp_path, pair, monkeypatch
 ):
     """The negative control: PEFT and our own reading of the folder must be able to differ."""
-    from adaptrix_export.graph.expression import tensor
+    from adaptrix_export.graph.expression import TensorRef
     from adaptrix_export.oracle.job import Job
     from adaptrix_export.prove import dense
     from adaptrix_export.prove.child import run
@@ -384,7 +384,7 @@ def test_a_published_peft_folder_that_says_another_scale_fails_its_proof(
     monkeypatch.setattr(dense, "dense_plan", wrong)
     job = Job(
         target="peft", artifact=adapter, base_folder=base, precision="fp32",
-        weights={name: tensor(name) for name in plan.changes()},
+        weights={name: TensorRef(name) for name in plan.changes()},
         adapters=(("adapter", adapter),), level="fast",
     )  # fmt: skip
     report = run(job, Silent())
