@@ -128,11 +128,11 @@ def _low_rank_result(matrix: Matrix, term: Composed) -> Factors:
     if method.acts_on == "factors":
         made = peft_factors(term)
         return made.turned if matrix.turned else made
-    if term.method == "knots":  # reads D_i laid out (out, in)
+    if method.basis == "common":  # reads D_i laid out (out, in)
         parts = [thin_svd(_upright(matrix, share)) for share in shares]
         made = knots(parts, weights, term.density or 1.0, term.election)
         return made.turned if matrix.turned else made
-    if term.method == "tsv":
+    if method.basis == "orthogonal":
         parts = [thin_svd(_either(matrix, share)) for share in shares]
         return tsv(parts, weights, matrix.shape, term.rank)
     assert term.rank is not None

@@ -30,6 +30,7 @@ from typing import Literal
 
 Sparsify = Literal["", "magnitude", "random"]
 Shape = Literal["elements", "matrix", "factors"]
+Basis = Literal["", "common", "orthogonal"]
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,16 @@ class Method:
     """
 
     acts_on: Shape = "elements"
+    basis: Basis = ""  # of singular vectors: one for all adapters, or one each, made orthogonal
     sparsify: Sparsify = ""
     elects: bool = False
     truncates: bool = False  # to `rank`
     low_rank: bool = False
+
+    @property
+    def needs_rank(self) -> bool:
+        """Whether it must be given a rank: with an orthogonal basis it can choose one itself."""
+        return self.truncates and self.basis != "orthogonal"
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -72,8 +79,8 @@ METHODS: dict[str, Method] = {
     "ties_svd": Method(sparsify="magnitude", elects=True, truncates=True, low_rank=True),
     "dare_linear_svd": Method(sparsify="random", truncates=True, low_rank=True),
     "dare_ties_svd": Method(sparsify="random", elects=True, truncates=True, low_rank=True),
-    "knots": Method("matrix", sparsify="magnitude", elects=True, low_rank=True),
-    "tsv": Method("matrix", truncates=True, low_rank=True),
+    "knots": Method("matrix", "common", sparsify="magnitude", elects=True, low_rank=True),
+    "tsv": Method("matrix", "orthogonal", truncates=True, low_rank=True),
     "peft-cat": Method("factors"),
     "peft-svd": Method("factors", truncates=True, low_rank=True),
     "peft-linear": Method("factors", low_rank=True),

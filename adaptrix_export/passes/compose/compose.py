@@ -66,7 +66,7 @@ class Compose(Composition):
     def _settled(self, adapters: Sequence[Adapter]) -> Composition:
         """The options as they are meant: a rank of None is the largest of the adapters' own."""
         rank = self.rank
-        if METHODS[self.method].truncates and self.method != "tsv" and rank is None:
+        if METHODS[self.method].needs_rank and rank is None:
             terms = [t for a in adapters for d in a.deltas for t in d.terms]
             ranks = [t.rank for t in terms if isinstance(t, (LowRank, Dora, Experts))]
             rank = max(ranks, default=None)
@@ -92,7 +92,7 @@ class Compose(Composition):
         acts = acting(PEFT_ALIASES.get(self.method, self.method), len(parts), delta, rank)
         if acts in SUMS or (acts == "svd" and rank is not None and _within(parts, rank)):
             return _sum(delta.name, parts)
-        if METHODS[acts].truncates and acts != "tsv" and rank is None:
+        if METHODS[acts].needs_rank and rank is None:
             raise UnsupportedError(
                 f"compose: {delta.name}", "no LoRA whose rank could be taken", "a rank",
                 "set compose.rank",
