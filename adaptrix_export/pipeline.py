@@ -23,6 +23,7 @@ from adaptrix_export.manage.places import remember
 from adaptrix_export.measure.energy import energy
 from adaptrix_export.package import build_manifest, write_manifest, write_package
 from adaptrix_export.package.layout import laid_out
+from adaptrix_export.package.model_config import portability_notes
 from adaptrix_export.package.redistributed import keep_redistributed
 from adaptrix_export.package.tokenizer import choose_tokenizer
 from adaptrix_export.passes.context import pass_context
@@ -94,7 +95,7 @@ def build(
             checker.start()  # its imports overlap with the merge; a calibration needs the memory
         artifact = target.lower(plan, stage, progress, options)
         artifact = laid_out(artifact, recipe.layout.value, opened.base.task)
-        write_package(artifact, plan, tokenizer.folder)
+        write_package(artifact, plan, tokenizer.folder, recipe.portable)
         keep_redistributed(plan, artifact)
         report = prove_build(
             recipe, opened, plan, artifact, progress, checker, options.quantization
@@ -116,7 +117,8 @@ def build(
         with progress.stage("publish"):
             publish(stage, recipe.out)
         remember(recipe.out, recipe.model_dump(mode="json"))
-    known = (*notes(opened, plan, artifact), *tokenizer.notes)
+    portability = portability_notes(artifact.target, opened.base.config, recipe.portable)
+    known = (*notes(opened, plan, artifact), *tokenizer.notes, *portability)
     return Outcome(recipe.out, report, manifest, known, plan.measured)
 
 

@@ -44,10 +44,13 @@ _LOADING_KEYS = ("backend", "is_local", "local_files_only", "name_or_path")
 _CONFIG_PATH_KEYS = ("_name_or_path", "name_or_path")
 
 
-def write_package(artifact: Artifact, plan: Plan, tokenizer: Path | None = None) -> None:
+def write_package(
+    artifact: Artifact, plan: Plan, tokenizer: Path | None = None, portable: bool = False
+) -> None:
     """Write everything a runtime needs beside the weights in `artifact.folder`.
 
-    safetensors: config.json as in the base, byte for byte unless the merge changed keys of it.
+    safetensors: config.json as in the base, byte for byte unless the merge changed keys of it;
+    with `portable` one that transformers 4 and 5 read alike.
     onnx: a config.json that transformers 4 and 5 read alike, and genai_config.json where the
     graph is a decoder. Tokenizer and processor files are the base's own, or those in the folder
     `tokenizer`; a GGUF base has them made from its metadata. A sentence encoder keeps the modules
@@ -66,11 +69,11 @@ def write_package(artifact: Artifact, plan: Plan, tokenizer: Path | None = None)
             copy_sentence_files(base.folder, stage)
         if is_graph:
             _complete_tokenizer(tokenizer or base.folder, stage)
-    if is_graph:
+    if is_graph or portable:
         make_tokenizer_portable(stage, decoder=base.task == GENERATES)
     if is_graph or base.gguf_file is not None:
         _write_generation(stage, base.config)
-    _write_config(artifact, base, is_graph)
+    _write_config(artifact, base, is_graph, portable)
     graph = located(stage, GRAPH)
     if is_graph and graph.exists():
         genai = genai_config(stage, graph, _read(stage / CONFIG), _read(stage / GENERATION))
@@ -92,7 +95,7 @@ def _copy(base: Base, tokenizer: Path | None, stage: Path) -> None:
         shutil.copyfile(path, stage / name)
 
 
-def _write_config(artifact: Artifact, base: Base, is_graph: bool) -> None:
+def _write_config(artifact: Artifact, base: Base, is_graph: bool, portable: bool) -> None:
     path = artifact.folder / CONFIG
     if is_graph or base.gguf_file is not None:
         dtype = DTYPES.get(artifact.precision)
@@ -101,6 +104,8 @@ def _write_config(artifact: Artifact, base: Base, is_graph: bool) -> None:
         if base.gguf_file is not None:
             config = {k: v for k, v in config.items() if k not in _CONFIG_PATH_KEYS}
         _write(path, config)
+    elif portable:
+        _write(path, portable_config(base.config) | dict(artifact.config_changes))
     elif artifact.config_changes or base.rebuilt:
         # base.config: what the file says, but for a quantization that the weights have left
         _write(path, dict(base.config) | dict(artifact.config_changes))

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
+from adaptrix_export.recipe.targets import Form, facts_of
+
 # Same value, other name.
 RENAMED = {"_sliding_window_pattern": "sliding_window_pattern"}
 
@@ -52,6 +54,28 @@ def portable_config(config: Mapping[str, Any], dtype: str | None = None) -> dict
     if dtype is not None:
         portable["dtype"] = portable["torch_dtype"] = dtype
     return portable
+
+
+def lost_in_4(config: Mapping[str, Any]) -> list[str]:
+    """The keys without which transformers 4 takes its own defaults, in silence."""
+    nested = (value for value in config.values() if isinstance(value, Mapping))
+    within = [key for part in nested if "model_type" in part for key in lost_in_4(part)]
+    legacy = _legacy_rope(config)
+    missing = [key for key, value in legacy.items() if value is not None and key not in config]
+    return sorted({*missing, *within})
+
+
+def portability_notes(target: str, config: Mapping[str, Any], portable: bool) -> tuple[str, ...]:
+    """What a user of an older transformers should know of a checkpoint's config."""
+    if portable or facts_of(target).form is not Form.CHECKPOINT:
+        return ()
+    lost = lost_in_4(config)
+    if not lost:
+        return ()
+    return (
+        f"transformers 4 finds no {', '.join(lost)} in this config.json and takes its defaults, "
+        "which gives other logits; `portable: true` writes the names of both generations",
+    )
 
 
 def _both_names(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:

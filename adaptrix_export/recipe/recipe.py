@@ -38,7 +38,7 @@ from adaptrix_export.recipe.sections import (
     Section,
     Slots,
 )
-from adaptrix_export.recipe.targets import TARGET_FACTS, Target
+from adaptrix_export.recipe.targets import TARGET_FACTS, Form, Target
 from adaptrix_export.recipe.words import (
     QUANTIZED,
     AdaptrixScaling,
@@ -148,6 +148,12 @@ class Recipe(Section):
         description="Whose tokenizer and chat template the artifact gets; auto takes the adapter's "
         "where its folder has one that differs from the base's.",
     )
+    portable: bool = Field(
+        default=False,
+        strict=True,
+        description="For safetensors: a config.json and a tokenizer_config.json with the keys of "
+        "transformers 4 and 5; otherwise they are the base's own. Graphs always have both.",
+    )
     redistribute: Redistribution | None = Field(
         default=None, description="Move the adapters onto a few layers before anything is made."
     )
@@ -206,6 +212,12 @@ class Recipe(Section):
             raise refusal(
                 f"pooling {self.pooling} with target {self.target}", "target onnx",
                 "a checkpoint holds weights alone", key="pooling",
+            )  # fmt: skip
+        if self.portable and TARGET_FACTS[self.target].form is not Form.CHECKPOINT:
+            raise refusal(
+                f"portable with target {self.target}", "a checkpoint",
+                "leave it out: graphs are portable as they are, and adapters have no config of a "
+                "model", key="portable",
             )  # fmt: skip
         self._check_slots()
         names = [adapter.name for adapter in self.adapters]
