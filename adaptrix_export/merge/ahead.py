@@ -1,6 +1,6 @@
-"""Pieces of work done by threads ahead of whoever takes their results, in order.
+"""Runs tasks in threads ahead of the consumer of their results, in order.
 
-numpy works free of the interpreter lock, so two threads keep two cores busy.
+numpy releases the interpreter lock, so two threads use two cores.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
-MOST = 4  # threads; a disk takes no more than they make
+MOST = 4  # threads; with more, writing to disk is the bottleneck
 
 
 def ahead(tasks: Iterable[Callable[[], Result]]) -> Iterator[Result]:
-    """The results of `tasks`, in order. Tasks are drawn in the caller's thread, a few early."""
+    """The results of `tasks`, in order. `tasks` is iterated in the caller's thread, a few ahead."""
     waiting: deque[Future[Result]] = deque()
     try:
         for task in tasks:
@@ -34,7 +34,7 @@ def ahead(tasks: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 
 @cache
 def workers() -> int:
-    """How many threads: one for each core that this process may use."""
+    """Number of threads: one for each core that this process may use, at most MOST."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(MOST, cores or 1))
 

@@ -1,4 +1,4 @@
-"""Singular vectors of deltas: the best approximation of a rank, KnOTS and TSV-Merge."""
+"""Methods on singular vectors of deltas: low-rank approximation, KnOTS and TSV-Merge."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def dense_svd(matrix: Array) -> Thin:
     return _above_rounding(*np.linalg.svd(matrix, full_matrices=False))
 
 
-def thin_svd(found: Factors | Array) -> Thin:
-    """Of a product, through the QR of its factors: nothing of the matrix's own size is made."""
+def thin_svd(matrix: Factors | Array) -> Thin:
+    """The SVD of a matrix; of a product through the QR of its factors, without the full matrix."""
     if (
-        not isinstance(found, Factors)
-        or min(found.left.shape[0], found.right.shape[1]) <= (found.left.shape[1])
+        not isinstance(matrix, Factors)
+        or min(matrix.left.shape[0], matrix.right.shape[1]) <= (matrix.left.shape[1])
     ):
-        return dense_svd(found.left @ found.right if isinstance(found, Factors) else found)
-    q_left, r_left = np.linalg.qr(found.left)
-    q_right, r_right = np.linalg.qr(found.right.T)
+        return dense_svd(matrix.left @ matrix.right if isinstance(matrix, Factors) else matrix)
+    q_left, r_left = np.linalg.qr(matrix.left)
+    q_right, r_right = np.linalg.qr(matrix.right.T)
     u, s, vt = np.linalg.svd(r_left @ r_right.T)
     return _above_rounding(q_left @ u, s, vt @ q_right.T)
 
@@ -60,10 +60,10 @@ def _above_rounding(u: Array, s: Array, vt: Array) -> Thin:
     return Thin(u[:, :count], s[:count], vt[:count])
 
 
-def truncated(thin: Thin, rank: int) -> Factors:
+def truncate(thin: Thin, rank: int) -> Factors:
     """The best approximation of at most `rank` (Eckart and Young)."""
-    kept = thin.first(rank)
-    return Factors(kept.u * kept.s, kept.vt)
+    leading = thin.first(rank)
+    return Factors(leading.u * leading.s, leading.vt)
 
 
 def knots(
@@ -90,21 +90,21 @@ def knots(
 def tsv(
     parts: Sequence[Thin], weights: Sequence[float], shape: tuple[int, int], rank: int | None
 ) -> Factors:
-    """TSV-Merge, https://arxiv.org/abs/2412.00081: U' S V'^T with the singular vectors of all parts
-    side by side, whitened: U' and V' are the orthogonal matrices nearest to them.
+    """TSV-Merge, https://arxiv.org/abs/2412.00081: U' S V'^T, where U' and V' are the orthogonal
+    matrices nearest to the concatenated singular vectors of all parts.
 
-    Each part brings its strongest `rank` / n components; without a rank, as many as an n-th of the
-    matrix's smaller side, which is all of a LoRA. S holds the singular values times the weights.
+    Each of n parts contributes its first `rank` / n components; without a rank, min(shape) / n,
+    which is all of a LoRA. S are the singular values times the weights.
     """
     each = max(1, (min(shape) if rank is None else rank) // len(parts))
-    kept = [part.first(each) for part in parts]
-    u = _orthogonal(np.concatenate([p.u for p in kept], axis=1))
-    v = _orthogonal(np.concatenate([p.vt.T for p in kept], axis=1))
-    s = np.concatenate([w * p.s for p, w in zip(kept, weights, strict=True)])
+    leading = [part.first(each) for part in parts]
+    u = _orthogonal(np.concatenate([p.u for p in leading], axis=1))
+    v = _orthogonal(np.concatenate([p.vt.T for p in leading], axis=1))
+    s = np.concatenate([w * p.s for p, w in zip(leading, weights, strict=True)])
     return Factors(u * s, np.ascontiguousarray(v.T))
 
 
 def _orthogonal(columns: Array) -> Array:
-    """The polar factor; where columns depend on each other, of the space that they span."""
+    """The orthogonal polar factor; for dependent columns, within the space that they span."""
     thin = dense_svd(columns)
     return thin.u @ thin.vt

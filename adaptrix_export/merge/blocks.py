@@ -1,4 +1,4 @@
-"""Blocks of rows: what a merge has in memory at once, and what terms are added to."""
+"""Blocks of rows, the unit in which a merge reads, computes and writes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Block = Callable[[int, int], Array]  # (start, stop) -> rows of a delta, two-dim
 
 
 def rows_per_block(shape: tuple[int, ...]) -> int:
-    """How many rows make a block of about BLOCK values."""
+    """Number of rows in a block of about BLOCK values."""
     row = int(np.prod(shape[1:], dtype=np.int64)) or 1
     return max(1, BLOCK // row)
 
 
 def base_rows(change: Change, start: int, stop: int) -> Array:
-    """Rows of what the terms are added to, in float64: the source, with some rows set."""
+    """Rows of the tensor that terms are added to, in float64: the source with replaced rows."""
     exact = change.source.rows(start, stop).astype(np.float64)
     for saved in change.rows:
         assert saved.rows is not None

@@ -1,9 +1,9 @@
-"""What a method of `plan/methods.py` makes of several deltas at one parameter, in float64.
+"""Computes the methods of `plan/methods.py` on several deltas of one parameter, in float64.
 
-A matrix at a time: the stacked experts of a parameter are composed one by one. Methods on single
-values need every delta once to find their thresholds and then a block of rows at a time; methods on
-singular vectors work on factors where every delta is a sum of LoRA terms, and on the dense matrix
-where one is not. Memory is that of the one matrix.
+Works on one matrix at a time: stacked experts are composed one by one. Element-wise methods read
+every delta once to find their thresholds, and then compute a block of rows at a time. Methods on
+singular vectors use the factors if every delta is a sum of LoRA terms, else the dense matrix.
+Memory is that of one matrix.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from functools import reduce
 import numpy as np
 
 from adaptrix_export.errors import UnsupportedError
-from adaptrix_export.merge.aligned import Factors, dense_svd, knots, thin_svd, truncated, tsv
+from adaptrix_export.merge.aligned import Factors, dense_svd, knots, thin_svd, truncate, tsv
 from adaptrix_export.merge.blocks import Block, Rows, base_rows, rows_per_block
-from adaptrix_export.merge.elections import drawn, elected, largest_of, threshold_of
+from adaptrix_export.merge.elections import elected, largest_of, random_mask, threshold_of
 from adaptrix_export.merge.leaves import leaf_rows
 from adaptrix_export.merge.peft_formulas import peft_factors
 from adaptrix_export.plan import (
@@ -49,7 +49,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Matrix:
-    """What is composed at once. `turned` says that it is stored (in, out)."""
+    """One matrix to compose. `turned`: it is stored (in, out)."""
 
     name: str
     shape: tuple[int, int]
@@ -58,7 +58,7 @@ class Matrix:
 
 
 def composed_rows(change: Change, term: Composed) -> Rows:
-    """The composed delta as `merge.py` adds it: rows as stored, in the shape of the base."""
+    """The composed delta as `merge.py` adds it: rows in the base's layout and shape."""
     if _is_stacked(change, term):
         height = change.shape[1]
         return lambda start, stop, base, so_far: np.stack(
@@ -69,7 +69,7 @@ def composed_rows(change: Change, term: Composed) -> Rows:
 
 
 def matrices(change: Change, term: Composed) -> Iterator[Matrix]:
-    """What a composition of one parameter acts on: its matrix, or that of each expert."""
+    """The matrices that a composition acts on: the parameter, or each of its experts."""
     if _is_stacked(change, term):
         for expert in range(change.shape[0]):
             yield _expert(change, term, expert)
@@ -82,14 +82,14 @@ def _is_stacked(change: Change, term: Composed) -> bool:
 
 
 def low_rank_factors(change: Change) -> tuple[Array, Array]:
-    """(b, a) in float64, (out, k) and (k, in), whose product is all that is added to a weight.
+    """(b, a) in float64, (out, k) and (k, in), whose product is the whole change of a weight.
 
-    Exact: for a sum of LoRA terms k is the sum of their ranks; for a composition it is the rank
-    that its method gives. Raises UnsupportedError for a delta that is not low rank.
+    Exact: for a sum of LoRA terms k is the sum of their ranks; for a composition it is the rank of
+    its result. Raises UnsupportedError for a delta that is not low rank.
     """
-    found = [_factors_of(change, term) for term in change.terms]
-    whole = [factors for factors in found if factors is not None]
-    if len(whole) < len(found) or not whole or change.rows:
+    factors_of_terms = [_factors_of(change, term) for term in change.terms]
+    whole = [factors for factors in factors_of_terms if factors is not None]
+    if len(whole) < len(factors_of_terms) or not whole or change.rows:
         raise UnsupportedError(
             change.name, "a delta that is not low rank", "LoRA, or an svd form of a composition",
             "compose with method svd, knots, tsv or one that ends in _svd",
@@ -129,17 +129,17 @@ def _low_rank_result(matrix: Matrix, term: Composed) -> Factors:
         made = peft_factors(term)
         return made.turned if matrix.turned else made
     if method.basis == "common":  # reads D_i laid out (out, in)
-        parts = [thin_svd(_upright(matrix, share)) for share in shares]
+        parts = [thin_svd(_out_in_layout(matrix, share)) for share in shares]
         made = knots(parts, weights, term.density or 1.0, term.election)
         return made.turned if matrix.turned else made
     if method.basis == "orthogonal":
-        parts = [thin_svd(_either(matrix, share)) for share in shares]
+        parts = [thin_svd(_stored_delta(matrix, share)) for share in shares]
         return tsv(parts, weights, matrix.shape, term.rank)
     assert term.rank is not None
     factors = [share.factors for share in shares if share.factors is not None]
     if not method.sparsify and len(factors) == len(shares):
-        return truncated(thin_svd(_side_by_side(factors, weights)), term.rank)
-    return truncated(dense_svd(_by_elements(matrix, term)(0, matrix.shape[0])), term.rank)
+        return truncate(thin_svd(_side_by_side(factors, weights)), term.rank)
+    return truncate(dense_svd(_by_elements(matrix, term)(0, matrix.shape[0])), term.rank)
 
 
 def _side_by_side(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
@@ -148,15 +148,15 @@ def _side_by_side(factors: Sequence[Factors], weights: Sequence[float]) -> Facto
     return Factors(np.concatenate(left, axis=1), np.concatenate([f.right for f in factors]))
 
 
-def _either(matrix: Matrix, share: Share) -> Factors | Array:
+def _stored_delta(matrix: Matrix, share: Share) -> Factors | Array:
     return share.rows(0, matrix.shape[0]) if share.factors is None else share.factors
 
 
-def _upright(matrix: Matrix, share: Share) -> Factors | Array:
-    found = _either(matrix, share)
+def _out_in_layout(matrix: Matrix, share: Share) -> Factors | Array:
+    factors = _stored_delta(matrix, share)
     if not matrix.turned:
-        return found
-    return found.turned if isinstance(found, Factors) else found.T
+        return factors
+    return factors.turned if isinstance(factors, Factors) else factors.T
 
 
 def _by_elements(matrix: Matrix, term: Composed) -> Block:
@@ -167,25 +167,25 @@ def _by_elements(matrix: Matrix, term: Composed) -> Block:
     thresholds = [threshold_of(_values(matrix, s), density) if trims else 0 for s in matrix.shares]
     scale = 1 / density if method.sparsify == "random" else 1.0
     masks = [
-        drawn(term.seed, s.adapter, matrix.name, matrix.shape, density)
+        random_mask(term.seed, s.adapter, matrix.name, matrix.shape, density)
         if method.sparsify == "random" else None
         for s in matrix.shares
     ]  # fmt: skip
     noise = [largest_of(_values(matrix, s)) if method.elects else 0 for s in matrix.shares]
 
     def rows(start: int, stop: int) -> Array:
-        kept = []
+        pruned = []
         for share, threshold, mask in zip(matrix.shares, thresholds, masks, strict=True):
             delta = share.rows(start, stop)
             if trims:
                 delta = np.where(np.abs(delta) >= threshold, delta, 0.0)
             if mask is not None:
                 delta = np.where(mask(start, stop), scale * delta, 0.0)
-            kept.append(share.weight * delta)
+            pruned.append(share.weight * delta)
         if not method.elects:
-            return reduce(np.add, kept)
+            return reduce(np.add, pruned)
         floors = [scale * abs(s.weight) * n for s, n in zip(matrix.shares, noise, strict=True)]
-        return elected(kept, floors, term.election)
+        return elected(pruned, floors, term.election)
 
     return rows
 
@@ -203,7 +203,7 @@ def _matrix(change: Change, term: Composed) -> Matrix:
     shares = []
     for part in term.parts:
         factors = _low_rank(change, part)
-        block = _product(factors) if factors is not None else _alone(change, part)
+        block = _product(factors) if factors is not None else _delta_alone(change, part)
         shares.append(Share(part.adapter, part.weight, block, factors))
     return Matrix(term.name, shape, change.transposed, tuple(shares))
 
@@ -222,8 +222,8 @@ def _product(factors: Factors) -> Block:
     return lambda start, stop: factors.left[start:stop] @ factors.right
 
 
-def _alone(change: Change, part: Part) -> Block:
-    """The delta of one adapter as its live layer gives it with no other beside it."""
+def _delta_alone(change: Change, part: Part) -> Block:
+    """The delta of one adapter, as its live layer computes it with no other adapter active."""
     added = [leaf_rows(change, term) for term in part.terms]
     reads_base = any(isinstance(term, (Dora, Tuned)) for term in part.terms)
 

@@ -1,8 +1,8 @@
-"""Which values of several deltas survive: by magnitude, and by an elected sign (TIES).
+"""Selects values of deltas by magnitude, and by an elected sign (TIES).
 
-What is equal on paper is rarely equal in floating point: two products that cancel leave 1e-17, and
-values of one size differ in their last bit. So every comparison here has a margin far above the
-noise of float64 and far below what a value means; what lies within it counts as equal.
+Values that are equal in exact arithmetic differ in floating point: products that cancel leave
+1e-17, and equal magnitudes differ in the last bit. So every comparison here has a margin, far above
+float64 rounding and far below meaningful differences; values within it count as equal.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ MARGIN = 2.0**-40  # relative
 
 
 def threshold_of(blocks: Sequence[Array], density: float) -> float:
-    """The magnitude from which on a value belongs to the largest `density` of all.
+    """The smallest magnitude among the largest floor(density * n) of n values, at least one value.
 
-    Values of equal magnitude stay together: all of those as large as the last one that fits are
-    kept. Of n values the largest floor(density * n) are meant, one at least.
+    Values of equal magnitude are treated alike: all that equal the threshold are selected.
     """
     sizes = np.concatenate([np.abs(block).reshape(-1) for block in blocks])
     count = max(1, int(density * sizes.size))
@@ -54,12 +53,14 @@ def elected(values: Sequence[Array], floors: Sequence[float], election: str) -> 
     return mean
 
 
-def drawn(seed: int, adapter: str, name: str, shape: tuple[int, int], density: float) -> Block:
-    """The values that a random drop keeps, by rows: the same for a seed, an adapter and a name.
+def random_mask(
+    seed: int, adapter: str, name: str, shape: tuple[int, int], density: float
+) -> Block:
+    """Random keep masks (DARE), by rows: a function of seed, adapter and name.
 
     Philox keyed by the first 16 bytes of sha256("seed newline adapter newline name"), read as a
-    little-endian number; values row by row as the base stores them, kept where a uniform double in
-    [0, 1) is below `density`. Held as bits.
+    little-endian number; values row by row in the base's layout, kept where a uniform double in
+    [0, 1) is below `density`. Stored as bits.
     """
     key = sha256(f"{seed}\n{adapter}\n{name}".encode()).digest()[:16]
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))

@@ -1,4 +1,4 @@
-"""Run a PEFT layer in float64, from its forward pass to the casts inside its formulas."""
+"""Run a PEFT layer in float64, including the casts to float32 inside its formulas."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class _NoFloat32(TorchFunctionMode):
-    """Whatever asks for float32 gets float64: C3A, DEFT, FourierFT and others cast to float32.
+    """Replaces casts to float32 by casts to float64: C3A, DEFT, FourierFT and others cast.
 
-    Those casts spare 16-bit weights; here they would only throw bits away, differently in the
-    merge and in the forward pass.
+    The casts are meant for 16-bit weights; here they would lose precision, and in other places in
+    the merge than in the forward pass.
     """
 
     def __torch_function__(
@@ -26,31 +26,31 @@ class _NoFloat32(TorchFunctionMode):
     ) -> Any:
         if func is torch.Tensor.float:
             return args[0].double()
-        args = tuple(_widened(a) for a in args)
-        return func(*args, **{k: _widened(v) for k, v in (kwargs or {}).items()})
+        args = tuple(_to_float64(a) for a in args)
+        return func(*args, **{k: _to_float64(v) for k, v in (kwargs or {}).items()})
 
 
-def _widened(argument: Any) -> Any:
+def _to_float64(argument: Any) -> Any:
     return torch.float64 if argument is torch.float32 else argument
 
 
 @contextmanager
 def in_double(tensors: Iterable[Any]) -> Iterator[None]:
-    """`tensors` hold their values in float64 (exact), and as they were again afterwards."""
+    """Convert `tensors` to float64 within the context (exact), and restore them afterwards."""
     own = [t for t in {id(t): t for t in tensors}.values() if t.is_floating_point()]
-    kept, default = [t.data for t in own], torch.get_default_dtype()
+    originals, default = [t.data for t in own], torch.get_default_dtype()
     try:
-        torch.set_default_dtype(torch.float64)  # for what a formula makes anew, as torch.zeros does
+        torch.set_default_dtype(torch.float64)  # for tensors that a formula creates (torch.zeros)
         for tensor in own:
             tensor.data = tensor.data.double()
         with _NoFloat32(), torch.no_grad():
             yield
     finally:
         torch.set_default_dtype(default)
-        for tensor, values in zip(own, kept, strict=True):
+        for tensor, values in zip(own, originals, strict=True):
             tensor.data = values
 
 
 def tensors_of(module: Any) -> list[Any]:
-    """Parameters and buffers of a module, those of modules inside it too."""
+    """Parameters and buffers of a module and its submodules."""
     return [*module.parameters(), *module.buffers()]

@@ -1,4 +1,4 @@
-"""What each kind of term adds to its parameter, by rows, in float64: one function a kind."""
+"""The delta of each kind of term, by rows, in float64: one function for each kind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adaptrix_export.plan import Array, Change, Dora, Experts, Leaf, LowRank, Sc
 
 
 def leaf_rows(change: Change, term: Leaf) -> Rows:
-    """What one term adds, by rows as the base stores them."""
+    """The delta of one term, by rows in the base's layout."""
     return _ADDED[type(term)](change, term)
 
 
@@ -68,7 +68,7 @@ def _scaled(change: Change, term: Scaled) -> Rows:
 
 
 def _experts(change: Change, term: Experts) -> Rows:
-    """scale * b_e @ a_e, an expert at a time; a parameter of two dimensions is one of its rows."""
+    """scale * b_e @ a_e for each expert; a parameter of two dimensions counts as one expert."""
     a, b = term.a.read().astype(np.float64), term.b.read().astype(np.float64)
     a = term.scale * a.reshape(term.experts, -1, a.shape[1])  # (experts, r, in)
     b = b.reshape(b.shape[0], -1, term.experts)  # (out, r, experts)
@@ -83,7 +83,7 @@ def _experts(change: Change, term: Experts) -> Rows:
 
 
 def _tuned(change: Change, term: Tuned) -> Rows:
-    """What the tuner's own layer makes of the whole parameter, less the parameter."""
+    """The parameter as merged by the tuner's own layer, minus the base's parameter."""
     from adaptrix_export.merge.tuned import merged_parameter  # needs PyTorch; the rest does not
 
     whole = base_rows(change, 0, change.shape[0])

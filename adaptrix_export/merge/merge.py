@@ -1,9 +1,9 @@
 """Merged values of one tensor, a block of rows at a time.
 
-The sum is taken in float64 and rounded once, to the dtype that is written. An fp32 sum rounded to
-bf16 would differ from the exact result near ties; and a block at a time keeps memory bounded by
-the block, whatever the size of the embedding. Sums of LoRA terms, which are most of all there is,
-are computed by threads while earlier blocks are hashed and written.
+The sum is computed in float64 and rounded once, to the dtype that is written. An fp32 sum rounded
+to bf16 would differ from the exact result near ties. Memory is bounded by the block, whatever the
+size of the tensor. Sums of LoRA terms, the most common case, are computed by threads while earlier
+blocks are hashed and written.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def _merged_blocks(change: Change, dtype: str, first: int, last: int | None) -> 
     for start in range(first, rows, step):
         stop = min(rows, start + step)
         exact = base_rows(change, start, stop)
-        kept = len(added) > 1 or change.blend != 1  # a lone term is made before it is added
-        base = exact.copy() if kept else exact
+        # A single term is computed in full before it is added, so it may read `exact` itself.
+        keep_base = len(added) > 1 or change.blend != 1
+        base = exact.copy() if keep_base else exact
         for term in added:
             exact += term(start, stop, base, exact)
         if change.blend != 1:
@@ -58,7 +59,7 @@ def _merged_blocks(change: Change, dtype: str, first: int, last: int | None) -> 
 
 
 def _low_rank_terms(change: Change) -> list[LowRank]:
-    """The terms, where LoRA is all that is added to what is stored; else none."""
+    """The terms, if all are LoRA terms and nothing else changes the tensor; else an empty list."""
     terms = [term for term in change.terms if isinstance(term, LowRank)]
     lone = not change.rows and change.blend == 1 and len(change.source.shape) > 1
     return terms if lone and len(terms) == len(change.terms) else []
@@ -67,7 +68,7 @@ def _low_rank_terms(change: Change) -> list[LowRank]:
 def _thin_blocks(
     change: Change, terms: list[LowRank], dtype: str, first: int, last: int | None
 ) -> Iterator[Callable[[], Array]]:
-    """What makes each block. Its rows are read here: not every source is one for many threads."""
+    """A task for each block. Rows are read here, since not every source is safe for threads."""
     source = change.source
     thin = Thin([scaled_factors(change, term) for term in terms])
     last = source.shape[0] if last is None else last
@@ -78,7 +79,7 @@ def _thin_blocks(
 
 
 def added_rows(change: Change, term: Term) -> Rows:
-    """What one term adds, by rows as the base stores them."""
+    """The delta of one term, by rows in the base's layout."""
     if isinstance(term, Composed):
         return composed_rows(change, term)
     return leaf_rows(change, term)

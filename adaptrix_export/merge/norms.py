@@ -1,4 +1,4 @@
-"""How large a delta is beside the weight that it changes, without making the delta."""
+"""The norm of a delta relative to the weight it changes, computed without the full delta."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ def delta_norm(delta: Delta) -> float | None:
 
 
 def change_norm(change: Change, start: Tensor | None) -> float:
-    """Frobenius norm of what a plan adds to one tensor, exact for every kind of change.
+    """Frobenius norm of the change of one tensor, exact for every kind of change.
 
-    `start` is the base's own tensor, None for one that only the adapter has. LoRA needs its
-    factors alone; anything else is merged, in blocks of rows, and compared with `start`.
+    `start` is the base's tensor, None for one that only the adapter has. The norm of LoRA terms is
+    computed from their factors; all others are merged, in blocks of rows, and compared with
+    `start`.
     """
     plain = change.source is start and not change.rows
     if plain and change.terms and all(isinstance(term, LowRank) for term in change.terms):
@@ -44,7 +45,7 @@ def change_norm(change: Change, start: Tensor | None) -> float:
         return norm
     from adaptrix_export.merge.merge import merged_blocks
 
-    # A resized vocabulary is compared where both have rows; what is new counts whole.
+    # Of a resized vocabulary, the rows that both have are compared; new rows count in full.
     known = start.shape[0] if start is not None and start.shape else 0
     squared, first = 0.0, 0
     for values in merged_blocks(change, "F64"):

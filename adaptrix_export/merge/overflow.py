@@ -1,4 +1,4 @@
-"""Values that float16 cannot hold: the largest is 65504, and a merge may go beyond it."""
+"""Detects merged values that overflow float16, whose largest value is 65504."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from adaptrix_export.errors import AdapterError
 from adaptrix_export.plan import Array, Change
 
 LARGEST = 65504.0
-_INFINITY = 0x7C00  # the bits of a float16 infinity but for its sign
+_INFINITY = 0x7C00  # the bits of a float16 infinity without its sign
 
 
 def within_float16(change: Change, blocks: Iterable[Array]) -> Iterator[Array]:

@@ -1,8 +1,8 @@
 """PEFT's `add_weighted_adapter` on the factors of LoRA adapters, in float64.
 
-A and B are combined apart, each with the square root of weight times scale, the sign on A's side.
-Elections are held before weighting, a sum of zero elects plus, as PEFT 0.21 has it. One thing is
-left out, a slip: where the first adapter is an rsLoRA, PEFT's result is too large by sqrt(rank),
+A and B are combined separately, each with the square root of weight times scale; A has the sign.
+Signs are elected before weighting and a sum of zero elects plus, as in PEFT 0.21. One defect of
+PEFT is not reproduced: if the first adapter is an rsLoRA, its result is too large by sqrt(rank),
 because the new adapter inherits the setting.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adaptrix_export.merge.aligned import Factors
-from adaptrix_export.merge.elections import drawn
+from adaptrix_export.merge.elections import random_mask
 from adaptrix_export.plan import Array, Composed, LowRank, Tensor
 from adaptrix_export.plan.methods import METHODS
 
@@ -26,7 +26,7 @@ Drop = Callable[[Array, str, str], Array]
 
 
 def peft_factors(term: Composed) -> Factors:
-    """(out, r) and (r, in): what PEFT's new adapter has for B and A; its scale is one."""
+    """(out, r) and (r, in): B and A of PEFT's new adapter, whose scale is one."""
     pairs = [(part, t) for part in term.parts for t in part.terms if isinstance(t, LowRank)]
     strengths = [part.weight * t.scale for part, t in pairs]
     signed = [copysign(sqrt(abs(s)), s) if s else 0.0 for s in strengths]
@@ -45,7 +45,7 @@ def _combined(
         values = [_largest(value, density) for value in values]
     if method.sparsify == "random" and density < 1:
         masks: list[Block] = [
-            drawn(term.seed, name, f"{term.name}.{factor}", (v.shape[0], v.shape[1]), density)
+            random_mask(term.seed, name, f"{term.name}.{factor}", (v.shape[0], v.shape[1]), density)
             for name, v in zip(names, values, strict=True)
         ]
         values = [
@@ -65,11 +65,11 @@ def _combined(
 
 
 def _largest(values: Array, density: float) -> Array:
-    """PEFT's pruning. Which of several equal magnitudes stays is up to torch, so torch is asked."""
+    """PEFT's pruning. torch.topk decides among equal magnitudes, so torch.topk is used here."""
     import torch
 
     sizes = torch.from_numpy(np.abs(values).astype(np.float32).reshape(-1))
     chosen = torch.topk(sizes, k=int(density * values.size), largest=True)[1].numpy()
-    kept = np.zeros(values.size)
-    kept[chosen] = 1
-    return values * kept.reshape(values.shape)
+    mask = np.zeros(values.size)
+    mask[chosen] = 1
+    return values * mask.reshape(values.shape)

@@ -1,8 +1,8 @@
-"""PEFT's own layers as mergers, one module at a time, on a model without weights.
+"""Merges with PEFT's own layers, one module at a time, on a model without weights.
 
-The skeleton is the real module tree with every weight a zero that is repeated by stride, so that
-PEFT wraps it as it wraps the model (it drops an adapter on meta tensors in silence). A module gets
-its real values only while its layer merges them. Memory is that of the adapter and one module.
+The skeleton is the real module tree whose weights are one stored zero, expanded by strides, so that
+PEFT wraps it like the model (on meta tensors PEFT silently drops the adapter). A module has its
+real values only while its layer merges them. Memory is that of the adapter and one module.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _WHOLE = {"modules_to_save": None, "trainable_token_indices": None, "task_type":
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A PEFT `model` with the adapter's weights and none of the base's; tuner layers by path."""
+    """A PEFT `model` with the adapter's weights and without the base's; tuner layers by path."""
 
     model: Any
     layers: Mapping[str, Any]
@@ -56,17 +56,17 @@ class Skeleton:
     def build(cls, term: Tuned) -> Skeleton:
         """The skeleton for the adapter of `term`.
 
-        Raises UnsupportedError for what PEFT refuses, AdapterError for a tensor that it does not
-        place, for a module that it adapts without a tensor, and for one that it leaves alone.
+        Raises UnsupportedError for what PEFT refuses, AdapterError for a tensor that PEFT does not
+        use, for a module that it adapts without a tensor, and for a module that it does not adapt.
         """
         place = term.folder.name
-        config, found = tuner_keys(term.folder)
+        config, tensors = tuner_keys(term.folder)
         tuner = TUNERS[term.kind]
-        expected = set(module_paths(place, config, tuner, found, term.base))
+        expected = set(module_paths(place, config, tuner, tensors, term.base))
         model = empty_model(term.base, expected)
-        with _named_refusals(place, term.kind), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # what is drawn is either overwritten or refused below
-            wrapped, missing = _wrapped(model, term.folder, found)
+        with _peft_refusals(place, term.kind), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # random values are overwritten, or refused below
+            wrapped, missing = _wrap(model, term.folder, tensors)
         _check_all_set(place, wrapped, missing, tuner)
         layers = dict(tuner_layers(wrapped.get_base_model()))
         saved = tuple(config.get("modules_to_save") or ())
@@ -83,30 +83,30 @@ class Skeleton:
                 )  # fmt: skip
         return cls(wrapped, {path: layers[path] for path in expected}, place)
 
-    def merge(self, path: str, given: Mapping[str, Array]) -> dict[str, Array]:
-        """The float64 parameters of one module, merged, laid out as the base stores them."""
+    def merge(self, path: str, parameters: Mapping[str, Array]) -> dict[str, Array]:
+        """The merged float64 parameters of one module, in the base's layout."""
         layer = self.layers[path]
         before = dict(vars(layer))
         module = layer.get_base_layer()
         empty = {id(t) for t in tensors_of(module)}
         own = [t for t in tensors_of(layer) if id(t) not in empty]
-        with _named_refusals(self.place, path), in_double(own), _filled(module, given):
+        with _peft_refusals(self.place, path), in_double(own), _with_values(module, parameters):
             layer.merged_adapters = []
             layer.merge()
-            merged = {name: getattr(module, name).detach().numpy().copy() for name in given}
+            merged = {name: getattr(module, name).detach().numpy().copy() for name in parameters}
         vars(layer).clear()
         vars(layer).update(before)  # forgets the merge, and any copy of the weight kept for undoing
         for name, value in merged.items():
-            if value.shape != given[name].shape:
+            if value.shape != parameters[name].shape:
                 raise UnsupportedError(
                     f"{self.place}: {path}.{name}", f"merged shape {value.shape}",
-                    f"{given[name].shape}", "this module kind cannot be merged",
+                    f"{parameters[name].shape}", "this module kind cannot be merged",
                 )  # fmt: skip
         return merged
 
 
 @contextmanager
-def _named_refusals(place: str, what: str) -> Iterator[None]:
+def _peft_refusals(place: str, what: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PEFT warns of is checked and is an error here
@@ -119,10 +119,10 @@ def _named_refusals(place: str, what: str) -> Iterator[None]:
 
 
 def empty_model(base: Base, paths: set[str]) -> Any:
-    """The module tree of `base` in float32 with no memory behind its weights.
+    """The module tree of `base` in float32, its weights without storage of their own.
 
-    The class is the one that config.json names, or the causal language model, whichever has the
-    modules `paths`.
+    The class is the one that config.json names, or the causal language model: the first that has
+    the modules `paths`.
     """
     config = transformers.AutoConfig.for_model(**base.config)
     for name in [*(base.config.get("architectures") or []), "AutoModelForCausalLM"]:
@@ -142,24 +142,24 @@ def empty_model(base: Base, paths: set[str]) -> Any:
 
 
 def _make_real(model: Any) -> None:
-    """Give every meta tensor one stored zero; tensors that are one stay one."""
-    made: dict[int, Any] = {}
+    """Replace every meta tensor by an expanded zero; shared tensors stay shared."""
+    replaced: dict[int, Any] = {}
     for module in model.modules():
         for values in (parameters_of(module), buffers_of(module)):
             for name, old in values.items():
                 if old is None or old.device.type != "meta":
                     continue
-                if id(old) not in made:
+                if id(old) not in replaced:
                     zeros = torch.zeros(1, dtype=old.dtype).expand(old.shape)
                     is_parameter = isinstance(old, torch.nn.Parameter)
-                    made[id(old)] = (
+                    replaced[id(old)] = (
                         torch.nn.Parameter(zeros, requires_grad=False) if is_parameter else zeros
                     )
-                values[name] = made[id(old)]
+                values[name] = replaced[id(old)]
 
 
-def _wrapped(model: Any, folder: Path, found: SortedTensors) -> tuple[Any, set[str]]:
-    """`model` wrapped by PEFT with the adapter's own tensors, and the keys that the file lacks."""
+def _wrap(model: Any, folder: Path, tensors_by_module: SortedTensors) -> tuple[Any, set[str]]:
+    """(`model` wrapped by PEFT with the adapter's tensors, the keys that the file lacks)."""
     config = peft.PeftConfig.from_pretrained(str(folder))
     config.base_model_name_or_path = ""  # else PEFT asks the hub about the model of that name
     config.inference_mode = True
@@ -167,8 +167,8 @@ def _wrapped(model: Any, folder: Path, found: SortedTensors) -> tuple[Any, set[s
         if hasattr(config, name):
             setattr(config, name, value)
     wrapped = peft.PeftModel(model, config)
-    tensors = [t for parts in found.parts.values() for t in parts.values()]
-    names = {t.name for t in (*tensors, *found.shared)}
+    tensors = [t for parts in tensors_by_module.parts.values() for t in parts.values()]
+    names = {t.name for t in (*tensors, *tensors_by_module.shared)}
     with safe_open(folder / WEIGHTS, "pt") as file:
         state = {name: file.get_tensor(name) for name in names}
     result: Any = set_peft_model_state_dict(wrapped, state)
@@ -181,9 +181,9 @@ def _wrapped(model: Any, folder: Path, found: SortedTensors) -> tuple[Any, set[s
 
 
 def _check_all_set(place: str, wrapped: Any, missing: set[str], tuner: Tuner) -> None:
-    """No stored tensor of an adapter layer keeps the values that PEFT initialised it with.
+    """Refuse an adapter whose layers keep a tensor as PEFT initialised it.
 
-    One that layers share (VeRA's projections) has a name in each, and was set by one of them.
+    Tensors that layers share (VeRA's projections) have a name in each, and are set once.
     """
     state = wrapped.state_dict(keep_vars=True)
     loaded = {id(tensor) for key, tensor in state.items() if key not in missing}
@@ -200,10 +200,10 @@ def _check_all_set(place: str, wrapped: Any, missing: set[str], tuner: Tuner) ->
 
 
 @contextmanager
-def _filled(module: Any, given: Mapping[str, Array]) -> Iterator[None]:
-    """`module` with real values for its parameters, and without them again."""
-    empty = {name: getattr(module, name) for name in given}
-    for name, value in given.items():
+def _with_values(module: Any, parameters: Mapping[str, Array]) -> Iterator[None]:
+    """Set the parameters of `module` to real values within the context."""
+    empty = {name: getattr(module, name) for name in parameters}
+    for name, value in parameters.items():
         real = torch.from_numpy(np.ascontiguousarray(value))
         setattr(module, name, torch.nn.Parameter(real.clone(), requires_grad=False))
     try:

@@ -1,7 +1,7 @@
-"""A weight plus low-rank terms, in strips of rows that stay in a core's cache.
+"""A weight plus low-rank terms, in strips of rows that fit into a core's cache.
 
-Screening in float32, and computing in float64 only what its error bound leaves open, was tried: on
-CPUs without AVX-512 the checks cost as much as the wider product.
+Tried without gain: computing in float32, and in float64 only where the error bound leaves the
+rounding open. On CPUs without AVX-512 the checks cost as much as the float64 product.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from adaptrix_export.plan import Array
 
 STRIP = 1 << 15  # values: 256 KB in float64
 PIECE = 16  # rows in a product
-SMALL = 1_000_000  # multiplications: up to here OpenBLAS does not pack, which takes longest
+SMALL = 1_000_000  # multiplications up to which OpenBLAS does not pack, the slowest part
 
 
 @dataclass(frozen=True)
 class Thin:
-    """`left @ right` of each term, (rows, r) @ (r, columns) in float64, laid out as the weight."""
+    """The terms `left @ right`, (rows, r) @ (r, columns) in float64, in the weight's layout."""
 
     terms: Sequence[tuple[Array, Array]]
 
     def added_to(self, base: Array, start: int, dtype: str) -> Array:
-        """`base`, the weight's rows from `start` on as they are stored, plus the terms."""
+        """`base`, stored rows of the weight from `start` on, plus the terms, in `dtype`."""
         flat = base.reshape(len(base), -1)
         out = np.empty(flat.shape, DTYPES[dtype])
         step = _strip_rows(flat)
@@ -43,7 +43,7 @@ class Thin:
 
 
 def _multiply(left: Array, right: Array, out: Array) -> None:
-    """`left @ right` into `out`, in pieces that OpenBLAS takes as they lie."""
+    """`left @ right` into `out`, in pieces that OpenBLAS multiplies without packing."""
     width = max(64, SMALL // (PIECE * max(1, len(right))))
     for row in range(0, len(left), PIECE):
         for column in range(0, right.shape[1], width):

@@ -1,8 +1,8 @@
-"""Parameters that only a PEFT layer can merge: the model's skeleton is kept for each adapter.
+"""Merges parameters with PEFT layers, on a skeleton of the model that is cached for each adapter.
 
-The skeleton (see `peft_layers.py`) takes seconds to build and next to no memory, so it serves all
-sites of an adapter and is freed when the lowering ends; a composition goes through several at
-each site. No PyTorch until a term asks for it.
+A skeleton (see `peft_layers.py`) takes seconds to build and little memory, so it is used for all
+sites of an adapter and freed when the lowering ends; a composition uses several at each site.
+PyTorch is imported only if there is such a term.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from adaptrix_export.plan import Array, Tuned
 if TYPE_CHECKING:
     from adaptrix_export.merge.peft_layers import Skeleton
 
-_kept: dict[tuple[Path, Path], Skeleton] = {}  # adapter and base folder -> skeleton
+_skeletons: dict[tuple[Path, Path], Skeleton] = {}  # adapter and base folder -> skeleton
 
 
 @contextmanager
@@ -28,29 +28,29 @@ def layers_freed() -> Iterator[None]:
     try:
         yield
     finally:
-        _kept.clear()
+        _skeletons.clear()
 
 
 def merged_parameter(term: Tuned, value: Array) -> Array:
-    """`value`, the base's float64 parameter of `term`, as the tuner's layer merges it.
+    """`value`, the base's float64 parameter of `term`, merged by the tuner's layer.
 
-    The module's other parameters are read from the base. Raises AdapterError where PEFT does not
-    place the adapter as the plan does, UnsupportedError where the layer cannot merge.
+    The module's other parameters are read from the base. Raises AdapterError if PEFT adapts other
+    modules than the plan, UnsupportedError if the layer cannot merge.
     """
     skeleton = _skeleton(term)
-    given = {term.parameter: value}
+    parameters = {term.parameter: value}
     for other in {"weight", "bias"} - {term.parameter}:
         name = f"{term.path}.{other}"
         stored = term.base.tensors.get(term.base.tied.get(name, name))
         if stored is not None:
-            given[other] = stored.read().astype(np.float64)
-    return skeleton.merge(term.path, given)[term.parameter]
+            parameters[other] = stored.read().astype(np.float64)
+    return skeleton.merge(term.path, parameters)[term.parameter]
 
 
 def _skeleton(term: Tuned) -> Skeleton:
     key = (term.folder, term.base.folder)
-    if key not in _kept:
+    if key not in _skeletons:
         from adaptrix_export.merge.peft_layers import Skeleton
 
-        _kept[key] = Skeleton.build(term)
-    return _kept[key]
+        _skeletons[key] = Skeleton.build(term)
+    return _skeletons[key]

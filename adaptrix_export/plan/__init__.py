@@ -1,4 +1,4 @@
-"""The data that everything else works on: what changes where, by reference to tensors on disk."""
+"""The plan: which parameters of a base change, and how, by reference to tensors on disk."""
 
 from adaptrix_export.plan.adapter import Adapter, Adjustment, Delta, Replacement
 from adaptrix_export.plan.base import Base

@@ -1,4 +1,4 @@
-"""An adapter, read from headers: deltas, replacements, and what was adjusted in reading it."""
+"""An adapter, read from headers: deltas, replacements, and adjustments made while reading."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Delta:
 
 @dataclass(frozen=True)
 class Replacement:
-    """A parameter, or some rows of one, that an adapter ships whole.
+    """A parameter, or some rows of one, that an adapter replaces.
 
-    `shared` values go into the base's own parameter, so tied tensors follow (saved biases,
-    resized embeddings, trained token rows); the others are a copy of the adapter's own
-    (`modules_to_save`). `rows` of None means all of them.
+    `shared`: the values replace those of the base's own parameter, and tied tensors follow (saved
+    biases, resized embeddings, trained token rows); otherwise the adapter has its own copy of the
+    module (`modules_to_save`). `rows` of None means all rows.
     """
 
     site: Site
@@ -54,18 +54,18 @@ class Adapter:
     spec: str  # as the recipe named it
     folder: Path
     files: tuple[Path, ...]
-    config: Mapping[str, Any]  # adapter_config.json, or what it would be in PEFT's form
+    config: Mapping[str, Any]  # adapter_config.json, or an equivalent one for other formats
     deltas: tuple[Delta, ...]
     replacements: tuple[Replacement, ...]
-    # What a user should know of how the files were read.
+    # Notes for the user on how the files were read.
     notes: tuple[str, ...] = ()
-    # Stock PEFT would not read the files as we do: the oracle gets a copy in PEFT's own form.
+    # Stock PEFT would read the files otherwise: the oracle gets a copy in PEFT's format.
     foreign: bool = False
-    # What the files say beside what is applied: `format`, and that format's own metadata.
+    # `format` of the files, and that format's own metadata.
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    # Module of the base -> its path in the files, where that is another one.
+    # Module of the base -> its path in the files, where the two differ.
     written: Mapping[str, str] = field(default_factory=dict)
-    # A copy in the form that PEFT reads, made while opening, for tuners that PEFT itself merges.
+    # A copy that PEFT can read, made while opening, for tuners that PEFT's layers merge.
     peft_copy: Path | None = None
     shared: tuple[Tensor, ...] = ()  # tensors that many sites use, such as VeRA's projections
 
@@ -79,7 +79,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Adjustment:
-    """Something in an adapter that was read otherwise than it is stored, or dropped.
+    """A part of an adapter that is applied in another form than it is stored in, or dropped.
 
     `kind` is "transposed", "renamed", "split", "stacked", "vocabulary" or "dropped"; `place` is
     the module as the adapter names it.

@@ -32,14 +32,15 @@ class Base:
     architecture: Architecture
     tied: Mapping[str, str]
     task: str = "text-generation"  # decides the live model, and with it every name
-    # Stored, but not part of the live model for this task (another head): kept as they are.
+    # Stored tensors that the live model of this task does not have (another head): left unchanged.
     unseen: tuple[Tensor, ...] = ()
-    # The tensors are no longer one for one those of the files (repeated layers, dequantized).
+    # `tensors` are not one to one those of the files (repeated layers, dequantized weights).
     rebuilt: bool = False
     config_changes: Mapping[str, Any] = field(default_factory=dict)
-    # Read off the class itself (`arch/skeleton.py`): a type or a task without a row of names.
+    # Read from the model's class (`arch/skeleton.py`), for a type or a task without a family row.
     skeleton: Skeleton | None = field(default=None, repr=False, compare=False)
     lacking: tuple[str, ...] = ()  # parameters of the live model that no file has
-    # How the files store the weights, and as what plain files are read: see `base_weights.py`.
+    # Quantization of the files, and the quantization that plain files are read through; see
+    # `base_weights.py`.
     quantization: str | None = None
     simulated: str | None = None

@@ -1,4 +1,4 @@
-"""How several adapters become one, as data: what a recipe says, a manifest keeps, a check reads."""
+"""How several adapters become one, as data for the recipe, the manifest and the parity check."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adaptrix_export.plan.site import Site
 
 @dataclass(frozen=True)
 class Weight:
-    """The factor of one adapter: `default`, but for the layers of `layers`, (layer, factor)."""
+    """The factor of one adapter: `default`, except in `layers`, pairs of (layer, factor)."""
 
     default: float = 1.0
     layers: tuple[tuple[int, float], ...] = ()
@@ -30,11 +30,11 @@ class Weight:
 
 @dataclass(frozen=True)
 class Composition:
-    """A method of `methods.py`, its options, and (adapter, weight) of each that is not 1.
+    """A method of `methods.py`, its options, and (adapter, weight) for weights other than 1.
 
-    `density` is the share of values that is kept, `rank` that of the result (None: the largest
-    among the adapters), `election` "total" (by the sum of the values) or "frequency" (by their
-    number), `seed` that of random draws.
+    `density`: share of the values that are kept; `rank`: of the result (None: the largest of the
+    adapters); `election`: "total" (by the sum of the values) or "frequency" (by their number);
+    `seed`: of random masks.
     """
 
     method: str = "cat"
@@ -48,13 +48,13 @@ class Composition:
         return dict(self.weights).get(adapter, Weight()).at(site)
 
     @property
-    def kept(self) -> float:
+    def effective_density(self) -> float:
         """`density`, or the default."""
         return DENSITY if self.density is None else self.density
 
     @property
     def plain(self) -> bool:
-        """Whether this is what stock PEFT does with every adapter active."""
+        """Whether this equals stock PEFT with all adapters active."""
         return self.method == "cat" and all(w == Weight() for _, w in self.weights)
 
     def __repr__(self) -> str:
@@ -63,7 +63,7 @@ class Composition:
         if self.weights:
             options.append("weights={" + ", ".join(f"{n}: {w!r}" for n, w in self.weights) + "}")
         read = METHODS[self.method].options
-        values = {"density": self.kept, "rank": self.rank, "election": self.election}
+        values = {"density": self.effective_density, "rank": self.rank, "election": self.election}
         for name, value in {**values, "seed": self.seed}.items():
             if name in read and value is not None:
                 options.append(f"{name}={value!r}")
@@ -71,12 +71,12 @@ class Composition:
 
     def as_dict(self) -> dict[str, Any]:
         """For a manifest or a job; `from_dict` is its inverse."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        found["weights"] = {
+        document = {f.name: getattr(self, f.name) for f in fields(self)}
+        document["weights"] = {
             name: {"default": w.default, "layers": {str(i): v for i, v in w.layers}}
             for name, w in self.weights
         }
-        return found
+        return document
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Composition:
@@ -87,19 +87,21 @@ class Composition:
         return cls(**{**document, "weights": weights})
 
 
-def check_options(wanted: Composition) -> None:
-    """Raise RecipeError for an unknown method, and for options without a meaning to it."""
-    method = METHODS.get(wanted.method)
+def check_options(composition: Composition) -> None:
+    """Raise RecipeError for an unknown method, and for options that the method does not read."""
+    method = METHODS.get(composition.method)
     if method is None:
-        raise RecipeError("compose.method", repr(wanted.method), f"one of {', '.join(METHODS)}")
-    given = {"density": wanted.density is not None, "rank": wanted.rank is not None}
-    given.update(election=wanted.election != "total", seed=wanted.seed != 0)
-    unread = [n for n, is_given in given.items() if is_given and n not in method.options]
+        raise RecipeError(
+            "compose.method", repr(composition.method), f"one of {', '.join(METHODS)}"
+        )
+    is_set = {"density": composition.density is not None, "rank": composition.rank is not None}
+    is_set.update(election=composition.election != "total", seed=composition.seed != 0)
+    unread = [n for n, was_set in is_set.items() if was_set and n not in method.options]
     if unread:
         raise RecipeError(
-            f"compose.{unread[0]}", f"given with method {wanted.method}",
+            f"compose.{unread[0]}", f"given with method {composition.method}",
             "one of " + ", ".join(m for m, row in METHODS.items() if unread[0] in row.options),
             "leave it out",
         )  # fmt: skip
-    if wanted.density is not None and not 0 < wanted.density <= 1:
-        raise RecipeError("compose.density", repr(wanted.density), "above 0 and at most 1")
+    if composition.density is not None and not 0 < composition.density <= 1:
+        raise RecipeError("compose.density", repr(composition.density), "above 0 and at most 1")

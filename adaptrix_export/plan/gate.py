@@ -1,4 +1,4 @@
-"""Gates: what becomes of an adapter's contribution at a site."""
+"""Gates, which scale the adapters' contribution at a site."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from adaptrix_export.plan.site import Site
 
 @dataclass(frozen=True)
 class Gate:
-    """What becomes of the adapters' contribution d at one site, beside the base's output y0.
+    """A function of the adapters' contribution d at one site and the base's output y0.
 
-    With m the token's mask: "clamp" gives y0 + m min(1, tau |y0| / |d|) d, "mask" y0 + m d, and
-    "blend" y0 + weight d, which a weight can hold; the first two depend on the data.
+    With m the token's mask, the output is y0 + m min(1, tau |y0| / |d|) d for "clamp", y0 + m d for
+    "mask", and y0 + weight d for "blend". Only "blend" can be merged; the others depend on the
+    data.
     """
 
     site: Site
@@ -26,9 +27,9 @@ class Gate:
 
 
 def clamp_slope(tau: float, width: int) -> float:
-    """What a clamp to `tau` multiplies |y0| / |d| by, for outputs of `width` numbers.
+    """The factor of |y0| / |d| in a clamp to `tau`, for outputs of `width` values.
 
-    It is tau less what float32 can be off by: norms of `width` squares, by 2^-24 for each in
-    whatever order they are summed, and y0 + g d, by 2^-22 |y0|.
+    It is tau minus the float32 rounding error: 2^-24 for each of the `width` squares in a norm, in
+    any order of summation, and 2^-22 |y0| for y0 + g d.
     """
     return max(0.0, tau * (1 - (width + 16) * 2.0**-24) - 2.0**-22)

@@ -1,4 +1,4 @@
-"""What an approximation of an adapter left out."""
+"""The error of an approximation of an adapter."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ApproximationLoss:
-    """What an approximation left out: |delta - approximation| / |delta|, Frobenius norms, over all
-    sites together and at the worst one. 0 is exact."""
+    """|delta - approximation| / |delta| in Frobenius norms: `error` over all sites together,
+    `worst` at the worst `site`. 0 is exact."""
 
     adapter: str
     rank: int

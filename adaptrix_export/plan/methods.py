@@ -1,8 +1,8 @@
-"""The methods of composition, one row each: what acts on what, and which options it reads.
+"""The methods of composition, one row each: what they act on, and the options they read.
 
-D_i is the delta of adapter i at one parameter, as its live layer gives it alone on the base, laid
-out (out, in); w_i is its weight there. Every method but the `peft-*` ones acts on the D_i, never on
-the factors of a LoRA, so that it does not depend on how a delta was factored.
+D_i is the delta (out, in) of adapter i at one parameter, as its live layer computes it with no
+other adapter active; w_i is its weight there. All methods except `peft-*` act on the D_i and not on
+LoRA factors, so the result does not depend on the factorization.
 
 | method | result |
 |---|---|
@@ -35,11 +35,11 @@ Basis = Literal["", "common", "orthogonal"]
 
 @dataclass(frozen=True)
 class Method:
-    """`sparsify` drops values first; `elects` takes the mean of those with the elected sign, else
-    their sum; `low_rank` says that the result is of `rank`, or of the sum of the ranks.
+    """`sparsify`: values are dropped first; `elects`: the result is the mean of the values with the
+    elected sign, else the sum; `low_rank`: the result has `rank`, or the sum of the ranks.
 
-    `acts_on` "elements": any values; "matrix": singular vectors, so that a bias, which has none,
-    is summed; "factors": LoRA's A and B.
+    `acts_on` "elements": single values; "matrix": singular vectors (biases are summed); "factors":
+    LoRA's A and B.
     """
 
     acts_on: Shape = "elements"

@@ -1,7 +1,7 @@
-"""The data that everything else works on: what changes where, by reference to tensors on disk.
+"""The plan: which parameters of a base change, and how, by reference to tensors on disk.
 
 Nothing here reads a weight. A `Plan` is immutable; a pass takes one and returns another; lowering
-turns one into bytes. Shapes are written as PyTorch has them: a Linear weight is (out, in).
+turns one into bytes. Shapes are PyTorch's: a Linear weight is (out, in).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from adaptrix_export.plan.terms import Term
 
 @dataclass(frozen=True)
 class Change:
-    """All that happens to one tensor: `source` taken, some rows of it set, terms added.
+    """The change of one tensor: the sum of `source`, with replaced `rows`, and of `terms`.
 
-    `source` is the base's tensor or the one that replaces it. `transposed` says that it is stored
-    (in, out), as GPT-2's Conv1D and every embedding are, so that a term is transposed, too.
+    `source` is the base's tensor or the one that replaces it. `transposed`: it is stored (in, out),
+    like GPT-2's Conv1D and every embedding, so terms are transposed before they are added.
     """
 
     name: str
@@ -50,19 +50,19 @@ class Plan:
     adapters: tuple[Adapter, ...]
     history: tuple[str, ...] = field(default=())
     adjustments: tuple[Adjustment, ...] = field(default=())
-    # What passes measured, by the name of its section in the report.
+    # Measurements of passes, by section of the report.
     measured: Mapping[str, Any] = field(default_factory=dict)
-    # The base weights that were not chosen, when they are at hand: the report tells how far off.
+    # The base weights that were not chosen, if available: the report compares with them.
     alternative: Base | None = None
-    pooling: str | None = None  # a graph of features gives one vector a row, too: "mean", "cls+max"
-    # How several adapters became one, unless they simply add up: the oracle then needs to know.
+    pooling: str | None = None  # output `sentence_embedding` of a features graph: "mean", "cls+max"
+    # How several adapters were composed, unless they are summed; for the oracle.
     composition: Composition | None = None
     gates: tuple[Gate, ...] = field(default=())
-    gate_stats: bool = False  # the graph tells how far its gates were open
-    # The adapters are no longer those of the files, but moved onto a few layers: an artifact keeps
-    # a copy of them, and is proved against stock PEFT on that.
+    gate_stats: bool = False  # the graph has outputs with statistics of its gates
+    # The adapters were moved onto a few layers: the artifact contains a copy of the result, and the
+    # oracle is stock PEFT with that copy.
     redistributed: bool = False
-    # Of the adapters that were replaced by the nearest LoRA, which is what they are proved against.
+    # Errors of adapters that were replaced by a LoRA approximation; the oracle has the LoRA, too.
     losses: tuple[ApproximationLoss, ...] = field(default=())
 
     def after(self, step: object, **changed: Any) -> Plan:
@@ -71,17 +71,17 @@ class Plan:
 
     def sites(self) -> tuple[Site, ...]:
         """Every site that some adapter changes, sorted."""
-        found = {d.site for a in self.adapters for d in a.deltas}
-        found |= {r.site for a in self.adapters for r in a.replacements}
-        return tuple(sorted(found, key=lambda s: s.order))
+        sites = {d.site for a in self.adapters for d in a.deltas}
+        sites |= {r.site for a in self.adapters for r in a.replacements}
+        return tuple(sorted(sites, key=lambda s: s.order))
 
     def gated(self) -> dict[Site, Gate]:
-        """The sites that cannot be merged, because their gates depend on the data; in order."""
-        found = (gate for gate in self.gates if gate.depends_on_data)
-        return {gate.site: gate for gate in sorted(found, key=lambda g: g.site.order)}
+        """The sites whose gates depend on the data, so that they cannot be merged; in order."""
+        gates = (gate for gate in self.gates if gate.depends_on_data)
+        return {gate.site: gate for gate in sorted(gates, key=lambda g: g.site.order)}
 
     def merged(self) -> Plan:
-        """What is merged of this plan: all but the deltas of its gated sites."""
+        """This plan without the deltas of its gated sites, which are not merged."""
         gated = self.gated()
         if not gated:
             return self
@@ -94,11 +94,10 @@ class Plan:
         ))  # fmt: skip
 
     def changes(self) -> dict[str, Change]:
-        """Tensor name -> what happens to it. Two adapters on one site add up.
+        """Tensor name -> its change. Deltas of several adapters at one site are summed.
 
-        A tensor that was tied and is changed by itself is tied no longer (see `untied`): it
-        starts from the values that it shared. Shared replacements come first: they change what
-        is shared.
+        A tied tensor that is changed alone becomes untied (see `untied`) and starts from the shared
+        values. Shared replacements are applied first, since they change the shared values.
         """
         return dict(self._changes)
 
@@ -108,27 +107,29 @@ class Plan:
         shared: dict[str, Change] = {}
         for saved in (r for r in replacements if r.shared):
             home = self.base.tied.get(saved.name, saved.name)
-            shared[home] = _replaced(shared.get(home) or self._start(home, saved.site, {}), saved)
+            shared[home] = _with_replacement(
+                shared.get(home) or self._start(home, saved.site, {}), saved
+            )
         own: dict[str, Change] = {}
         blends = {g.site: g.weight for g in self.gates if g.weight is not None}
         for saved in (r for r in replacements if not r.shared):
             start = own.get(saved.name) or self._start(saved.name, saved.site, shared)
-            own[saved.name] = _replaced(start, saved)
+            own[saved.name] = _with_replacement(start, saved)
         for delta in (d for a in self.adapters for d in a.deltas):
             change = own.get(delta.name) or self._start(delta.name, delta.site, shared)
             blend = blends.get(delta.site, 1.0)
             own[delta.name] = replace(change, terms=change.terms + delta.terms, blend=blend)
-        for name in self.untied():  # keeps what it shared, also where that was changed for all
+        for name in self.untied():  # has the shared values, with changes that apply to all
             if name not in own and self.base.tied[name] in shared:
                 site = self.base.architecture.site_of(name.rpartition(".")[0])
                 own[name] = self._start(name, site, shared)
         return {**shared, **own}
 
     def _start(self, name: str, site: Site, shared: Mapping[str, Change]) -> Change:
-        """The starting point of a change: the base's tensor, or what became of what it shares."""
+        """A change without terms: of the base's tensor, or of the changed tensor that it shares."""
         home = self.base.tied.get(name, name)
         transposed = self.base.architecture.is_transposed(site)
-        if home not in self.base.tensors:  # a head that the adapter brings along
+        if home not in self.base.tensors:  # a head that only the adapter has
             saved = next(r for a in self.adapters for r in a.replacements if r.name == name)
             return Change(name, site, saved.tensor, transposed)
         if home in shared:
@@ -136,15 +137,15 @@ class Plan:
         return Change(name, site, self.base.tensors[home], transposed)
 
     def added(self) -> tuple[str, ...]:
-        """Tensor names that the base lacks: a head that only the adapter ships."""
+        """Names of tensors that only an adapter has, such as a new head."""
         shipped = {r.name for a in self.adapters for r in a.replacements}
         known = {*self.base.tensors, *self.base.tied}
         return tuple(sorted(shipped - known))
 
     def untied(self) -> tuple[str, ...]:
-        """Tensor names that the base shares and that this plan gives values of their own.
+        """Names of tensors that are tied in the base and not in this plan.
 
-        Changing either end by itself unties: a new `lm_head` must not reach the embedding, nor
+        Changing either tensor alone unties them: a new `lm_head` must not change the embedding, nor
         the other way round, because PEFT's live model keeps them apart.
         """
         return self._untied
@@ -156,7 +157,7 @@ class Plan:
         return tuple(n for n, source in self.base.tied.items() if n in own or source in own)
 
 
-def _replaced(change: Change, saved: Replacement) -> Change:
+def _with_replacement(change: Change, saved: Replacement) -> Change:
     if saved.rows is None:
         return replace(change, source=saved.tensor)
     return replace(change, rows=(*change.rows, saved))

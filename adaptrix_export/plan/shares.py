@@ -1,4 +1,4 @@
-"""What each adapter of a plan adds, parameter by parameter."""
+"""The deltas of a plan's adapters by parameter."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from adaptrix_export.plan.plan import Plan
 
 
 def shares_of(plan: Plan) -> dict[str, list[tuple[Adapter, Delta]]]:
-    """Parameter name -> what each adapter adds to it, in the order of the adapters."""
-    found: dict[str, list[tuple[Adapter, Delta]]] = {}
+    """Parameter name -> (adapter, delta) pairs, in the order of the adapters."""
+    by_parameter: dict[str, list[tuple[Adapter, Delta]]] = {}
     for adapter in plan.adapters:
         for delta in adapter.deltas:
-            found.setdefault(delta.name, []).append((adapter, delta))
-    return found
+            by_parameter.setdefault(delta.name, []).append((adapter, delta))
+    return by_parameter

@@ -10,10 +10,10 @@ Array = ndarray[Any, dtype[Any]]
 
 
 class Tensor(Protocol):
-    """A tensor on disk: its header now, its values when lowering asks for them.
+    """A tensor on disk: its header is known, its values are read on demand.
 
     `dtype` is a safetensors name (`F32`, `F16`, `BF16`, ...). `rows(i, j)` decodes rows i to j-1
-    of the first axis only, so that a large matrix never has to be in memory whole.
+    of the first axis only, so that a large matrix need not be in memory at once.
     """
 
     @property

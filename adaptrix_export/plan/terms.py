@@ -65,10 +65,9 @@ class Scaled:
 class Experts:
     """`scale * b_e @ a_e` for each expert e of a parameter (experts, out, in), or of one (out, in).
 
-    What `target_parameters` trains. `a` is (experts * r, in) with the expert slowest, `b` is
-    (out, r * experts) with the expert fastest, as PEFT's ParamWrapper lays them out. Added to the
-    parameter as it is stored, whatever its module does with it. `turned`: the parameter is
-    (experts, in, out), and gains the transpose.
+    Trained by `target_parameters`. `a` is (experts * r, in) with the expert slowest, `b` is
+    (out, r * experts) with the expert fastest, PEFT's ParamWrapper layout. `turned`: the parameter
+    is (experts, in, out), and the transpose is added.
     """
 
     a: Tensor
@@ -88,10 +87,10 @@ class Experts:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a layer of another PEFT tuner makes of its parameter: only the layer knows the formula.
+    """The change by another PEFT tuner, computed by the tuner's own layer.
 
-    `kind` is the adapter's `peft_type`; `tensors` are those of this one module. The layer reads
-    all of its module's parameters, so the term knows the `base` that they are in.
+    `kind` is the adapter's `peft_type`; `tensors` are those of this module. The layer reads all
+    parameters of its module, which are read from `base`.
     """
 
     folder: Path  # of the adapter, whose config and tensors PEFT loads
@@ -113,10 +112,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Composed:
-    """One delta made of several adapters' deltas, each as it acts alone on the base.
+    """One delta computed from the deltas of several adapters, each as if it were alone active.
 
-    `method` is a row of `plan/methods.py`, which says what the options mean to it; `name` is the
-    parameter's, of which random draws depend. Evaluated by `merge/composed.py`.
+    `method` is a row of `plan/methods.py`, which explains the options; `name` is that of the
+    parameter and seeds random masks. Evaluated by `merge/composed.py`.
     """
 
     method: str
@@ -137,7 +136,7 @@ Term = Leaf | Composed
 
 
 def leaves(terms: Iterable[Term]) -> Iterator[Leaf]:
-    """The terms that read tensors: those inside a composition in its place."""
+    """The terms with tensors; a composition is replaced by the terms of its parts."""
     for term in terms:
         if isinstance(term, Composed):
             for part in term.parts:

@@ -1,4 +1,4 @@
-"""JSON files of adapters, and the one term of a site that they can say something of."""
+"""JSON files of adapters, and the single term of a site that an adapter file can express."""
 
 from __future__ import annotations
 

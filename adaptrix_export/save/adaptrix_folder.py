@@ -18,25 +18,25 @@ from adaptrix_export.save.adapter_json import only_term, write_json
 def write_adaptrix(adapter: Adapter, base: Base, folder: Path) -> None:
     """Write `metadata.json` and a `layer_<i>.pt` for each layer; needs torch.
 
-    Each module gets its rank, alpha and scaling, so that every reader of the format finds its own.
-    Raises UnsupportedError for what the format cannot hold: anything but LoRA on modules of layers.
+    Each module has rank, alpha and scaling, since readers of the format read one or the other.
+    Raises UnsupportedError for anything but LoRA on modules of layers.
     """
     layers: dict[int, dict[str, LowRank]] = {}
     for delta in adapter.deltas:
-        layer, term = _in_layer(adapter, base, delta)
+        layer, term = _layer_term(adapter, base, delta)
         layers.setdefault(layer, {})[delta.site.module] = term
-    held = ("modules_to_save", "layer_replication", "trainable_token_indices")
-    other = next((key for key in held if adapter.config.get(key)), None)
+    unsupported = ("modules_to_save", "layer_replication", "trainable_token_indices")
+    other = next((key for key in unsupported if adapter.config.get(key)), None)
     if adapter.replacements or other:
         what = adapter.replacements[0].name if adapter.replacements else str(other)
-        raise _cannot_hold(adapter, what, "more than LoRA factors")
+        raise _unsupported(adapter, what, "more than LoRA factors")
     terms = {d.site.path: t for d in adapter.deltas for t in d.terms if isinstance(t, LowRank)}
     usual = peft_config(base, terms)
     original = adapter.metadata.get(METADATA)
-    kept = dict(original) if isinstance(original, dict) else {"version": "1.0"}
-    kept.setdefault("name", adapter.name)
+    original_metadata = dict(original) if isinstance(original, dict) else {"version": "1.0"}
+    original_metadata.setdefault("name", adapter.name)
     metadata = {
-        **kept,
+        **original_metadata,
         "target_layers": sorted(layers),
         "target_modules": sorted({m for modules in layers.values() for m in modules}),
         "rank": usual["r"],
@@ -49,27 +49,27 @@ def write_adaptrix(adapter: Adapter, base: Base, folder: Path) -> None:
 
 
 def _source(adapter: Adapter) -> dict[str, Any]:
-    """What another format said, unless it is this one's own metadata, which is kept as such."""
+    """The metadata of another source format, as an entry `source`; empty for Adaptrix's own."""
     if not adapter.metadata or adapter.metadata.get("format") == "adaptrix":
         return {}
     return {"source": dict(adapter.metadata)}
 
 
-def _in_layer(adapter: Adapter, base: Base, delta: Delta) -> tuple[int, LowRank]:
+def _layer_term(adapter: Adapter, base: Base, delta: Delta) -> tuple[int, LowRank]:
     term, site = only_term(adapter, delta), delta.site
     if not isinstance(term, LowRank):
         kind = {Dora: "DoRA", Scaled: "lora_bias"}.get(type(term), type(term).__name__)
-        raise _cannot_hold(adapter, delta.name, kind)
+        raise _unsupported(adapter, delta.name, kind)
     modules = module_paths(base)
     stacks = [s for s in base.architecture.stacks if f"{s.prefix}.{site.layer}" in modules]
     if site.layer is None or len(stacks) != 1:
-        raise _cannot_hold(adapter, delta.name, "a module outside the one stack of layers")
+        raise _unsupported(adapter, delta.name, "a module outside the one stack of layers")
     return site.layer, term
 
 
-def _cannot_hold(adapter: Adapter, place: str, found: str) -> UnsupportedError:
+def _unsupported(adapter: Adapter, place: str, problem: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{adapter.name}: {place}", found, "LoRA on modules of layers",
+        f"{adapter.name}: {place}", problem, "LoRA on modules of layers",
         "an Adaptrix folder holds nothing else; use --to peft",
     )  # fmt: skip
 
@@ -91,7 +91,7 @@ def _write_layer(path: Path, modules: Mapping[str, LowRank]) -> None:
 
 
 def _torch(tensor: Tensor) -> Any:
-    """The same bits as a torch tensor; numpy's bfloat16 goes over as integers."""
+    """The tensor as a torch tensor with the same bits; bfloat16 is passed as integers."""
     import torch
 
     values = tensor.read()

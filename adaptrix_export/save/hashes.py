@@ -45,7 +45,7 @@ def files_under(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def odd_entries(folder: Path) -> Iterator[tuple[str, str]]:
-    """What else lies under `folder` than regular files and folders of them, and what it is."""
+    """(path, description) of links, special files and empty folders under `folder`."""
     for root, folders, files in os.walk(folder):
         place = Path(root)
         if place != folder and not folders and not files:
@@ -60,7 +60,7 @@ def odd_entries(folder: Path) -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file that a build read: who named it, where it lies in their folder, its hash."""
+    """One input file: the spec it belongs to, its path in that folder, its hash."""
 
     spec: str
     file: str
@@ -68,9 +68,9 @@ class InputFile:
 
 
 class InputHashes:
-    """Hashes of every base and adapter file, being computed from construction on.
+    """Computes the hashes of all base and adapter files in a thread, started by the constructor.
 
-    The thread is a daemon, so that an interrupted build need not wait for it.
+    The thread is a daemon, so that an interrupted build does not wait for it.
     """
 
     def __init__(self, plan: Plan, hasher: Callable[[Path], FileHash] = hash_file) -> None:
@@ -99,7 +99,7 @@ class InputHashes:
 
 
 def _input_files(plan: Plan) -> Iterator[tuple[str, str, Path]]:
-    """(spec, file name, path) of all that decides the weights: tensors and configs."""
+    """(spec, file name, path) of all files that the weights depend on: tensors and configs."""
     base = plan.base
     sources = [(base.spec, base.folder, base.files, "config.json")]
     sources += [(a.spec, a.folder, a.files, "adapter_config.json") for a in plan.adapters]

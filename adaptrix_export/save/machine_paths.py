@@ -1,4 +1,4 @@
-"""Files that are published tell nothing of the machine that made them."""
+"""Removes absolute paths from published files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def without_machine_paths(value: Any) -> Any:
-    """`value` with every absolute path in it cut to `path:<last part>`."""
+    """`value` with every absolute path replaced by `path:<last part>`."""
     if isinstance(value, Mapping):
         return {str(k): without_machine_paths(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -15,8 +15,8 @@ _NO_TARGET = "dummy-target-modules"  # what PEFT calls an adapter without any
 
 
 def parameter_tensors(base: Base, deltas: Iterable[Delta]) -> dict[str, Tensor]:
-    """PEFT wraps a module once for each of its parameters, in their order: the last wrapper is
-    outermost, and the ones inside it are its `base_layer`."""
+    """PEFT's keys -> factors. PEFT wraps a module once for each parameter, in their order: the last
+    wrapper is outermost, and the inner ones are its `base_layer`."""
     fusion = fusion_of(base.architecture.model_type)
     order = [*(fusion.parameters if fusion else ()), "weight", "bias"]
     modules: dict[str, dict[str, Experts]] = {}
@@ -24,21 +24,21 @@ def parameter_tensors(base: Base, deltas: Iterable[Delta]) -> dict[str, Tensor]:
         term = delta.terms[0]
         assert isinstance(term, Experts)
         modules.setdefault(delta.site.path, {})[delta.parameter] = term
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for module, terms in modules.items():
         names = sorted(terms, key=order.index)
         for depth, name in enumerate(reversed(names)):
             place = f"{PREFIX}{module}{'.base_layer' * depth}"
-            found[f"{place}.lora_A.weight"] = terms[name].a
-            found[f"{place}.lora_B.weight"] = terms[name].b
-    return found
+            tensors[f"{place}.lora_A.weight"] = terms[name].a
+            tensors[f"{place}.lora_B.weight"] = terms[name].b
+    return tensors
 
 
 def parameter_config(
     config: Mapping[str, Any], factors: Mapping[str, LowRank | Dora], stacked: Iterable[Delta]
 ) -> dict[str, Any]:
-    """What of an adapter_config.json says where the factors go: every target by its full path, and
-    its own rank and alpha, since the config's patterns may mean other paths."""
+    """The fields of adapter_config.json that assign factors: every target by its full path, with
+    its rank and alpha, since the original config's patterns may match other paths."""
     terms: dict[str, LowRank | Dora | Experts] = dict(factors)
     for delta in stacked:
         term = delta.terms[0]

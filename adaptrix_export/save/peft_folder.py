@@ -1,4 +1,4 @@
-"""An adapter as PEFT has it: `adapter_config.json` and `adapter_model.safetensors`."""
+"""An adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from adaptrix_export.save.safetensors_file import write_safetensors
 def write_peft(adapter: Adapter, base: Base, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`; same adapter, same bytes.
 
-    The adapter's own configuration is kept where it says what the terms say, else ranks and scales
+    The adapter's own configuration is kept if it agrees with the terms, else their ranks and scales
     are written into it. Raises UnsupportedError for a sum of several terms at one site.
     """
     tensors: dict[str, Tensor] = {saved.tensor.name: saved.tensor for saved in adapter.replacements}
@@ -63,7 +63,7 @@ def write_peft(adapter: Adapter, base: Base, folder: Path) -> None:
 
 
 def _parts(base: Base, delta: Delta, term: Term) -> dict[str, Tensor]:
-    """How PEFT's key ends -> tensor."""
+    """End of PEFT's key -> tensor."""
     if isinstance(term, Scaled):
         return {"lora_B.bias": term.vector}
     if not isinstance(term, (LowRank, Dora)):
@@ -79,7 +79,7 @@ def _parts(base: Base, delta: Delta, term: Term) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class PeftFolders:
-    """(name, folder) of each adapter for stock PEFT, and the names of those that were converted."""
+    """(name, folder) of each adapter for stock PEFT, and the names of converted ones."""
 
     adapters: tuple[tuple[str, Path], ...]
     converted: tuple[str, ...]
@@ -87,7 +87,7 @@ class PeftFolders:
 
 @contextmanager
 def peft_folders(plan: Plan) -> Iterator[PeftFolders]:
-    """The adapters of `plan` as folders that stock PEFT reads: their own, or copies for now."""
+    """The adapters of `plan` as folders that stock PEFT reads: originals, or temporary copies."""
     converted = tuple(a.name for a in plan.adapters if a.foreign)
     with tempfile.TemporaryDirectory(prefix="adaptrix-peft-") as scratch:
         pairs = []

@@ -16,7 +16,7 @@ from adaptrix_export.save.writer import HashingWriter
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """One file, wide values first so that each is aligned, then by name."""
+    """Write one file, tensors of wide dtypes first so that all are aligned, then by name."""
     ordered = sorted(tensors.items(), key=lambda item: (-itemsize(item[1].dtype), item[0]))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0

@@ -1,7 +1,7 @@
-"""A build either appears whole at its output path, or leaves nothing there.
+"""Atomic publication: a build appears complete at its output path, or not at all.
 
 Everything is written into a staging folder beside the output, hence on the same filesystem, and
-renamed into place as one folder after every byte of it has reached the disk.
+renamed into place as one folder after all of it is flushed to disk.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from filelock import FileLock, Timeout
 
 from adaptrix_export.errors import MachineError, OutputError
 
-# Room beyond the estimate: side files, reports, and what a filesystem keeps for itself.
+# Space beyond the estimate, for reports, other small files and filesystem overhead.
 MARGIN_SHARE = 0.05
 MARGIN_BYTES = 16 * 2**20
 
 ORDER = ".order"  # in a commit folder: the names of its files, in the order of their moves
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-# rename(2) on a target that appeared meanwhile: a filled folder, a file, a name too busy.
+# Errors of rename(2) if the target exists by now.
 _OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EBUSY}
 
 
 @contextmanager
 def staging(out: Path, estimated_bytes: int) -> Iterator[Path]:
-    """A new, empty folder beside `out` to build in; gone when the block ends, unless published.
+    """A new, empty folder beside `out` to build in; removed when the block ends unless published.
 
     Raises OutputError before any work if `out` exists, its parent cannot be written, the disk
     has no room for `estimated_bytes`, or another process builds the same output; MachineError
@@ -56,7 +56,7 @@ def staging(out: Path, estimated_bytes: int) -> Iterator[Path]:
 
 
 def publish(stage: Path, out: Path) -> None:
-    """Make every byte of `stage` durable, then rename it to `out`, which must not exist.
+    """Flush all of `stage` to disk, then rename it to `out`, which must not exist.
 
     Modes follow the umask (safetensors writes 0600, which a web server cannot read). Raises
     OutputError if `out` appeared since the build started.
@@ -118,7 +118,7 @@ def _not_writable(parent: Path) -> OutputError:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Undo `_make_parent`; a folder that holds something by now stays."""
+    """Undo `_make_parent`; folders that are not empty are left."""
     for folder in folders:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -161,7 +161,7 @@ def _only_builder_of(out: Path) -> Iterator[None]:
 
 
 def _remove_stale(out: Path) -> None:
-    """Delete what killed builds of `out` left: under the lock, no live build owns any of it."""
+    """Delete folders that killed builds of `out` left; the lock excludes running builds."""
     ours = re.compile(re.escape(f".{out.name}.") + r"(staging-\d+|commit)")
     for path in sorted(out.parent.iterdir()):
         if ours.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
@@ -218,7 +218,7 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def addition(out: Path) -> Iterator[Path]:
-    """A new, empty folder beside the published folder `out`, for what `install` moves into it.
+    """A new, empty folder beside the published folder `out`, for files that `install` moves there.
 
     Raises OutputError if another process builds or changes `out`.
     """
@@ -226,7 +226,7 @@ def addition(out: Path) -> Iterator[Path]:
     if not os.access(out, os.W_OK | os.X_OK):
         raise _not_writable(out)
     with _only_builder_of(out):
-        _complete(out)
+        _finish_moves(out)
         _remove_stale(out)
         yield from _new_folder(out)
 
@@ -242,9 +242,9 @@ def finish_addition(out: Path) -> None:
 def install(stage: Path, out: Path, names: Sequence[str]) -> None:
     """Move files of `stage` into the published folder, in this order, each as a whole.
 
-    The last one, the manifest, makes the others known. The stage is renamed to a name that says
-    that all of it is there; from then on whoever comes next completes what a kill left undone, and
-    before it nothing of the published folder was touched.
+    The manifest comes last and refers to the others. First the stage is renamed to the commit
+    folder, which marks it complete; after that, the next process completes the moves of a killed
+    one. Before it, the published folder is unchanged.
     """
     out = Path(os.path.abspath(out))
     mode = _umask_mode(stage)
@@ -255,14 +255,14 @@ def install(stage: Path, out: Path, names: Sequence[str]) -> None:
     _fsync(stage / ORDER)
     os.rename(stage, _commit_of(out))
     _fsync(out.parent)
-    _complete(out)
+    _finish_moves(out)
 
 
 def _commit_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.commit")
 
 
-def _complete(out: Path) -> None:
+def _finish_moves(out: Path) -> None:
     """Move what is left in the commit folder of `out`, if there is one, and remove that."""
     commit = _commit_of(out)
     order = commit / ORDER

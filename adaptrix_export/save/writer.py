@@ -1,8 +1,8 @@
-"""A file written once, front to back, hashed as it is written.
+"""A file that is written sequentially and hashed while it is written.
 
-Hashing and writing happen in a thread of their own, so that whoever makes the bytes goes on making
-them. What has been written starts on its way to the disk at once: the flush before publishing then
-waits for the last of it only.
+Hashing and writing are done in a separate thread, while the caller computes the next bytes.
+Writeback to disk is started early, so that the flush before publishing waits for the last part
+only.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ FLUSHED = 32 << 20  # bytes after which the system is asked to start writing the
 class HashingWriter:
     """Context manager; `hexdigest` is the sha256 of everything written so far.
 
-    Bytes that were handed over must not be changed any more. An error of writing is raised by the
-    next call, at the latest when the context ends.
+    Do not change bytes after passing them to `write`. An error of writing is raised by the next
+    call, at the latest when the context ends.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +52,7 @@ class HashingWriter:
     ) -> None:
         with self._changed:
             self._closing = True
-            if error is not None:  # nobody will want the rest
+            if error is not None:  # the rest is not needed
                 self._waiting.clear()
             self._changed.notify_all()
         self._thread.join()
@@ -137,7 +137,6 @@ class HashingWriter:
 
 
 def _start_writeback(handle: int, offset: int, size: int) -> None:
-    """Linux starts to write pages out when told that they are not needed soon, and keeps those
-    that are not on the disk yet."""
+    """Start writeback: on POSIX_FADV_DONTNEED Linux writes dirty pages, without dropping them."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(handle, offset, size, os.POSIX_FADV_DONTNEED)

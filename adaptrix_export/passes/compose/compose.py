@@ -102,7 +102,7 @@ class Compose(Composition):
     def _composed(
         self, method: str, name: str, parts: tuple[Part, ...], rank: int | None
     ) -> Composed:
-        return Composed(method, name, parts, self.kept, rank, self.election, self.seed)
+        return Composed(method, name, parts, self.effective_density, rank, self.election, self.seed)
 
     def _check_weights(self, plan: Plan) -> None:
         names = [adapter.name for adapter in plan.adapters]
