@@ -7,38 +7,57 @@ Cholesky factor of the inverse); then, for as many rounds as asked for, all scal
 solved for by least squares under H, and every code is set to the best one given all others. Neither
 of the two can make the error larger, but for the rounding of scales.
 
-Everything is float32, the factorisation float64.
+Everything is float32, the factorisation float64. Matrices are (k, n) here, an input a row: what is
+chosen at once, the codes of one input, then lies together in memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from adaptrix_export.precision.blocks import Blocks, Spec, candidates, fp16_scales, in_blocks
+from adaptrix_export.precision.blocks import Blocks, Spec, candidates, fp16_scales
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in the paper
 RIDGE = 1e-6  # of a scale's own weight, for blocks whose inputs are nearly dependent
 
 
 @dataclass(frozen=True)
+class Curvature:
+    """Second moments of a layer's inputs (k, k), damped, and their factor: upper U with
+    U^T U = H^-1, whose row j is what an error in input j asks of those after it."""
+
+    hessian: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, moments: Tensor) -> Curvature:
+        damped = moments.clone()
+        damped.diagonal().add_(DAMPING * float(moments.diagonal().mean()) or 1.0)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped.double()))
+        return cls(damped, torch.linalg.cholesky(inverse, upper=True).float())
+
+
+@dataclass(frozen=True)
 class Problem:
-    """`weight` (n, k), `hessian` (k, k) float32, and how the result is to be stored."""
+    """`weight` (n, k), the curvature of its inputs, and how the result is to be stored."""
 
     weight: Tensor
-    hessian: Tensor
+    curvature: Curvature
     spec: Spec
     rounds: int = 1
 
 
 def gptq(problem: Problem) -> Blocks:
     """The quantized weight. See the module."""
-    hessian = _damped(problem.hessian)
+    hessian = problem.curvature.hessian
     state = _State(problem.weight, problem.spec)
-    _sweep(state, _factor(hessian))
+    _sweep(state, problem.curvature.factor)
     for _ in range(problem.rounds):
         _solve_scales(state, hessian)
         _settle(state, hessian)
@@ -51,47 +70,44 @@ def loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     return float(((error @ hessian) * error).sum())
 
 
-def _damped(hessian: Tensor) -> Tensor:
-    diagonal = hessian.diagonal()
-    damped = hessian.clone()
-    damped.diagonal().add_(DAMPING * float(diagonal.mean()) or 1.0)
-    return damped
-
-
-def _factor(hessian: Tensor) -> Tensor:
-    """Upper U with U^T U = H^-1: row j is what an error in column j asks of those after it."""
-    exact = hessian.double()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(exact))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.float()
-
-
 class _State:
-    """Codes, scales and zero points while they are chosen, as floats, beside the weight."""
+    """Codes (k, n), scales and zero points (blocks, n) while they are chosen, as floats."""
 
     def __init__(self, weight: Tensor, spec: Spec) -> None:
-        self.weight, self.spec = weight, spec
-        rows, columns = weight.shape
-        self.codes = torch.zeros(rows, columns)
-        self.scales = torch.zeros(rows, spec.blocks(columns))
-        self.zeros = torch.full((rows, spec.blocks(columns)), float(spec.middle))
+        self.weight, self.spec = weight.T.contiguous(), spec
+        columns, rows = self.weight.shape
+        self.codes = torch.zeros(columns, rows)
+        self.scales = torch.zeros(spec.blocks(columns), rows)
+        self.zeros = torch.full((spec.blocks(columns), rows), float(spec.middle))
 
-    def span(self, block: int) -> slice:
-        start = block * self.spec.block
-        return slice(start, min(start + self.spec.block, self.codes.shape[1]))
+    def spans(self) -> Iterator[tuple[int, slice]]:
+        columns, size = len(self.codes), self.spec.block
+        for block in range(len(self.scales)):
+            yield block, slice(block * size, min((block + 1) * size, columns))
+
+    def spread(self, by_block: Tensor) -> Tensor:
+        """A number a block as a number a column."""
+        return by_block.repeat_interleave(self.spec.block, dim=0)[: len(self.codes)]
+
+    def block_sums(self, values: Tensor) -> Tensor:
+        """(k, n) summed over the columns of each block: (blocks, n)."""
+        missing = len(self.scales) * self.spec.block - len(values)
+        if missing:
+            values = functional.pad(values, (0, 0, 0, missing))
+        return values.reshape(len(self.scales), self.spec.block, -1).sum(dim=1)
+
+    def centred(self) -> Tensor:
+        return self.codes - self.spread(self.zeros)
 
     def values(self) -> Tensor:
-        count, block = self.codes.shape[1], self.spec.block
-        zeros = self.zeros.repeat_interleave(block, dim=1)[:, :count]
-        scales = self.scales.repeat_interleave(block, dim=1)[:, :count]
-        return (self.codes - zeros) * scales
+        return self.centred().mul_(self.spread(self.scales))
 
     def blocks(self) -> Blocks:
-        zeros = None if self.spec.symmetric else self.zeros.numpy().astype(np.uint8)
+        zeros = None if self.spec.symmetric else self.zeros.T.numpy().astype(np.uint8)
         return Blocks(
             self.spec,
-            self.codes.numpy().astype(np.uint8),
-            self.scales.numpy().astype(np.float16),
+            self.codes.T.contiguous().numpy().astype(np.uint8),
+            self.scales.T.numpy().astype(np.float16),
             zeros,
         )
 
@@ -99,93 +115,77 @@ class _State:
 def _sweep(state: _State, factor: Tensor) -> None:
     """Choose scales and codes block by block; errors go to the columns after."""
     left = state.weight.clone()
-    for block in range(state.scales.shape[1]):
-        span = state.span(block)
-        own, upper = left[:, span], factor[span, span]
+    for block, span in state.spans():
+        own, upper = left[span], factor[span, span]
         _search(state, block, own, upper.diagonal())
-        scale, zero = state.scales[:, block], state.zeros[:, block]
+        scale, zero = state.scales[block], state.zeros[block]
         errors = torch.empty_like(own)
-        for column in range(own.shape[1]):
-            current = own[:, column]
+        for column, current in enumerate(own):
             codes = (current / scale).round_().add_(zero).clamp_(0, state.spec.top)
-            state.codes[:, span.start + column] = codes
-            error = (current - (codes - zero) * scale) / upper[column, column]
-            errors[:, column] = error
-            if column + 1 < own.shape[1]:
-                own[:, column + 1 :].addr_(error, upper[column, column + 1 :], alpha=-1)
-        if span.stop < left.shape[1]:
-            left[:, span.stop :].addmm_(errors, factor[span, span.stop :], alpha=-1)
+            state.codes[span.start + column] = codes
+            errors[column] = (current - (codes - zero) * scale) / upper[column, column]
+            if column + 1 < len(own):
+                own[column + 1 :].addr_(upper[column, column + 1 :], errors[column], alpha=-1)
+        if span.stop < len(left):
+            left[span.stop :].addmm_(factor[span, span.stop :].T, errors, alpha=-1)
 
 
 def _search(state: _State, block: int, own: Tensor, diagonal: Tensor) -> None:
     """The scale and zero point of a block with the least weighted error of plain rounding."""
-    weight = diagonal.pow(-2)
-    values = in_blocks(own.numpy(), own.shape[1])
+    weight = diagonal.pow(-2)[:, None]
     least: Tensor | None = None
-    for scales, zeros in candidates(values, state.spec):
-        scale = torch.from_numpy(scales.astype(np.float32))
-        zero = torch.from_numpy(zeros.astype(np.float32))
+    for scales, zeros in candidates(own.T.numpy()[:, None], state.spec):
+        scale = torch.from_numpy(scales.astype(np.float32))[:, 0]
+        zero = torch.from_numpy(zeros.astype(np.float32))[:, 0]
         codes = (own / scale).round_().add_(zero).clamp_(0, state.spec.top)
-        error = codes.sub_(zero).mul_(scale).sub_(own).square_() @ weight
+        error = codes.sub_(zero).mul_(scale).sub_(own).square_().mul_(weight).sum(dim=0)
         if least is None:
             least = error
-            state.scales[:, block], state.zeros[:, block] = scale[:, 0], zero[:, 0]
+            state.scales[block], state.zeros[block] = scale, zero
             continue
         better = error < least
         least = torch.where(better, error, least)
-        state.scales[:, block] = torch.where(better, scale[:, 0], state.scales[:, block])
-        state.zeros[:, block] = torch.where(better, zero[:, 0], state.zeros[:, block])
+        state.scales[block] = torch.where(better, scale, state.scales[block])
+        state.zeros[block] = torch.where(better, zero, state.zeros[block])
 
 
 def _solve_scales(state: _State, hessian: Tensor) -> None:
     """All scales of a row at once, by least squares under the Hessian, codes as they are."""
-    rows, count = state.scales.shape
-    columns, block = state.codes.shape[1], state.spec.block
-    centred = state.codes - state.zeros.repeat_interleave(block, dim=1)[:, :columns]
-    normal = torch.empty(rows, count, count)
-    for number in range(count):
-        span = state.span(number)
-        products = (centred[:, span] @ hessian[span]) * centred
-        normal[:, number] = _block_sums(products, block, count)
-    target = _block_sums((state.weight @ hessian) * centred, block, count)
+    count, rows = state.scales.shape
+    centred = state.centred()
+    normal = torch.empty(count, count, rows)
+    for block, span in state.spans():
+        normal[block] = state.block_sums((hessian[:, span] @ centred[span]).mul_(centred))
+    wanted = state.block_sums((hessian @ state.weight).mul_(centred))
+    normal = normal.permute(2, 0, 1).contiguous()
     diagonal = normal.diagonal(dim1=1, dim2=2)
     room = RIDGE * diagonal + 1e-12
     # a block of zeros has no say: its scale stays
-    target = target + room * state.scales
+    wanted = wanted.T + room * state.scales.T
     diagonal.add_(room)
-    solved = torch.linalg.solve(normal.double(), target.double()).float()
+    solved = torch.linalg.solve(normal.double(), wanted.double()).float().T
     usable = torch.isfinite(solved) & (solved.abs() > 0.25 * state.scales.abs())
     usable &= solved.abs() < 4 * state.scales.abs()
-    scales = torch.where(usable, solved, state.scales)
-    state.scales = torch.from_numpy(fp16_scales(scales.numpy()).astype(np.float32))
-
-
-def _block_sums(values: Tensor, block: int, count: int) -> Tensor:
-    missing = count * block - values.shape[1]
-    if missing:
-        values = torch.nn.functional.pad(values, (0, missing))
-    return values.reshape(len(values), count, block).sum(dim=-1)
+    kept = torch.where(usable, solved, state.scales)
+    state.scales = torch.from_numpy(fp16_scales(kept.numpy()).astype(np.float32))
 
 
 def _settle(state: _State, hessian: Tensor) -> None:
     """Each code in turn to the best one given all others."""
     diagonal = hessian.diagonal()
-    pull = (state.weight - state.values()) @ hessian  # what each column still wants
-    for block in range(state.scales.shape[1]):
-        span = state.span(block)
-        scale = state.scales[:, block]
-        own, inner = pull[:, span], hessian[span, span]
-        moved = torch.zeros_like(own)
-        for column in range(own.shape[1]):
-            at = span.start + column
-            codes = state.codes[:, at]
-            step = own[:, column] / (diagonal[at] * scale)
-            new = (codes + step).round_().clamp_(0, state.spec.top)
-            change = (new - codes) * scale
-            state.codes[:, at] = new
-            moved[:, column] = change
-            own.addr_(change, inner[column], alpha=-1)
-        if state.scales.shape[1] > 1:
-            before, after = hessian[span, : span.start], hessian[span, span.stop :]
-            pull[:, : span.start].addmm_(moved, before, alpha=-1)
-            pull[:, span.stop :].addmm_(moved, after, alpha=-1)
+    pull = hessian @ (state.weight - state.values())  # what each column still wants
+    for block, span in state.spans():
+        scale = state.scales[block]
+        own, inner = pull[span], hessian[span, span]
+        moved = torch.empty_like(own)
+        for column, wanted in enumerate(own):
+            codes = state.codes[span.start + column]
+            step = wanted / (diagonal[span.start + column] * scale)
+            new = step.add_(codes).round_().clamp_(0, state.spec.top)
+            moved[column] = (new - codes) * scale
+            state.codes[span.start + column] = new
+            own.addr_(inner[column], moved[column], alpha=-1)
+        if span.start:
+            pull[: span.start].addmm_(hessian[: span.start, span], moved, alpha=-1)
+        if span.stop < len(pull):
+            pull[span.stop :].addmm_(hessian[span.stop :, span], moved, alpha=-1)

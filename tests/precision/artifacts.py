@@ -41,7 +41,7 @@ def quantized(
     text = loss_text(plan.base, TEXT)
     job = Job(
         target="onnx", artifact=out, base_folder=home, precision=artifact.precision,
-        weights=artifact.weights, adapters=(("adapter", adapter),), threads=1, decode_steps=12,
+        weights=artifact.weights, adapters=(("adapter", adapter),), threads=1, decode_steps=32,
         quantized=artifact.quantized, loss_rows=text.rows, loss_text=text.source,
     )  # fmt: skip
     return Made(artifact, plan, job)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adaptrix_export.precision.blocks import Spec, nearest
-from adaptrix_export.precision.gptq import DAMPING, Problem, gptq, loss
+from adaptrix_export.precision.gptq import DAMPING, Curvature, Problem, gptq, loss
 
 
 def problem(rows: int = 48, columns: int = 96, spec: Spec | None = None, **more: Any) -> Problem:
@@ -17,11 +17,12 @@ def problem(rows: int = 48, columns: int = 96, spec: Spec | None = None, **more:
     torch.manual_seed(0)
     mix = torch.randn(columns, columns) * torch.logspace(0, -1.5, columns)[:, None]
     inputs = torch.randn(512, columns) @ mix + torch.randn(512, columns) * 0.1
-    return Problem(torch.randn(rows, columns), inputs.T @ inputs, spec or Spec(), **more)
+    moments = inputs.T @ inputs
+    return Problem(torch.randn(rows, columns), Curvature.of(moments), spec or Spec(), **more)
 
 
 def loss_of(one: Problem, blocks: Any) -> float:
-    return loss(one.weight, torch.from_numpy(blocks.dequantized()), one.hessian)
+    return loss(one.weight, torch.from_numpy(blocks.dequantized()), one.curvature.hessian)
 
 
 @pytest.mark.parametrize("spec", [Spec(), Spec(4, 32, False), Spec(4, 64), Spec(8, 32)])
@@ -42,8 +43,7 @@ def test_without_rounds_it_is_the_papers_recursion() -> None:
     """Replayed in float64 from the scales that it chose: the same codes, up to ties."""
     one = problem(rounds=0)
     made = gptq(one)
-    hessian = one.hessian.double().numpy()
-    hessian += np.eye(len(hessian)) * DAMPING * np.diag(hessian).mean()
+    hessian = one.curvature.hessian.double().numpy()
     upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
     left, off = one.weight.double().numpy().copy(), 0
     for j in range(left.shape[1]):
@@ -58,8 +58,7 @@ def test_without_rounds_it_is_the_papers_recursion() -> None:
 def test_after_the_rounds_no_single_code_can_be_bettered() -> None:
     one = problem(rows=8, rounds=8)
     made = gptq(one)
-    hessian = one.hessian.double()
-    hessian += torch.eye(len(hessian)) * DAMPING * float(hessian.diagonal().mean())
+    hessian = one.curvature.hessian.double()
     best = loss(one.weight.double(), torch.from_numpy(made.dequantized()).double(), hessian)
     for row in range(8):
         for column in range(0, 96, 7):
@@ -74,9 +73,19 @@ def test_after_the_rounds_no_single_code_can_be_bettered() -> None:
 
 def test_inputs_that_are_always_zero_do_not_matter() -> None:
     one = problem()
-    hessian = one.hessian.clone()
-    hessian[5], hessian[:, 5] = 0, 0
-    made = gptq(Problem(one.weight, hessian, one.spec)).dequantized()
+    moments = one.curvature.hessian.clone()
+    moments[5], moments[:, 5] = 0, 0
+    made = gptq(Problem(one.weight, Curvature.of(moments), one.spec)).dequantized()
     assert np.isfinite(made).all()
-    empty = gptq(Problem(one.weight, torch.zeros_like(hessian), one.spec)).dequantized()
+    empty = gptq(
+        Problem(one.weight, Curvature.of(torch.zeros_like(moments)), one.spec)
+    ).dequantized()
     assert np.abs(empty - one.weight.numpy()).max() < 1
+
+
+def test_the_curvature_is_damped_by_a_share_of_its_mean() -> None:
+    moments = torch.diag(torch.tensor([1.0, 3.0, 8.0]))
+    added = Curvature.of(moments).hessian - moments
+    assert torch.allclose(added, torch.eye(3) * DAMPING * 4)
+    factor = Curvature.of(moments).factor
+    assert torch.allclose(factor.T @ factor, torch.linalg.inv(moments + added))

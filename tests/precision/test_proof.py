@@ -13,7 +13,7 @@ import pytest
 
 from adaptrix_export.oracle.dequantized import dequantized
 from adaptrix_export.oracle.job import tolerance_of
-from adaptrix_export.oracle.prompts import prompts
+from adaptrix_export.oracle.prompts import choose_prompts
 from adaptrix_export.oracle.reference import Reference
 from adaptrix_export.precision.settings import GPTQ, RTN, Quantization
 from adaptrix_export.progress import Silent
@@ -161,7 +161,7 @@ def test_logits_tell_values_that_are_not_the_stored_ones(
     for place in (rounded.artifact.folder, folder):
         stored = open_stored("onnx", place)
         oracle = dequantized(rounded.job, values_of(stored, rounded.artifact.quantized), {})
-        asked = prompts(rounded.job, oracle.vocabulary, oracle.positions)
+        asked = choose_prompts(rounded.job, oracle.vocabulary, oracle.positions)
         subject = OnnxSubject(rounded.artifact.folder, 1, accuracy_level=0)
         limits = tolerance_of("fp32", "text-generation")
         distances.append(compare(PREFILL, subject, asked, PREFILL.ask(oracle, asked), limits))

@@ -1,18 +1,17 @@
-"""GPTQ over a whole model, layer by layer: each layer sees what the quantized ones before it give.
+"""GPTQ over a whole model, layer by layer: each module sees what the quantized ones before it give.
 
 The model is the merged one: the base's class with the plan's values, of which memory holds what
-lies outside of the layers, and one layer. For each layer, one pass over the text collects the
-second moments of what goes into its products; its weights are quantized; a second pass with the
-quantized weights makes the input of the next layer. Nothing here knows of PEFT.
+lies outside of the layers, and one layer. All text goes through a layer at once: when its input
+reaches a module, the weight is quantized under the second moments of that input, and what the
+module gives is already that of the quantized weight. Nothing here knows of PEFT.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,16 +23,16 @@ from adaptrix_export.load.files.tensors import ByRows
 from adaptrix_export.measure.calibration import Calibration, Rows, calibration_rows
 from adaptrix_export.merge.merge import merged
 from adaptrix_export.merge.tuned import layers_freed
-from adaptrix_export.oracle.layered import ADAPTED, Live, States
+from adaptrix_export.oracle.layered import ADAPTED, Live
 from adaptrix_export.oracle.layerwise import FLOAT, read_layer_by_layer
 from adaptrix_export.plan import Array, Base, Change, Plan
-from adaptrix_export.precision.blocks import Blocks, nearest
-from adaptrix_export.precision.gptq import Problem, gptq
+from adaptrix_export.precision.blocks import Blocks, Spec, nearest
+from adaptrix_export.precision.gptq import Curvature, Problem, gptq
 from adaptrix_export.precision.quantize import Piece, PieceStore
 from adaptrix_export.precision.settings import GPTQ, RTN
 from adaptrix_export.progress import Progress
 
-BATCH_TOKENS = 1024  # that go through a layer at once
+BATCH_TOKENS = 1024  # that go through the model's ends at once: logits are wide
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,9 @@ class Calibrated:
     `rows` is the text that it was calibrated on, once that is known.
     """
 
-    def __init__(
-        self, plan: Plan, calibration: Calibration, folder: Path, progress: Progress
-    ) -> None:
+    def __init__(self, plan: Plan, calibration: Calibration, progress: Progress) -> None:
         self._plan, self._calibration = plan, calibration
-        self._folder, self._progress = folder, progress
+        self._progress = progress
         self.rows: Rows | None = None
 
     def solve(self, pieces: Sequence[Piece], store: PieceStore) -> None:
@@ -88,7 +85,7 @@ class Calibrated:
         self.rows = rows = calibration_rows(
             self._calibration, base, live.vocabulary, live.positions, live.generate
         )
-        run = _Run(live, _by_module(pieces), store, self._folder, torch.from_numpy(rows.fit))
+        run = _Run(live, _by_module(pieces), store, torch.from_numpy(rows.fit))
         with layers_freed(), self._progress.stage("quantizing", len(live.layers), "layers") as done:
             run.tables()
             run.enter()
@@ -120,29 +117,41 @@ def _by_module(pieces: Sequence[Piece]) -> dict[str, list[Piece]]:
 
 
 class _Moments:
-    """Second moments of the inputs of modules; what several read is summed once."""
+    """Second moments of the inputs of modules, batch after batch."""
 
     def __init__(self) -> None:
         self.of: dict[str, torch.Tensor] = {}
-        self._last: tuple[torch.Tensor, str] | None = None
-        self.shared: dict[str, str] = {}
 
     def hook(self, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any) -> None:
-            inputs = args[0]
-            if self._last is not None and self._last[0] is inputs:
-                self.shared[name] = self.shared.get(self._last[1], self._last[1])
-                return
-            self._last = (inputs, name)
-            flat = inputs.reshape(-1, inputs.shape[-1]).float()
+            flat = args[0].reshape(-1, args[0].shape[-1]).float()
             if name not in self.of:
                 self.of[name] = torch.zeros(flat.shape[1], flat.shape[1])
             self.of[name].addmm_(flat.T, flat)
 
         return keep
 
-    def owner(self, name: str) -> str:
-        return self.shared.get(name, name)
+
+class _Arriving:
+    """Calls `quantize` for each module when its first input arrives, with the input's curvature;
+    what several modules read, one after the other, is factored once."""
+
+    def __init__(self, quantize: Callable[[str, Curvature], None]) -> None:
+        self._quantize = quantize
+        self._done: set[str] = set()
+        self._last: tuple[torch.Tensor, Curvature] | None = None
+
+    def hook(self, name: str) -> Callable[..., None]:
+        def arrived(module: nn.Module, args: Any) -> None:
+            if name in self._done:
+                return
+            self._done.add(name)
+            if self._last is None or self._last[0] is not args[0]:
+                flat = args[0].reshape(-1, args[0].shape[-1]).float()
+                self._last = args[0], Curvature.of(flat.T @ flat)
+            self._quantize(name, self._last[1])
+
+        return arrived
 
 
 class _Run:
@@ -151,16 +160,15 @@ class _Run:
         live: Live,
         pieces: Mapping[str, list[Piece]],
         store: PieceStore,
-        folder: Path,
         ids: torch.Tensor,
     ) -> None:
         self._live, self._pieces, self._store, self._ids = live, pieces, store, ids
-        self._states = States(folder, "hidden", (*ids.shape, live.width))
-        self._step = max(1, BATCH_TOKENS // ids.shape[1])
+        self._hidden = torch.zeros(0)  # what enters the next layer, (rows, tokens, width)
 
-    def _batches(self) -> Iterator[tuple[int, int]]:
-        for start in range(0, len(self._ids), self._step):
-            yield start, min(start + self._step, len(self._ids))
+    def _batches(self) -> Iterator[slice]:
+        step = max(1, BATCH_TOKENS // self._ids.shape[1])
+        for start in range(0, len(self._ids), step):
+            yield slice(start, start + step)
 
     def tables(self) -> None:
         """Embeddings: rounded, and what is read from them is what the layers see."""
@@ -169,51 +177,39 @@ class _Run:
                 self._put(module, own, lambda values, piece: nearest(values, piece.spec), RTN)
 
     def enter(self) -> None:
-        for start, stop in self._batches():
-            self._states.write(start, self._live.enter(self._ids[start:stop], ADAPTED))
+        batches = [self._live.enter(self._ids[rows], ADAPTED) for rows in self._batches()]
+        self._hidden = torch.cat(batches)
 
     def layer(self, number: int, path: str) -> None:
-        own = {m: p for m, p in self._pieces.items() if m.startswith(f"{path}.")}
+        own = [module for module in self._pieces if module.startswith(f"{path}.")]
         assert self._live.reader is not None
         self._live.reader.bring(number)
-        with _watching(self._live, own) as moments:
-            self._pass(number, keep=False)
-        for names in _together(moments, own):
-            self._solve(names, moments.of[moments.owner(names[0])])
-        self._pass(number, keep=True)
-
-    def _pass(self, number: int, keep: bool) -> None:
-        for start, stop in self._batches():
-            with torch.no_grad():
-                hidden = self._states.read(start, stop, self._live.device)
-                out = self._live.layer(ADAPTED, number, hidden)
-            if keep:
-                self._states.write(start, out)
+        arriving = _Arriving(self._quantize)
+        with _hooked(self._live, own, arriving.hook), torch.no_grad():
+            self._hidden = self._live.layer(ADAPTED, number, self._hidden)
 
     def head(self) -> None:
         """What reads the last residual: a head of its own, or none."""
         left = {m: p for m, p in self._pieces.items() if any(x.key not in self._store for x in p)}
         if not left:
             return
-        with _watching(self._live, left) as moments, torch.no_grad():
-            for start, stop in self._batches():
-                hidden = self._states.read(start, stop, self._live.device)
-                self._live.leave(self._ids[start:stop], hidden, ADAPTED)
-        for names in _together(moments, left):
-            self._solve(names, moments.of[moments.owner(names[0])])
+        moments = _Moments()
+        with _hooked(self._live, left, moments.hook), torch.no_grad():
+            for rows in self._batches():
+                self._live.leave(self._ids[rows], self._hidden[rows], ADAPTED)
+        for module, of in moments.of.items():
+            self._quantize(module, Curvature.of(of))
 
-    def _solve(self, modules: Sequence[str], hessian: torch.Tensor) -> None:
-        """GPTQ of modules with one input: those of one spec as one problem."""
-        by_spec: dict[Any, list[tuple[str, Piece]]] = {}
-        for module in modules:
-            for piece in self._pieces[module]:
-                by_spec.setdefault(piece.spec, []).append((module, piece))
+    def _quantize(self, module: str, curvature: Curvature) -> None:
+        """GPTQ of a module's pieces, in the live model and in the store."""
+        by_spec: dict[Spec, list[Piece]] = {}
+        for piece in self._pieces[module]:
+            by_spec.setdefault(piece.spec, []).append(piece)
         for spec, members in by_spec.items():
-            values = [self._view(module, piece) for module, piece in members]
-            weight = torch.from_numpy(np.concatenate(values))
-            blocks = gptq(Problem(weight, hessian, spec))
+            views = [self._view(module, piece) for piece in members]
+            blocks = gptq(Problem(torch.from_numpy(np.concatenate(views)), curvature, spec))
             start = 0
-            for (_, piece), view in zip(members, values, strict=True):
+            for piece, view in zip(members, views, strict=True):
                 stop = start + len(view)
                 part = _rows(blocks, start, stop)
                 self._store.put(piece.key, part, GPTQ)
@@ -248,23 +244,16 @@ def _rows(blocks: Blocks, start: int, stop: int) -> Blocks:
 
 
 @contextmanager
-def _watching(live: Live, modules: Mapping[str, Any]) -> Iterator[_Moments]:
-    moments = _Moments()
+def _hooked(
+    live: Live, modules: Iterable[str], hook: Callable[[str], Callable[..., None]]
+) -> Iterator[None]:
+    """The hook of each module's name, called before the module, inside the block."""
     handles = []
     for name in modules:
         module: nn.Module = live.plain.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(moments.hook(name)))
+        handles.append(module.register_forward_pre_hook(hook(name)))
     try:
-        yield moments
+        yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _together(moments: _Moments, modules: Mapping[str, Any]) -> list[list[str]]:
-    """Modules in groups that read one input; those that no text came to are left out."""
-    groups: dict[str, list[str]] = {}
-    for name in modules:
-        if moments.owner(name) in moments.of:
-            groups.setdefault(moments.owner(name), []).append(name)
-    return list(groups.values())

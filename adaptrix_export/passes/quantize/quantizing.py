@@ -34,5 +34,5 @@ def quantizing(
 
             assert settings.calibration is not None
 
-            solve = Calibrated(plan, settings.calibration, Path(folder), progress).solve
+            solve = Calibrated(plan, settings.calibration, progress).solve
         yield quantize(graphs, plan, read, settings, Path(folder), progress, solve)
