@@ -16,8 +16,8 @@ def transport_errors() -> tuple[type[Exception], ...]:
     Seen in huggingface_hub 1.0 to 2.4. Without it a hub that cannot be reached is an internal
     error.
     """
-    found = [name for name in _TRANSPORTS if importlib.util.find_spec(name) is not None]
-    return tuple(importlib.import_module(name).TransportError for name in found)
+    installed = [name for name in _TRANSPORTS if importlib.util.find_spec(name) is not None]
+    return tuple(importlib.import_module(name).TransportError for name in installed)
 
 
 def ignored(operation: Any) -> bool:

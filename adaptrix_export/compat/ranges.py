@@ -1,7 +1,7 @@
-"""The versions of other libraries that this package was tried with: those that its metadata allows.
+"""Warns of installed libraries outside the version ranges of this package's metadata.
 
-pip keeps to them unless it is forced. What lies outside may well work, so it is said and not
-refused.
+The ranges are the tested versions. pip keeps to them unless it is forced. Other versions may work,
+so they are not refused.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ DISTRIBUTION = "adaptrix-export"
 
 
 def outside_ranges(requirements: Iterable[str] | None = None) -> str | None:
-    """One line naming each installed library outside its range; None where there is none.
+    """One line that names each installed library outside its range; None if there is none.
 
-    `requirements` are those of this package, of its extras too, unless others are given.
+    `requirements` default to those of this package and its extras.
     """
-    found = sorted(set(_outside(_declared() if requirements is None else requirements)))
-    if not found:
+    outside = sorted(set(_outside(_declared() if requirements is None else requirements)))
+    if not outside:
         return None
-    return f"outside the versions that this package is tested with: {'; '.join(found)}"
+    return f"outside the versions that this package is tested with: {'; '.join(outside)}"
 
 
 def _declared() -> Iterable[str]:
     try:
         return requires(DISTRIBUTION) or ()
     except PackageNotFoundError:
-        return ()  # run from its sources, without having been installed
+        return ()  # run from source, not installed
 
 
 def _outside(requirements: Iterable[str]) -> Iterator[str]:
     from packaging.requirements import Requirement
 
     for line in requirements:
-        wanted = Requirement(line)
-        if wanted.extras:
-            continue  # an extra of this package that takes in another
+        requirement = Requirement(line)
+        if requirement.extras:
+            continue  # an extra of this package that includes another
         try:
-            found = version(wanted.name)
+            installed = version(requirement.name)
         except PackageNotFoundError:
-            continue  # of an extra that was not asked for
-        if not wanted.specifier.contains(found, prereleases=True):
-            yield f"{wanted.name} {found}, tested {wanted.specifier}"
+            continue  # of an extra that is not installed
+        if not requirement.specifier.contains(installed, prereleases=True):
+            yield f"{requirement.name} {installed}, tested {requirement.specifier}"

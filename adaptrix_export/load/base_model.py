@@ -1,4 +1,4 @@
-"""Open a base model: find its files, read their headers, name its tensors, know its kind."""
+"""Open a checkpoint folder: read the headers of its files and name the tensors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 def open_checkpoint(source: Source, task: str = "auto", adapters: Iterable[str] = ()) -> Base:
     """Read the headers of a folder with a config.json and safetensors files.
 
-    `adapters` are the specs of the adapters to come: they tell the task where `task` is auto.
+    `adapters` are the specs of the adapters of the build: their configs decide the task if `task`
+    is auto.
 
     Raises SourceError for what is missing or damaged, UnsupportedError for what is refused.
     """
@@ -74,7 +75,7 @@ def open_checkpoint(source: Source, task: str = "auto", adapters: Iterable[str] 
 
 
 def _open_live(source: Source, config: Mapping[str, Any], task: str) -> Base:
-    """A base whose names are read off the class of transformers that runs it."""
+    """A base whose module names come from its transformers class."""
     from adaptrix_export.arch.skeleton import skeleton_of
     from adaptrix_export.load.live_base import named_by_class, tied_by_class
 
@@ -112,7 +113,7 @@ def make_base(
     tensors: Mapping[str, Tensor],
     task: str = GENERATION,
 ) -> Base:
-    """Put a Base together once its tensors have the names that transformers gives them."""
+    """The Base for tensors under their names in transformers."""
     architecture = detect(config, tensors, source.spec, task)
     return Base(
         spec=source.spec,
@@ -160,7 +161,7 @@ def _weight_map(folder: Path) -> dict[str, Any]:
 
 
 def _check_merged(source: Source, stored: list[StoredTensor]) -> None:
-    """A model saved with an adapter still inside it."""
+    """Refuse a checkpoint that contains an unmerged adapter."""
     inside = [t.name for t in stored if ".base_layer." in t.name or ".lora_A." in t.name]
     if inside:
         raise SourceError(
@@ -172,7 +173,7 @@ def _check_merged(source: Source, stored: list[StoredTensor]) -> None:
 
 
 def _check_index(source: Source, stored: list[StoredTensor]) -> None:
-    """Index and shards must tell of the same tensors in the same files."""
+    """Refuse shards whose tensors are not those that the index lists for them."""
     file_of = {tensor.name: tensor.path.name for tensor in stored}
     if len(file_of) != len(stored):
         raise SourceError(source.spec, "a tensor in two shards", "each tensor once")
@@ -192,8 +193,8 @@ def named_as_in_model(
 ) -> dict[str, StoredTensor]:
     """Tensors by their name in the model; each keeps its stored name.
 
-    A checkpoint of the bare model (GPT-2's on the hub) leaves out the prefix that the model
-    with a head has; transformers adds it on loading, and so do we.
+    A checkpoint of the bare model (GPT-2's on the hub) lacks the prefix that the model with a head
+    has; it is added here, as transformers does on loading.
     """
     prefix = family.prefix + "."
     bare = not any(tensor.name.startswith(prefix) for tensor in stored)
@@ -221,8 +222,8 @@ def _check_pooler(
     tensors: Mapping[str, Tensor],
     adapters: Iterable[Mapping[str, Any]],
 ) -> None:
-    """Some types classify through a layer before the classifier: one that the base lacks was drawn
-    at random when the adapter was trained, and is lost unless the adapter saved it."""
+    """Refuse a base without the layer that some types have before the classifier, if the adapter
+    does not have it either: it was initialised at random in training, and is lost."""
     module = POOLERS.get((kind, task))
     if module is None or f"{module}.weight" in tensors:
         return
@@ -238,10 +239,10 @@ def _check_pooler(
 def named_for_task(
     stored: list[StoredTensor], family: Family, task: str
 ) -> tuple[dict[str, StoredTensor], tuple[Tensor, ...]]:
-    """Tensors by their name in the live model of a task, and those that this model lacks.
+    """(tensors by their name in the live model of a task, tensors that this model does not have).
 
-    A checkpoint saved with any head has the prefix before its body, one of the bare model has
-    not; whichever it is, the bare model names its body without, the others with the prefix.
+    A checkpoint with a head has the prefix before names of its body, one of the bare model does
+    not. The live model has the prefix except for feature extraction.
     """
     prefix = family.prefix + "."
     prefixed = any(tensor.name.startswith(prefix) for tensor in stored)
@@ -266,7 +267,7 @@ def named_for_task(
 def _tied(
     config: Mapping[str, Any], family: Family, tensors: Mapping[str, Tensor]
 ) -> dict[str, str]:
-    """Head -> embedding where the model shares them, and what always shares the embedding."""
+    """Head and aliases -> embedding, for those that share its weight."""
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
     flag = config.get("tie_word_embeddings", family.tied)
     if embedding not in tensors:

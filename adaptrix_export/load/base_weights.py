@@ -1,8 +1,8 @@
 """Which weights of a quantized base the adapters are merged into: the recipe's `base_weights`.
 
-Training on a quantized base (QLoRA) sees dequantized weights. Merging into those is exact;
-merging into the original 16-bit weights often scores better and sometimes far worse. Both are
-offered, and the one not chosen is kept for comparison when it is at hand.
+Training on a quantized base (QLoRA) uses dequantized weights. Merging into those is exact; merging
+into the original 16-bit weights often scores better and sometimes far worse. Both are possible, and
+the report compares with the other one if it is available.
 
 | the base given is | `dequantized`                   | `original`                          |
 |---|---|---|
@@ -32,7 +32,7 @@ def open_bases(
     task: str = "auto",
     adapters: Sequence[str] = (),
 ) -> tuple[Base, Base | None]:
-    """(the base to merge into, the other one if it is at hand).
+    """(the base to merge into, the other one if it is available).
 
     `choice` is `base_weights`, `simulated` a word of SIMULATED, `original` the spec of the
     unquantized base; `task` and `adapters` as in `open_base`. Raises what that raises, and
@@ -94,23 +94,23 @@ def _original(quantized: Base, spec: str) -> Base:
 
 
 def how_stored(base: Base) -> str:
-    """How a base's files store it, in a few words."""
+    """How a base's files store its weights, in a few words."""
     return base.quantization or ("GGUF" if base.gguf_file else "plain")
 
 
 def weights_read(base: Base) -> str:
-    """The word for the weights that a base reads as."""
+    """Whether a base reads as DEQUANTIZED or as ORIGINAL weights."""
     rounded = base.quantization or base.simulated or base.gguf_file
     return DEQUANTIZED if rounded else ORIGINAL
 
 
 def weights_record(base: Base) -> dict[str, str | None]:
-    """What the manifest records: the weights merged into, how stored, and what was simulated."""
+    """The manifest's entry: weights merged into, their storage, and simulated quantization."""
     return {"weights": weights_read(base), "stored": how_stored(base), "simulated": base.simulated}
 
 
 def note_of(base: Base) -> tuple[str, ...]:
-    """What a user should know of the weights that were merged into, if it is anything."""
+    """Notes for the user on the weights that were merged into."""
     if base.simulated:
         return (f"merged into the base as {base.simulated} rounds it, not as it is stored",)
     if base.quantization is None:

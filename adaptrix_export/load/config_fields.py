@@ -1,4 +1,4 @@
-"""What the fields of a base's config.json may be, and which of them its tensors can contradict."""
+"""Checks the types of fields of a base's config.json, and its sizes against the tensors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CONFIG_FIELDS: dict[str, Kind] = {
     "tie_word_embeddings": FLAG,
     "torch_dtype": TEXT | OBJECT,
 }
-# Types that project to heads times the size of a head, and have one matrix of each of these names.
+# Types with separate projections of the usual names and heads * head size rows.
 _PLAIN = frozenset(
     "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text smollm3 granite olmo2 starcoder2".split()
 )
@@ -55,7 +55,7 @@ _NARROWED = (
 
 
 def check_config(place: str, config: Mapping[str, Any]) -> None:
-    """Raise SourceError for a field of another type than transformers writes."""
+    """Raise SourceError for a field whose type is not the one that transformers writes."""
     check_fields(f"{place}: config.json", config, CONFIG_FIELDS)
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
@@ -73,7 +73,7 @@ def check_sizes(base: Base) -> Base:
 
 
 def _contradictions(base: Base) -> Iterator[tuple[str, Any, str]]:
-    """(key of the config, its value, what the tensors say)."""
+    """(key of the config, its value, the value by the tensors) for each contradiction."""
     config = base.config.get("text_config") or base.config
     table = base.tensors.get(f"{base.architecture.family.embedding}.weight")
     width_key, width = _first(config, _WIDTHS)

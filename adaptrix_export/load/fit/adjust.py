@@ -1,8 +1,8 @@
-"""Lawful adjustments: an adapter that says the same thing in other words is read as it means.
+"""Exact adjustments of adapters whose tensors are named or laid out otherwise than the base's.
 
-Each one is exact, happens only where there is one way to read the adapter, and is recorded in
-`Plan.adjustments`. Whatever is not adjusted here stays as it is, for `verify` to refuse. No weight
-is ever padded or truncated; only LoRA factors are turned, cut, or placed among zeros.
+An adjustment is made only if there is one way to read the adapter, and is recorded in
+`Plan.adjustments`. Whatever is not adjusted here is refused by `verify`. Weights are never padded
+or truncated; only LoRA factors are transposed, sliced, or padded with zero rows.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from adaptrix_export.plan import (
 
 TOKENIZER_BYTES = 256 << 20  # Gemma's tokenizer.json has 33 MB
 
-# Module paths of transformers 4, what they became in 5, and for which model types (none: all that
-# have the new path), from transformers.conversion_mapping. A path is renamed only where that is
-# the same module of the same model: an adapter of a text model is not one of a model around it.
-# Mixture-of-experts weights are not renamed but fused on loading, which is no matter of names.
+# (path prefix in transformers 4, prefix in 5, model types; none: all that have the new path), from
+# transformers.conversion_mapping. A path is renamed only if it is the same module of the same
+# model: an adapter of a text model does not fit a larger model around it. Mixture-of-experts
+# weights are fused on loading, not renamed, and are not in this table.
 _TEXT_OF_A_LARGER = ("gemma3n_text", "qwen3_5_text", "qwen3_5_moe_text")
 RENAMES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("language_model.model.", "model.language_model.", ()),
@@ -49,7 +49,7 @@ Step = Callable[[Base, Adapter], tuple[Adapter, list[Adjustment]]]
 
 
 def adjusted(plan: Plan) -> Plan:
-    """The plan with every adapter read as it means on this base, and a record of what that took."""
+    """The plan with every adapter adjusted to its base, and a record of each adjustment."""
     adapters, notes = [], list(plan.adjustments)
     for adapter in plan.adapters:
         for step in _STEPS:
@@ -60,7 +60,7 @@ def adjusted(plan: Plan) -> Plan:
 
 
 def _record_transposed(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
-    """Records the factors that the loader turned (`views.orient_factors`)."""
+    """Record the factors that the loader transposed (`views.orient_factors`)."""
     places = [
         delta.site.path
         for delta in adapter.deltas
@@ -71,9 +71,9 @@ def _record_transposed(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adju
 
 
 def _rename_paths(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
-    """Module paths of transformers 4 become those of 5, where the base has only the latter.
+    """Rename module paths of transformers 4 to those of 5, if the base has only the latter.
 
-    None is renamed if two would land on one module, or one where the adapter has something.
+    Nothing is renamed if two paths would become the same, or one that the adapter uses already.
     """
     items: list[Delta | Replacement] = [*adapter.deltas, *adapter.replacements]
     known = {item.site for item in items if _has(base, item.name)}
@@ -99,7 +99,7 @@ def _has(base: Base, name: str) -> bool:
 
 
 def _new_path(base: Base, path: str, name: str) -> str | None:
-    """The one path that a rename gives and the base has; None when there is none or a choice."""
+    """The renamed path, if exactly one rename results in a module of the base; else None."""
     parameter, kind = name.rpartition(".")[2], base.architecture.model_type
     candidates = set()
     for old, new, types in RENAMES:
@@ -111,7 +111,7 @@ def _new_path(base: Base, path: str, name: str) -> str | None:
 
 
 def _split_fused(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
-    """An adapter on a fused module, on a base that has the parts: B's rows go to their parts."""
+    """Split an adapter of a fused module, for a base with separate parts, by the rows of B."""
     deltas: list[Delta] = []
     notes = []
     present = {delta.name for delta in adapter.deltas}
@@ -139,7 +139,7 @@ def _at(delta: Delta, module: str) -> Delta:
 
 
 def _outputs(term: Term) -> int | None:
-    """Outputs that the term acts on, or None for a kind that cannot be cut."""
+    """Number of outputs of the term, or None for a kind that cannot be split."""
     if isinstance(term, (Experts, Tuned, Composed)):
         return None
     return (term.vector if isinstance(term, Scaled) else term.b).shape[0]
@@ -157,9 +157,9 @@ def _cut(term: Term, part: Part) -> Term:
 
 
 def _stack_parts(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
-    """Adapters on parts, on a base that fuses them: a sum on the whole, each at its own rows.
+    """Stack adapters of separate parts, for a base that fuses them: a sum, each at its own rows.
 
-    Not for DoRA, whose magnitude would need a value for the rows of the other parts, too.
+    Not for DoRA, whose magnitude would need values for the rows of the other parts.
     """
     unchanged: list[Delta] = []
     sums: dict[str, Delta] = {}
@@ -183,7 +183,7 @@ def _none(delta: Delta) -> Delta:
 
 
 def _place_in_whole(base: Base, delta: Delta, part: Part) -> tuple[Term, ...]:
-    """The terms of a part as terms of the whole; none if they are of another kind or size."""
+    """The terms of a part as terms of the whole; empty if they have another kind or size."""
     rows = base.tensors[_at(delta, part.whole).name].shape[0] if delta.parameter == "weight" else 0
     terms: list[Term] = []
     for term in delta.terms:
@@ -194,11 +194,10 @@ def _place_in_whole(base: Base, delta: Delta, part: Part) -> tuple[Term, ...]:
 
 
 def _fit_vocabulary(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
-    """LoRA on an embedding or head with more or fewer rows than the base, all beyond its tokens.
+    """Adjust LoRA on an embedding or head whose number of rows differs from the base by padding.
 
-    Both have a row for every token that the tokenizers beside base and adapter know, so they
-    differ in padding alone. What the adapter has beyond the base is left out; what the base has
-    beyond the adapter stays as it is.
+    Both must have a row for every token of the tokenizers beside base and adapter. Additional rows
+    of the adapter are dropped; additional rows of the base are not changed.
     """
     kind = base.architecture
     replaced = {saved.name for saved in adapter.replacements}
@@ -233,7 +232,7 @@ def _low_rank(delta: Delta) -> list[LowRank]:
 
 
 def _fit_rows(term: LowRank, rows: int, embedding: bool) -> LowRank:
-    """The factor with a row a token, with `rows` of them."""
+    """The term with `rows` rows in its factor that has a row for each token."""
     factor = Transposed(term.a) if embedding else term.b
     fitted = Cut(factor, 0, rows) if factor.shape[0] > rows else Placed(factor, 0, rows)
     return replace(term, a=Transposed(fitted)) if embedding else replace(term, b=fitted)

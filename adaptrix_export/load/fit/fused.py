@@ -1,10 +1,10 @@
-"""Weights that hold several projections, one below the other: where each one's rows are.
+"""The rows of each projection in fused weights.
 
-The rows of a fused Linear are independent outputs, so LoRA on the whole is exactly LoRA on each
-part with the rows of B that belong to it, and LoRA on the parts is exactly a sum on the whole with
-B at its rows and zeros elsewhere. That holds only where the parts lie one below the other; weights
-that mix them head by head (`query_key_value` of GPT-NeoX, Falcon and Bloom, CodeGen's `qkv_proj`)
-are in no table here.
+The rows of a fused Linear are independent outputs, so LoRA on the whole equals LoRA on each part
+with the part's rows of B, and LoRA on the parts equals a sum on the whole, each with zeros in the
+other parts' rows of B. That holds only for parts of consecutive rows; weights that interleave them
+by head (`query_key_value` of GPT-NeoX, Falcon and Bloom, CodeGen's `qkv_proj`) are in no table
+here.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from adaptrix_export.plan import Base
 _QKV = ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
 _GATE_UP = ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"))
 
-# Model type -> (fused module, its parts from the first row on), read off transformers' modeling
-# files: phi3 slices query, key, value in this order; all three `gate, up = chunk(2)`.
+# Model type -> (fused module, its parts in the order of rows), from transformers' modeling files:
+# phi3 slices query, key, value in this order; all three `gate, up = chunk(2)`.
 FUSED_BASES = {"phi3": (_QKV, _GATE_UP), "glm": (_GATE_UP,), "glm4": (_GATE_UP,)}
-# What an adapter's own fused modules mean on a base that has the parts: the names of the table
-# above, which no model of transformers uses for another order of rows.
+# Fused modules of adapters for bases with separate parts: no model of transformers uses these names
+# for another order of rows.
 FUSED_ADAPTERS = (_QKV, _GATE_UP)
-# Fused weights whose parts are mixed, or in an order that is not known to be right.
+# Fused weights whose parts are interleaved, or whose order is unknown.
 _MIXED = ("query_key_value", "qkv_proj", "gate_up_proj", "c_attn", "Wqkv", "in_proj_weight")
 
 
@@ -37,9 +37,9 @@ class Part:
 
 
 def parts_in_base(base: Base, stack: str, layer: int | None) -> dict[str, Part]:
-    """Part name -> where it lies in this layer's fused weights, for a base that fuses them.
+    """Part name -> its rows in this layer's fused weights, for a base that fuses them.
 
-    Empty when the sizes in the config do not add up to the rows that are stored.
+    Empty if the sizes in the config do not add up to the stored rows.
     """
     parts: dict[str, Part] = {}
     for whole, names in FUSED_BASES.get(base.architecture.model_type, ()):
@@ -51,14 +51,14 @@ def parts_in_base(base: Base, stack: str, layer: int | None) -> dict[str, Part]:
 
 
 def parts_of(base: Base, stack: str, layer: int | None, whole: str) -> tuple[Part, ...]:
-    """The base's modules that the adapter's fused module `whole` means; empty if it has none."""
+    """The base's modules that correspond to an adapter's fused module `whole`; may be empty."""
     names = dict(FUSED_ADAPTERS).get(whole, ())
     stored = [base.tensors.get(f"{stack}.{layer}.{name}.weight") for name in names]
     return _layout(whole, names, [t.shape[0] for t in stored if t]) if all(stored) else ()
 
 
 def fused_hint(base: Base, path: str) -> str:
-    """A remedy when a module is missing because the base has it inside a fused weight."""
+    """A remedy for a missing module that the base has as part of a fused weight."""
     parent = path.rpartition(".")[0]
     for name in _MIXED:
         if f"{parent}.{name}.weight" in base.tensors and not path.endswith(name):

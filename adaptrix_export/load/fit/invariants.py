@@ -1,4 +1,4 @@
-"""What holds of every plan, checked on headers before a weight is read and after every pass."""
+"""Invariants of plans, checked on headers after loading and after every pass."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from adaptrix_export.plan import (
 
 @dataclass(frozen=True)
 class Misfit:
-    """One thing wrong with a plan: `error`, of the adapter so named, at `site` if it has one."""
+    """A violated invariant: `error` in the adapter of that name, at `site` if it concerns one."""
 
     adapter: str
     site: Site | None
@@ -41,10 +41,10 @@ class Misfit:
 
 
 def verify(plan: Plan) -> Plan:
-    """Return the plan, or raise AdapterError or UnsupportedError at the first thing wrong.
+    """Return the plan, or raise AdapterError or UnsupportedError for the first misfit.
 
-    Every site exists in the base; every shape fits; nothing is replaced twice; what is added to
-    is a float tensor.
+    Every site exists in the base; every shape fits; no parameter is replaced twice; deltas are
+    added to float tensors only.
     """
     for misfit in misfits(plan):
         raise misfit.error
@@ -66,7 +66,7 @@ def misfits(plan: Plan) -> Iterator[Misfit]:
                 fits = False
                 yield Misfit(adapter.name, saved.site, error)
     checks = [_check_conflicts(plan), _check_gates(plan), _check_shared(plan), _check_heads(plan)]
-    if fits:  # only then is it known what becomes of the vocabulary
+    if fits:  # the check of the vocabulary needs valid changes
         checks.append(_check_vocabulary(plan))
     for check in checks:
         for error in check:
@@ -83,7 +83,7 @@ def _empty(adapter: Adapter) -> InputError:
 def _stored(
     base: Base, adapter: Adapter, path: str, parameter: str
 ) -> tuple[int, ...] | InputError:
-    """Shape of the base's parameter, or the error that it is missing or no float."""
+    """Shape of the base's parameter, or an error if it is missing or not a float tensor."""
     name = f"{path}.{parameter}"
     tensor = base.tensors.get(base.tied.get(name, name))
     if tensor is None and parameter == "bias" and f"{path}.weight" in base.tensors:
@@ -111,7 +111,7 @@ _TOWERS = (
 
 
 def _tower_hint(base: Base, path: str) -> str:
-    """A remedy for a part that a model of text alone does not have."""
+    """A remedy for a vision or audio module that a text model does not have."""
     tower = next((word for word in path.split(".") if word in _TOWERS), None)
     if tower is None or any(tower in name.split(".") for name in base.tensors):
         return ""
@@ -122,7 +122,7 @@ def _tower_hint(base: Base, path: str) -> str:
 
 
 def _task_hint(base: Base, adapter: Adapter, name: str) -> str:
-    """A remedy when the module is there, under the name that it has in a model for another task."""
+    """A remedy for a module that exists under its name in a model for another task."""
     body = name.partition(".")[2]
     if body not in base.tensors and not any(n.endswith(f".{name}") for n in base.tensors):
         return ""
@@ -190,7 +190,7 @@ def _check_terms(
 
 
 def _sizes(term: Leaf, outputs: int, inputs: int) -> list[tuple[str, int, int]]:
-    """(description, found, expected) of every axis of a term that the base decides."""
+    """(description, actual, expected size) of every axis of a term that depends on the base."""
     if isinstance(term, Tuned):
         return own_sizes(term, outputs, inputs)
     if isinstance(term, Scaled):
@@ -205,7 +205,7 @@ def _sizes(term: Leaf, outputs: int, inputs: int) -> list[tuple[str, int, int]]:
 
 
 def _resized(base: Base, adapter: Adapter, path: str) -> int | None:
-    """Rows of the vocabulary that the adapter itself ships for this module, if it resized it."""
+    """The vocabulary size of the adapter's own replacement of this module, if it has one."""
     name = f"{path}.weight"
     home = base.tied.get(name, name)
     for saved in adapter.replacements:
@@ -244,7 +244,7 @@ def _check_replacement(base: Base, adapter: Adapter, saved: Replacement) -> Iter
 
 
 def _is_new_head(base: Base, saved: Replacement) -> bool:
-    """A classifier that the base does not have: trained from nothing, and shipped whole."""
+    """Whether it is a head that the base does not have, trained from scratch."""
     known = saved.name in base.tensors or saved.name in base.tied
     if base.skeleton is not None:
         return saved.name in base.lacking
@@ -256,7 +256,7 @@ def _is_new_head(base: Base, saved: Replacement) -> bool:
 
 
 def _vocabulary(base: Base) -> tuple[str, ...]:
-    """Tensors with a row a token: the two that a resized vocabulary may change together."""
+    """The tensors with a row for each token, whose number of rows a resized vocabulary changes."""
     family = base.architecture.family
     return (f"{family.embedding}.weight", f"{family.head}.weight")
 
@@ -278,13 +278,13 @@ def _check_vocabulary(plan: Plan) -> Iterator[InputError]:
 
 
 def _check_heads(plan: Plan) -> Iterator[InputError]:
-    """Whatever the live model has must come from the base or from an adapter: transformers would
-    draw it at random."""
+    """Refuse a plan without a tensor of the live model: transformers would initialise it at
+    random."""
     base = plan.base
     shipped = {saved.name for adapter in plan.adapters for saved in adapter.replacements}
     missing = [name for name in base.lacking if name not in shipped]
     if base.task == FEATURES:
-        missing = [name for name in missing if "pooler" not in name]  # nobody looks at it
+        missing = [name for name in missing if "pooler" not in name]  # not part of the output
     labelled = any(name in base.tensors or name in shipped for name in LABELS)
     if base.skeleton is None and base.task in CLASSIFIERS and not labelled:
         missing.append(" or ".join(LABELS[:2]))
@@ -298,7 +298,7 @@ def _check_heads(plan: Plan) -> Iterator[InputError]:
 
 
 def _check_shared(plan: Plan) -> Iterator[InputError]:
-    """T5 scales its logits by what config.json says of the tie, so a merge cannot break it up."""
+    """Refuse untying T5's embedding: it scales its logits by `tie_word_embeddings`."""
     if plan.base.architecture.family.aliases and plan.untied():
         yield UnsupportedError(
             plan.adapters[0].name, f"a change of {plan.untied()[0]} alone",
@@ -308,7 +308,7 @@ def _check_shared(plan: Plan) -> Iterator[InputError]:
 
 
 def _check_conflicts(plan: Plan) -> Iterator[InputError]:
-    """A replaced parameter belongs to one adapter alone: a sum of two makes no sense."""
+    """Refuse a parameter that two adapters replace, or one adapter changes twice."""
     owner: dict[str, str] = {}
     for adapter in plan.adapters:
         count = Counter(delta.name for delta in adapter.deltas)
@@ -334,7 +334,7 @@ MODES = ("clamp", "mask", "blend")
 
 
 def _check_gates(plan: Plan) -> Iterator[InputError]:
-    """Each gate is on a site of its own that can be gated, and its numbers make sense."""
+    """Refuse two gates at a site, gates where they are impossible, and invalid numbers."""
     if plan.gates and plan.composition is not None:
         yield UnsupportedError(
             "context", f"adapters composed by {plan.composition.method}", "one, or their plain sum",
@@ -362,11 +362,11 @@ def _gate_error(gate: Gate) -> InputError | None:
 
 
 def ungateable(plan: Plan, site: Site, mode: str) -> InputError | None:
-    """Why a site cannot have a gate of this mode; None where it can.
+    """The reason why a site cannot have a gate of this mode, or None.
 
-    A gate has the base's output on one side and what the adapters add on the other, so the weight
-    must still be the base's, and for a mode that depends on the data the addition must be low-rank
-    and the site read token by token.
+    A gate reads the base's output and the adapters' contribution, so no adapter may replace the
+    weight. For modes that depend on the data the delta must be low-rank, and the site a Linear
+    inside the layers.
     """
     place = f"context: {site.path}"
     deltas = [d for a in plan.adapters for d in a.deltas if d.site == site]

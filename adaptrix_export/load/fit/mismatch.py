@@ -1,4 +1,4 @@
-"""`on_mismatch`: what becomes of sites that do not fit the base."""
+"""`on_mismatch`: refuse or drop sites that do not fit the base."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from adaptrix_export.plan import Adapter, Adjustment, Plan, Site
 
 
 def fitted(plan: Plan, on_mismatch: str) -> Plan:
-    """A plan that was just opened, made ready for the passes: layers repeated as the adapter asks,
-    lawful adjustments done, and with "drop" the sites gone that do not fit."""
+    """Prepare a plan that was just opened for the passes: repeat layers if an adapter requires it,
+    make exact adjustments, and with "drop" remove sites that do not fit."""
     plan = adjusted(repeat_layers(plan))
     return drop_misfits(plan) if on_mismatch == "drop" else plan
 
@@ -21,8 +21,8 @@ def fitted(plan: Plan, on_mismatch: str) -> Plan:
 def drop_misfits(plan: Plan) -> Plan:
     """The plan without the sites whose tensors do not fit, each recorded with the reason.
 
-    A site goes whole, weight and bias. Raises AdapterError when an adapter has nothing left,
-    UnsupportedError for tuners whose sites are not independent.
+    Weight and bias of a site are dropped together. Raises AdapterError if an adapter has no site
+    left, UnsupportedError for tuners whose sites are not independent.
     """
     reasons: dict[tuple[str, Site], str] = {}
     for misfit in misfits(plan):

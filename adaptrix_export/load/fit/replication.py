@@ -1,7 +1,7 @@
-"""`layer_replication`: a deeper model out of repeated layers, as PEFT makes it before it adapts.
+"""`layer_replication`: repeats layers of the base, as PEFT does before it adds adapters.
 
-`[[0, 3], [1, 4]]` means layers 0 1 2 1 2 3. The repeated layers share the base's weights in PEFT's
-live model and get their own LoRA; merged, each needs its own tensors.
+`[[0, 3], [1, 4]]` means layers 0 1 2 1 2 3. In PEFT's live model the repeated layers share the
+base's weights and have their own LoRA; merged, each needs its own tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
 
 def repeat_layers(plan: Plan) -> Plan:
-    """The plan on a base with repeated layers, if an adapter asks for that; else as it is."""
+    """The plan on a base with repeated layers, if an adapter requires it; else unchanged."""
     replications = {str(a.config.get("layer_replication") or "") for a in plan.adapters}
     if replications == {""}:
         return plan
@@ -33,7 +33,7 @@ def repeat_layers(plan: Plan) -> Plan:
 
 
 def _order(place: str, base: Base, ranges: Any) -> list[int]:
-    """Old layer of every new one."""
+    """New layer -> the base's layer that it repeats."""
     count = base.architecture.stacks[0].count if base.architecture.stacks else 0
     order: list[int] = []
     for entry in ranges:

@@ -1,13 +1,13 @@
-"""Weights as bitsandbytes stores them, read as the floats that its `dequantize_4bit` gives.
+"""Reads weights in bitsandbytes' formats as the floats that its `dequantize_4bit` returns.
 
-4 bits: `X.weight` holds the packed numbers; beside it lie `.absmax`, `.quant_map`, with double
-quantization `.nested_absmax` and `.nested_quant_map`, and a few facts as JSON in the bytes of
-`.quant_state.bitsandbytes__nf4` (or `__fp4`). 8 bits (LLM.int8): `X.weight` int8, `X.SCB` the
+4 bits: `X.weight` contains the packed codes; further tensors are `.absmax`, `.quant_map`, with
+double quantization `.nested_absmax` and `.nested_quant_map`, and JSON in the bytes of
+`.quant_state.bitsandbytes__nf4` (or `__fp4`). 8 bits (LLM.int8): `X.weight` is int8, `X.SCB` the
 largest magnitude of each row. bitsandbytes itself is not needed.
 
-The values are rounded to the dtype that the weight had, as `dequantize_4bit` and PEFT's own merge
-do. A layer that computes in another dtype (`bnb_4bit_compute_dtype`) differs by that rounding from
-bitsandbytes 0.50 on, whose matmul goes from float32 straight to the dtype of its input.
+The values are rounded to the dtype that the weight had, as `dequantize_4bit` and PEFT's merge do. A
+layer that computes in another dtype (`bnb_4bit_compute_dtype`) differs by that rounding from
+bitsandbytes 0.50 on, whose matmul converts float32 directly to the dtype of its input.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Nested:
 
 @dataclass(frozen=True)
 class FourBitTensor(ByRows):
-    """An NF4 or FP4 matrix that reads as the dtype that it had when it was quantized."""
+    """An NF4 or FP4 matrix that reads as the dtype that it was quantized from."""
 
     name: str
     dtype: str
@@ -63,7 +63,7 @@ class FourBitTensor(ByRows):
         numbers = unpack(self.packed.rows(first // 2, ceil(last / 2)), first, last)
         absmax = self._absmax(first // self.block, ceil(last / self.block))
         values = scaled_levels(numbers, LEVELS[self.kind], absmax, self.block, first)
-        # One rounding, from float32: the live layer's weight has been through it, too.
+        # One rounding, from float32, as for the live layer's weight.
         return values.astype(DTYPES[self.dtype]).reshape(stop - start, *self.shape[1:])
 
     def _absmax(self, start: int, stop: int) -> Array:
@@ -101,8 +101,8 @@ Stored = Mapping[str, StoredTensor]
 def read_bitsandbytes(place: str, stored: Stored, dtype: str) -> dict[str, Tensor]:
     """The checkpoint's tensors by name, each quantized weight with its parts as one tensor.
 
-    `dtype` is what 8-bit weights read as. Raises SourceError for a part that is missing, left
-    over or of the wrong size, UnsupportedError for a layout that is refused.
+    8-bit weights read as `dtype`. Raises SourceError for a part that is missing, without a weight
+    or of the wrong size, UnsupportedError for an unsupported layout.
     """
     states = {name.partition(STATE)[0]: name for name in stored if STATE in name}
     tensors: dict[str, Tensor] = {}
@@ -159,7 +159,7 @@ def _four_bit(place: str, name: str, key: str, stored: Stored) -> tuple[Tensor, 
 
 
 def _width(packed: StoredTensor) -> int:
-    """Bytes of the container: FSDP stores the same bytes as bfloat16, say."""
+    """Size of the container's elements in bytes: FSDP may store the same bytes as bfloat16."""
     return DTYPES[packed.dtype].itemsize
 
 
@@ -227,7 +227,7 @@ def _part(
 
 
 def _check_levels(place: str, levels: Array, kind: str) -> None:
-    """bitsandbytes goes by the kind and ignores the table; one that differs is another format."""
+    """Refuse a table of other levels: bitsandbytes would ignore it and use those of the kind."""
     if not np.allclose(levels, LEVELS[kind], rtol=0, atol=1e-4):
         raise UnsupportedError(
             place, f"levels {np.round(levels, 3).tolist()}", f"those of {kind}",

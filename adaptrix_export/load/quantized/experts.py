@@ -1,9 +1,10 @@
-"""Mixtures of experts: transformers stacks the matrices that checkpoints store one by one.
+"""Mixtures of experts: views of expert matrices of a checkpoint as transformers' stacked
+parameters.
 
 The live model has `mlp.experts.gate_up_proj` (E, 2I, H) and `mlp.experts.down_proj` (E, H, I), and
-adapters name those (`target_parameters`). A `Stacked` tensor stands for one of them and knows the
-stored matrices, so that a checkpoint can be written in the form it came in. The rows of `FUSIONS`
-say what `transformers.conversion_mapping` says, without the torch that reading it would take.
+adapters name those (`target_parameters`). A `Stacked` tensor is one of them and refers to the
+stored matrices, so that a checkpoint can be written in its original form. The rows of `FUSIONS`
+repeat `transformers.conversion_mapping`, whose import would need torch.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from adaptrix_export.plan import Array, Tensor
 
 @dataclass(frozen=True)
 class Fusion:
-    """`parameters` maps a stacked parameter, in the order of the live module, to the matrices of
-    one expert that it stacks, in the order of their rows; to none where the files have it stacked.
-    `turned` says that a matrix of it is (in, out)."""
+    """`parameters`: stacked parameter, in the order of the live module -> matrices of one expert,
+    in the order of their rows; empty if the files have it stacked. `turned`: its matrices are
+    (in, out)."""
 
     parameters: Mapping[str, tuple[str, ...]]
     turned: bool = False
@@ -45,7 +46,7 @@ _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(\w+)\.weight$")
 
 
 def fusion_of(model_type: str) -> Fusion | None:
-    """The row of a type, else what transformers' own rules say of it; None where it has none."""
+    """The row of a type, else one from transformers' conversion rules; None if there are none."""
     if model_type in FUSIONS:
         return FUSIONS[model_type]
     from adaptrix_export.arch.fusions import stacked_parameters
@@ -55,7 +56,7 @@ def fusion_of(model_type: str) -> Fusion | None:
 
 
 def natural(tensor: StoredTensor) -> list[tuple[int, str]]:
-    """Sorts expert 10 behind expert 9."""
+    """Sort key that orders expert 10 after expert 9."""
     return [(int(word), "") if word.isdecimal() else (-1, word) for word in tensor.name.split(".")]
 
 
@@ -94,7 +95,7 @@ class Stacked:
 
 
 def stack_experts(tensors: Mapping[str, Tensor], model_type: str, place: str) -> dict[str, Tensor]:
-    """The tensors as the live model names them, experts stacked; others as they are.
+    """The tensors under the live model's names, with experts stacked; others unchanged.
 
     Raises SourceError for experts that are missing or differ in shape or dtype.
     """

@@ -1,16 +1,17 @@
 """The arithmetic of bitsandbytes' 4-bit formats, NF4 and FP4, with and without double quantization.
 
-A matrix is taken as one row of values, cut into blocks; a block keeps its largest magnitude
-(`absmax`) and for each value the number of the nearest of sixteen levels. Two numbers share a byte,
-the first in the high half. Double quantization keeps the absmax values, less their mean, in eight
-bits by the same scheme with 256 levels and blocks of 256. NF4 and double quantization:
+A matrix is flattened and split into blocks; a block stores its largest magnitude (`absmax`) and for
+each value the number of the nearest of sixteen levels. A byte has two numbers, the first in the
+high half. Double quantization stores the absmax values, minus their mean, in eight bits by the same
+scheme with 256 levels and blocks of 256. NF4 and double quantization:
 https://arxiv.org/abs/2305.14314; the 256 levels: https://arxiv.org/abs/1511.04561.
 
-All of it is float32, in the order of bitsandbytes 0.50, so that the bits are the same. Dequantizing
-leaves no choice. Quantizing follows its CUDA kernels (csrc/cuda/blockwise_quantization.cu), since
-adapters are trained there: the reciprocal of the absmax, the nearest level. Its CPU build gives the
-same NF4 numbers, but puts about one 8-bit scale in 700 on the second nearest level; and a GPU may
-take the other neighbour of a value that lies within a last bit of halfway.
+All arithmetic is float32, in the order of bitsandbytes 0.50, so that the bits are the same.
+Dequantization is fully determined. Quantization follows the CUDA kernels
+(csrc/cuda/blockwise_quantization.cu), since adapters are trained with them: the reciprocal of the
+absmax, the nearest level. The CPU build gives the same NF4 numbers, but rounds about one 8-bit
+scale in 700 to the second nearest level; and a GPU may take the other neighbour of a value within
+one unit in the last place of halfway.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def nf4_numbers(values: Array, absmax: Array, block: int) -> Array:
 
 
 def _scaled(values: Array, absmax: Array, block: int) -> Array:
-    """Values as parts of their block's absmax: times its reciprocal, as the kernel has it."""
+    """Values relative to their block's absmax, times its reciprocal as in the kernel."""
     # A block of zeros is 0 * inf on the GPU; whatever level that gives is then scaled by zero.
     factors = np.float32(1) / np.where(absmax > 0, absmax, np.float32(1))
     product: Array = values * np.repeat(factors, block)[: len(values)]
@@ -85,7 +86,7 @@ def _scaled(values: Array, absmax: Array, block: int) -> Array:
 
 
 def _nearest(scaled: Array, levels: Array) -> Array:
-    """Numbers of the nearest of ascending levels; halfway, of the lower one."""
+    """Numbers of the nearest of ascending levels; the lower one for values halfway between two."""
     bounds = (levels[:-1] + levels[1:]) / np.float32(2)
     numbers: Array = np.searchsorted(bounds, scaled).astype(np.uint8)
     return numbers
@@ -93,7 +94,8 @@ def _nearest(scaled: Array, levels: Array) -> Array:
 
 @cache
 def dynamic_levels() -> Array:
-    """The 256 levels of the dynamic 8-bit format: seven exponents, ever more fractions."""
+    """The 256 levels of the dynamic 8-bit format: seven exponents, each with twice the
+    fractions."""
     import torch  # bitsandbytes takes its linspace; numpy's differs in last bits
 
     data: list[float] = []
@@ -106,9 +108,10 @@ def dynamic_levels() -> Array:
 
 
 def nested_round_trip(absmax: Array) -> Array:
-    """What double quantization leaves of all absmax values of a tensor, float32.
+    """All absmax values of a tensor after double quantization, float32.
 
-    Their mean is torch's on the CPU; a GPU sums in another order, which may move its last bit.
+    The mean is that of torch on the CPU; a GPU sums in another order, which may change its last
+    bit.
     """
     import torch
 

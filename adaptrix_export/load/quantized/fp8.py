@@ -1,7 +1,7 @@
-"""Weights of `quant_method: fp8`: float8 numbers with a float scale a tensor or a block.
+"""Weights of `quant_method: fp8`: float8 values with one scale for each tensor or tile.
 
-`X.weight` (F8_E4M3) times `X.weight_scale_inv`, which is one number, or one for each tile of
-`weight_block_size`; in float32, rounded once. That is transformers' `Fp8Dequantize`.
+`X.weight` (F8_E4M3) times `X.weight_scale_inv`, which has one value, or one for each tile of
+`weight_block_size`; in float32, rounded once, like transformers' `Fp8Dequantize`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SCALE, ACTIVATION = "_scale_inv", "activation_scale"
 
 @dataclass(frozen=True)
 class Fp8Tensor(ByRows):
-    """`tile` is (rows, columns) that share a scale; None: all share one."""
+    """`tile`: (rows, columns) that share a scale; None if the tensor has one scale."""
 
     name: str
     dtype: str
@@ -50,8 +50,8 @@ def read_fp8(
 ) -> dict[str, Tensor]:
     """The checkpoint's tensors by name, float8 weights reading as `dtype`.
 
-    Scales of activations are left out: they round what flows, not what is stored. Raises
-    SourceError for scales that are missing or of another shape.
+    Scales of activations are ignored, since they do not change weights. Raises SourceError for
+    scales that are missing or have another shape.
     """
     tile = _tile(place, settings)
     tensors: dict[str, Tensor] = {}
@@ -98,7 +98,7 @@ def _check_scales(
     name: str,
     tile: tuple[int, int] | None,
 ) -> StoredTensor:
-    """The scales of one weight, if there are as many as it needs."""
+    """The scales of one weight, or SourceError if their shape does not fit."""
     expected = tuple(ceil(n / t) for n, t in zip(weight.shape, tile, strict=True)) if tile else ()
     shape = None if scales is None else scales.shape
     fits = scales is not None and (shape == expected if tile else prod(scales.shape) == 1)

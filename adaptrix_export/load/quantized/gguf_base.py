@@ -1,7 +1,7 @@
-"""A GGUF file as a base: tensors dequantized to float32 under the names of transformers.
+"""A GGUF file as a base: tensors dequantized to float32 under transformers' names.
 
-llama.cpp renames the tensors and, for LLaMA, reorders the rows of q and k for its own rotary
-embedding (convert_hf_to_gguf.py, `permute`); both are undone here, row by row.
+llama.cpp renames the tensors and, for LLaMA, permutes the rows of q and k for its rotary embedding
+(convert_hf_to_gguf.py, `permute`); both are reverted here.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GgufArchitecture:
-    """`reordered`: llama.cpp stores the rows of q and k in its own order."""
+    """`reordered`: llama.cpp permutes the rows of q and k."""
 
     causal_lm: str
     reordered: bool = False
 
 
-# One row each, named as GGUF and transformers both name it; the others are refused.
+# By name of the architecture, the same in GGUF and transformers; others are refused.
 ARCHITECTURES = {
     "llama": GgufArchitecture("LlamaForCausalLM", reordered=True),
     "qwen2": GgufArchitecture("Qwen2ForCausalLM"),
@@ -60,7 +60,8 @@ _BLOCK = {
 
 @dataclass(frozen=True)
 class DequantizedTensor(ByRows):
-    """A GGUF tensor that reads as float32; `heads` > 0 undoes the row order of that many heads."""
+    """A GGUF tensor that reads as float32; `heads` > 0: the rows of that many heads are
+    permuted."""
 
     name: str
     path: Path
@@ -100,13 +101,13 @@ class DequantizedTensor(ByRows):
 
 
 def _row_order(rows: int, heads: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Stored row that holds model row i: each head's two rotary halves are interleaved there."""
+    """Stored row of model row i: the file interleaves the two rotary halves of each head."""
     order: np.ndarray[Any, np.dtype[np.int64]] = np.arange(rows, dtype=np.int64)
     return order.reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)
 
 
 def open_gguf(source: Source, file_name: str) -> Base:
-    """Read the header of a GGUF base. Raises UnsupportedError for what is refused by name."""
+    """Read the header of a GGUF base. Raises UnsupportedError for unsupported files."""
     path = source.folder / file_name
     header = read_gguf(path)
     kind = header.metadata.get("general.architecture")
@@ -145,7 +146,7 @@ def model_name(spec: str, stored: str) -> tuple[str, str]:
 
 
 def _config(source: Source, kind: str, header: GgufHeader) -> dict[str, Any]:
-    """config.json from the file's metadata, as transformers makes it, without loading torch."""
+    """config.json from the file's metadata, as transformers converts it; torch is not imported."""
     metadata = header.metadata
     if metadata.get(f"{kind}.rope.scaling.type", "none") != "none":
         raise UnsupportedError(
@@ -179,7 +180,7 @@ def _config(source: Source, kind: str, header: GgufHeader) -> dict[str, Any]:
         "vocab_size": embedding.shape[0] if embedding else len(tokens),
         "tie_word_embeddings": all(t.name != "output.weight" for t in header.tensors),
         **{key: value for key, value in ids.items() if isinstance(value, int)},
-        "dtype": "float32",  # what the dequantized weights are
+        "dtype": "float32",  # of the dequantized weights
     }
 
 

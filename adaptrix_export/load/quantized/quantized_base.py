@@ -1,7 +1,7 @@
-"""Bases whose config.json has a `quantization_config`: one row a method that can be read.
+"""Bases whose config.json has a `quantization_config`: one row for each supported method.
 
-What is read are the values that training saw: each quantized weight becomes a tensor of the dtype
-that the live layer multiplies with, and the config that of a plain model of that dtype.
+Each quantized weight reads as a tensor of the dtype that the live layer multiplies with, the values
+that training used; the config becomes that of a plain model of that dtype.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Dequantized:
-    """A quantized checkpoint as a plain one: its tensors and config, and what it was."""
+    """A quantized checkpoint as a plain one: tensors, config, and a description of the format."""
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
@@ -51,8 +51,8 @@ def dequantized(
 ) -> Dequantized:
     """Read a quantized checkpoint, `stored` by the names of the model.
 
-    Raises UnsupportedError for a method without a row, SourceError for damage, and for a config
-    that speaks of a quantization which the weights have not been through.
+    Raises UnsupportedError for a method without a row, SourceError for damage, and for a
+    `quantization_config` beside plain weights.
     """
     settings = config["quantization_config"]
     method = settings.get("quant_method") if isinstance(settings, dict) else None
@@ -88,7 +88,7 @@ def dequantized(
 
 
 def _stated_dtype(config: Mapping[str, Any]) -> str:
-    """The dtype that the config gives its model; transformers quantizes to float16 by default."""
+    """The dtype in the config; transformers quantizes from float16 by default."""
     stated = config.get("dtype") or config.get("torch_dtype")
     return TORCH_DTYPES.get(str(stated), "F16")
 
@@ -118,7 +118,7 @@ def _kind(tensor: Any) -> str:
 
 @dataclass(frozen=True)
 class Turned(ByRows):
-    """A matrix that is stored transposed: bitsandbytes turns a Conv1D into a Linear."""
+    """A matrix that is stored transposed: bitsandbytes stores a Conv1D as a Linear."""
 
     source: FourBitTensor | EightBitTensor | Fp8Tensor
 
@@ -140,7 +140,7 @@ class Turned(ByRows):
 
 @lru_cache(maxsize=1)
 def _whole(tensor: FourBitTensor | EightBitTensor | Fp8Tensor) -> Array:
-    """The last matrix read, since a row of its transpose needs all of it."""
+    """The last matrix, cached: a row of its transpose needs all of it."""
     return tensor.read()
 
 

@@ -1,7 +1,7 @@
-"""Plain weights read as if bitsandbytes had quantized them to 4 bits and back.
+"""Plain weights, read as if bitsandbytes had quantized them to 4 bits and dequantized them.
 
-For an adapter that was trained on a base quantized while loading, when only the original is at
-hand: the merge then starts from the values that training saw.
+For adapters that were trained on a base quantized while loading (`load_in_4bit`), if only the
+original is available: the merge then starts from the values that training used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from adaptrix_export.load.quantized.four_bit import (
 from adaptrix_export.plan import Array, Base, Site, Tensor
 
 BLOCK = 64  # what bitsandbytes and transformers quantize with
-# The recipe's words, and whether the scales are quantized, too.
+# The recipe's words -> whether scales are quantized, too (double quantization).
 SIMULATED = {"nf4": False, "nf4-double": True}
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 _READ = 1 << 22  # values at a time while the scales of a tensor are collected
@@ -32,7 +32,7 @@ _READ = 1 << 22  # values at a time while the scales of a tensor are collected
 
 @dataclass(frozen=True)
 class SimulatedTensor(ByRows):
-    """`source` in NF4 and back; of the same dtype, since that is bitsandbytes' rule."""
+    """`source` quantized to NF4 and dequantized to its own dtype, like bitsandbytes."""
 
     source: Tensor
     double: bool
@@ -75,7 +75,7 @@ class SimulatedTensor(ByRows):
 
 @lru_cache(maxsize=1)
 def _nested_absmax(tensor: SimulatedTensor) -> Array:
-    """The scales of all blocks after double quantization, which needs the mean of all of them."""
+    """The scales of all blocks after double quantization, which subtracts their mean."""
     row = prod(tensor.shape[1:])
     # Whole blocks at a time: this many rows are a multiple of BLOCK values.
     step = max(BLOCK, _READ // row // BLOCK * BLOCK)
@@ -95,10 +95,10 @@ def _transposed_round_trip(tensor: SimulatedTensor) -> Array:
 
 
 def simulate(base: Base, word: str) -> Base:
-    """The base with the weights that bitsandbytes would quantize read through that quantization.
+    """The base with simulated quantization of the weights that bitsandbytes would quantize.
 
-    Those are all Linear layers but the head, as `llm_int8_skip_modules` has it by default. Raises
-    UnsupportedError where the header cannot tell which they are.
+    Those are all Linear layers except the head, the default of `llm_int8_skip_modules`. Raises
+    UnsupportedError if the header does not show which they are.
     """
     if word not in SIMULATED:
         raise UnsupportedError(
