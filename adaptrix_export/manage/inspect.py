@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from adaptrix_export.plan import Adapter, Base, Dora, LowRank, Plan, Tensor, Tuned, leaves
+from adaptrix_export.plan import Adapter, Base, Plan, Tensor, leaves
 from adaptrix_export.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -117,11 +117,11 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         "name": adapter.name,
         "source": adapter.spec,
         "kind": str(config.get("peft_type", "LORA")),
-        "ranks": sorted({term.rank for term in terms if isinstance(term, (LowRank, Dora))}),
+        "ranks": sorted({term.product[0].shape[0] for term in terms if term.product}),
         "alpha": config.get("lora_alpha"),
         "alpha_pattern": dict(config.get("alpha_pattern") or {}),
         "rslora": bool(config.get("use_rslora")),
-        "scales": sorted({round(term.scale, 6) for term in terms if not isinstance(term, Tuned)}),
+        "scales": sorted({round(s, 6) for term in terms if (s := term.scaling) is not None}),
         "target_modules": sorted({site.module for site in sites}),
         "sites": len(sites),
         "replacements": [f"{r.site.path}.{r.parameter}" for r in adapter.replacements],

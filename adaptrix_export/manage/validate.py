@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any
 
 import numpy as np
 
@@ -29,7 +28,7 @@ from adaptrix_export.load.source import resolve
 from adaptrix_export.manage.findings import ERROR, OK, WARNING, Finding, Validation
 from adaptrix_export.merge.norms import LARGEST, SMALLEST, delta_norm, tensor_norm
 from adaptrix_export.package.tokenizer import AUTO, choose_tokenizer, missing_tokenizer
-from adaptrix_export.plan import Adapter, Base, LowRank, Plan, Scaled, Tensor
+from adaptrix_export.plan import Adapter, Base, Plan, Tensor, Term
 from adaptrix_export.progress import Progress, Silent
 
 
@@ -153,12 +152,9 @@ def _zeros(subject: Subject) -> Rows:
         )  # fmt: skip
 
 
-def _is_zero(term: Any) -> bool:
-    if isinstance(term, Scaled):
-        return term.scale == 0 or _all_zero(term.vector)
-    if isinstance(term, LowRank):
-        return term.scale == 0 or _all_zero(term.b) or _all_zero(term.a)
-    return False  # others can change a weight also with zero factors
+def _is_zero(term: Term) -> bool:
+    tensors = term.vanishes_with  # none for what can change a weight also with zero factors
+    return bool(tensors) and (term.scaling == 0 or any(map(_all_zero, tensors)))
 
 
 def _all_zero(tensor: Tensor) -> bool:

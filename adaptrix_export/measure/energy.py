@@ -12,7 +12,7 @@ from math import sqrt
 from typing import Any
 
 from adaptrix_export.merge.norms import delta_norm
-from adaptrix_export.plan import Adapter, Dora, Plan, leaves
+from adaptrix_export.plan import Adapter, Plan, leaves
 
 DIGITS = 4  # the last digits of a sum depend on the number of threads; these do not
 
@@ -42,7 +42,7 @@ def energies(adapters: Iterable[Adapter]) -> Energies:
 def _of_adapter(adapter: Adapter) -> dict[str, float | None]:
     squares: dict[str, float | None] = {saved.name: None for saved in adapter.replacements}
     for delta in adapter.deltas:
-        plain = not any(isinstance(term, Dora) for term in leaves(delta.terms))
+        plain = all(term.lora_magnitude is None for term in leaves(delta.terms))
         norm = delta_norm(delta) if plain else None
         known = squares.get(delta.name, 0.0)
         squares[delta.name] = None if norm is None or known is None else known + norm**2

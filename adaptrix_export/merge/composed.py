@@ -24,12 +24,11 @@ from adaptrix_export.plan import (
     Array,
     Change,
     Composed,
-    Dora,
-    Experts,
     LowRank,
     Part,
-    Tuned,
     leaves,
+    low_ranks,
+    on_experts,
 )
 from adaptrix_export.plan.methods import METHODS
 
@@ -78,7 +77,7 @@ def matrices(change: Change, term: Composed) -> Iterator[Matrix]:
 
 
 def _is_stacked(change: Change, term: Composed) -> bool:
-    return len(change.shape) == 3 and any(isinstance(t, Experts) for t in leaves((term,)))
+    return len(change.shape) == 3 and any(t.is_stacked for t in leaves((term,)))
 
 
 def low_rank_factors(change: Change) -> tuple[Array, Array]:
@@ -105,9 +104,11 @@ def _factors_of(change: Change, term: object) -> Factors | None:
     """The factors of one term as stored, or None where it has none."""
     if isinstance(term, LowRank):
         return _low_rank(change, Part("", (term,)))
-    if isinstance(term, Composed) and METHODS[term.method].low_rank and len(change.shape) == 2:
+    if not isinstance(term, Composed):
+        return None
+    if METHODS[term.method].low_rank and len(change.shape) == 2:
         return _low_rank_result(_matrix(change, term), term)
-    if isinstance(term, Composed) and term.method == "linear":
+    if term.method == "linear":
         parts = [_low_rank(change, part) for part in term.parts]
         if all(part is not None for part in parts):
             return _side_by_side([p for p in parts if p], [p.weight for p in term.parts])
@@ -210,7 +211,7 @@ def _matrix(change: Change, term: Composed) -> Matrix:
 
 def _low_rank(change: Change, part: Part) -> Factors | None:
     """A sum of LoRA terms as one pair of factors, laid out as the base stores the weight."""
-    terms = [term for term in part.terms if isinstance(term, LowRank)]
+    terms = low_ranks(part.terms)
     if len(terms) < len(part.terms):
         return None
     b = np.concatenate([t.scale * t.b.read().astype(np.float64) for t in terms], axis=1)
@@ -225,7 +226,7 @@ def _product(factors: Factors) -> Block:
 def _delta_alone(change: Change, part: Part) -> Block:
     """The delta of one adapter, as its live layer computes it with no other adapter active."""
     added = [leaf_rows(change, term) for term in part.terms]
-    reads_base = any(isinstance(term, (Dora, Tuned)) for term in part.terms)
+    reads_base = any(term.reads_base for term in part.terms)
 
     def rows(start: int, stop: int) -> Array:
         shape = (stop - start, *change.shape[1:])
@@ -244,7 +245,7 @@ def _expert(change: Change, term: Composed, expert: int) -> Matrix:
     """One expert's matrix (out, in) of a parameter that stacks them."""
     shares = []
     for part in term.parts:
-        pairs = [t for t in part.terms if isinstance(t, Experts)]
+        pairs = on_experts(part.terms)
         if len(pairs) < len(part.terms):
             raise UnsupportedError(
                 f"{part.adapter}: {change.name}", "another term beside stacked experts",

@@ -21,7 +21,7 @@ from adaptrix_export.merge.leaves import leaf_rows, scaled_factors
 from adaptrix_export.merge.overflow import within_float16
 from adaptrix_export.merge.rounding import to_dtype
 from adaptrix_export.merge.thin import Thin
-from adaptrix_export.plan import Array, Change, Composed, LowRank, Tensor, Term
+from adaptrix_export.plan import Array, Change, Composed, LowRank, Tensor, Term, low_ranks
 
 
 def merged_blocks(
@@ -60,7 +60,7 @@ def _merged_blocks(change: Change, dtype: str, first: int, last: int | None) -> 
 
 def _low_rank_terms(change: Change) -> list[LowRank]:
     """The terms, if all are LoRA terms and nothing else changes the tensor; else an empty list."""
-    terms = [term for term in change.terms if isinstance(term, LowRank)]
+    terms = low_ranks(change.terms)
     lone = not change.rows and change.blend == 1 and len(change.source.shape) > 1
     return terms if lone and len(terms) == len(change.terms) else []
 

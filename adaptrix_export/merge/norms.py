@@ -7,7 +7,7 @@ from math import sqrt
 import numpy as np
 
 from adaptrix_export.load.files.finite import blocks
-from adaptrix_export.plan import Change, Delta, Dora, LowRank, Tensor
+from adaptrix_export.plan import Change, Delta, Tensor
 
 # |delta| / |W| in the Frobenius norm; recipes/adapters/pydoc measures 0.013 to 0.057. A delta as
 # large as the weight has replaced it: a wrong alpha, or a training that diverged. Below 1e-6 it is
@@ -22,11 +22,11 @@ def delta_norm(delta: Delta) -> float | None:
     For D = B A, |D|^2 = trace(A^T B^T B A) = sum of (B^T B) * (A A^T) elementwise: two matrices of
     the rank's size. Several terms are one with their factors side by side.
     """
-    if not all(isinstance(term, (LowRank, Dora)) for term in delta.terms) or not delta.terms:
+    products = [product for term in delta.terms if (product := term.product)]
+    if len(products) < len(delta.terms) or not products:
         return None
-    factors = [term for term in delta.terms if isinstance(term, (LowRank, Dora))]
-    a = np.concatenate([term.a.read().astype(np.float64) for term in factors], axis=0)
-    b = np.concatenate([term.scale * term.b.read().astype(np.float64) for term in factors], axis=1)
+    a = np.concatenate([a.read().astype(np.float64) for a, _, _ in products], axis=0)
+    b = np.concatenate([s * b.read().astype(np.float64) for _, b, s in products], axis=1)
     squared = float(((b.T @ b) * (a @ a.T)).sum())
     return sqrt(max(squared, 0.0))
 
@@ -39,7 +39,7 @@ def change_norm(change: Change, start: Tensor | None) -> float:
     `start`.
     """
     plain = change.source is start and not change.rows
-    if plain and change.terms and all(isinstance(term, LowRank) for term in change.terms):
+    if plain and change.terms and all(term.is_plain for term in change.terms):
         norm = delta_norm(Delta(change.site, change.terms))
         assert norm is not None
         return norm

@@ -16,7 +16,7 @@ import numpy as np
 
 from adaptrix_export.merge.aligned import Factors
 from adaptrix_export.merge.elections import random_mask
-from adaptrix_export.plan import Array, Composed, LowRank, Tensor
+from adaptrix_export.plan import Array, Composed, Tensor, low_ranks
 from adaptrix_export.plan.methods import METHODS
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Drop = Callable[[Array, str, str], Array]
 
 def peft_factors(term: Composed) -> Factors:
     """(out, r) and (r, in): B and A of PEFT's new adapter, whose scale is one."""
-    pairs = [(part, t) for part in term.parts for t in part.terms if isinstance(t, LowRank)]
+    pairs = [(part, t) for part in term.parts for t in low_ranks(part.terms)]
     strengths = [part.weight * t.scale for part, t in pairs]
     signed = [copysign(sqrt(abs(s)), s) if s else 0.0 for s in strengths]
     names = [part.adapter for part, _ in pairs]

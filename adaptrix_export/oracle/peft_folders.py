@@ -17,10 +17,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from adaptrix_export.plan import Adapter, Base, Delta, Dora, LowRank, Plan, Scaled, Tensor
-from adaptrix_export.save.peft_folder import peft_folders
+from adaptrix_export.plan import Adapter, Base, Delta, Plan, Tensor
+from adaptrix_export.save.peft_folder import peft_folders, peft_tensors
+from adaptrix_export.save.safetensors_file import write_safetensors
 
-PREFIX = "base_model.model."
 _NO_TARGET = "dummy-target-modules"  # what PEFT calls an adapter without any
 _MOVES = ("renamed", "split", "stacked")
 
@@ -80,30 +80,14 @@ def write_folder(base: Base, adapter: Adapter, folder: Path, part: int, patterns
     deltas = [delta for delta in adapter.deltas if len(delta.terms) > part]
     tensors: dict[str, Tensor] = {}
     for delta in deltas:
-        tensors.update(_factors(base, delta, part))
+        tensors.update(peft_tensors(base, delta, delta.terms[part]))
     if part == 0:
         tensors.update((saved.tensor.name, saved.tensor) for saved in adapter.replacements)
     config = _config(adapter, deltas, part)
     if patterns and (config.get("rank_pattern") or config.get("alpha_pattern")):
         config.update(_patterns(config, deltas, part))
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    _write_tensors(folder / "adapter_model.safetensors", tensors)
-
-
-def _factors(base: Base, delta: Delta, part: int) -> dict[str, Tensor]:
-    """PEFT key -> tensor of one term."""
-    term, place = delta.terms[part], PREFIX + delta.site.path
-    if isinstance(term, Scaled):
-        return {f"{place}.lora_B.bias": term.vector}
-    assert isinstance(term, (LowRank, Dora))  # others are never adjusted
-    embedding = delta.site.layer is None and base.architecture.is_transposed(delta.site)
-    a, b = (
-        f"{place}.lora_embedding_{x}" if embedding else f"{place}.lora_{x}.weight" for x in "AB"
-    )
-    tensors = {a: term.a, b: term.b}
-    if isinstance(term, Dora):
-        tensors[f"{place}.lora_magnitude_vector"] = term.magnitude
-    return tensors
+    write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
 
 
 def _config(adapter: Adapter, deltas: list[Delta], part: int) -> dict[str, Any]:
@@ -134,28 +118,10 @@ def _patterns(config: Mapping[str, Any], deltas: list[Delta], part: int) -> dict
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for delta in deltas:
-        term = delta.terms[part]
-        if isinstance(term, (LowRank, Dora)):
-            key = re.escape(delta.site.path)
-            ranks[key] = term.rank
-            root = sqrt(term.rank) if config.get("use_rslora") else term.rank
-            alphas[key] = term.scale * root
+        product = delta.terms[part].product
+        if product is not None:
+            a, _, scale = product
+            key, rank = re.escape(delta.site.path), a.shape[0]
+            ranks[key] = rank
+            alphas[key] = scale * (sqrt(rank) if config.get("use_rslora") else rank)
     return {"rank_pattern": ranks, "alpha_pattern": alphas}
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file: 8-byte length, JSON header, then the values."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    values, position = [], 0
-    for key, tensor in tensors.items():
-        data = tensor.read().tobytes()
-        header[key] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + len(data)],
-        }
-        position += len(data)
-        values.append(data)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(values))

@@ -18,6 +18,8 @@ from adaptrix_export.plan.terms import (
     Term,
     Tuned,
     leaves,
+    low_ranks,
+    on_experts,
 )
 
 __all__ = [
@@ -45,4 +47,6 @@ __all__ = [
     "Tuned",
     "clamp_slope",
     "leaves",
+    "low_ranks",
+    "on_experts",
 ]

@@ -11,7 +11,7 @@ from adaptrix_export.load.adapters.adaptrix_adapter import METADATA
 from adaptrix_export.load.adapters.adaptrix_adapter import OURS as ADAPTRIX_OURS
 from adaptrix_export.load.adapters.peft_form import peft_config
 from adaptrix_export.load.adapters.peft_keys import module_paths
-from adaptrix_export.plan import Adapter, Base, Delta, Dora, LowRank, Scaled, Tensor
+from adaptrix_export.plan import Adapter, Base, Delta, Dora, LowRank, Scaled, Tensor, low_ranks
 from adaptrix_export.save.adapter_json import only_term, write_json
 
 
@@ -30,7 +30,7 @@ def write_adaptrix(adapter: Adapter, base: Base, folder: Path) -> None:
     if adapter.replacements or other:
         what = adapter.replacements[0].name if adapter.replacements else str(other)
         raise _unsupported(adapter, what, "more than LoRA factors")
-    terms = {d.site.path: t for d in adapter.deltas for t in d.terms if isinstance(t, LowRank)}
+    terms = {d.site.path: t for d in adapter.deltas for t in low_ranks(d.terms)}
     usual = peft_config(base, terms)
     original = adapter.metadata.get(METADATA)
     original_metadata = dict(original) if isinstance(original, dict) else {"version": "1.0"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from adaptrix_export.load.adapters.peft_keys import PREFIX
 from adaptrix_export.load.quantized.experts import fusion_of
-from adaptrix_export.plan import Base, Delta, Dora, Experts, LowRank, Tensor
+from adaptrix_export.plan import Base, Delta, Dora, Experts, LowRank, Tensor, on_experts
 
 _NO_TARGET = "dummy-target-modules"  # what PEFT calls an adapter without any
 
@@ -21,8 +21,7 @@ def parameter_tensors(base: Base, deltas: Iterable[Delta]) -> dict[str, Tensor]:
     order = [*(fusion.parameters if fusion else ()), "weight", "bias"]
     modules: dict[str, dict[str, Experts]] = {}
     for delta in deltas:
-        term = delta.terms[0]
-        assert isinstance(term, Experts)
+        (term,) = on_experts(delta.terms)
         modules.setdefault(delta.site.path, {})[delta.parameter] = term
     tensors: dict[str, Tensor] = {}
     for module, terms in modules.items():
@@ -41,8 +40,7 @@ def parameter_config(
     its rank and alpha, since the original config's patterns may match other paths."""
     terms: dict[str, LowRank | Dora | Experts] = dict(factors)
     for delta in stacked:
-        term = delta.terms[0]
-        assert isinstance(term, Experts)
+        (term,) = on_experts(delta.terms)
         terms[delta.name] = term
     alphas = {
         re.escape(path): term.scale * (sqrt(term.rank) if config.get("use_rslora") else term.rank)

@@ -17,10 +17,8 @@ from adaptrix_export.plan import (
     Base,
     Delta,
     Dora,
-    Experts,
     LowRank,
     Plan,
-    Scaled,
     Tensor,
     Term,
 )
@@ -37,15 +35,14 @@ def write_peft(adapter: Adapter, base: Base, folder: Path) -> None:
     """
     tensors: dict[str, Tensor] = {saved.tensor.name: saved.tensor for saved in adapter.replacements}
     factors: dict[str, Factors] = {}
-    stacked = [delta for delta in adapter.deltas if isinstance(delta.terms[0], Experts)]
+    stacked = [delta for delta in adapter.deltas if delta.terms[0].is_stacked]
     for delta in adapter.deltas:
         term = only_term(adapter, delta)
-        if isinstance(term, Experts):
+        if term.is_stacked:
             continue
         if isinstance(term, (LowRank, Dora)):
             factors[delta.site.path] = term
-        for ending, tensor in _parts(base, delta, term).items():
-            tensors[f"{PREFIX}{delta.site.path}.{ending}"] = tensor
+        tensors.update(peft_tensors(base, delta, term))
     tensors.update(parameter_tensors(base, stacked))
     strange = next((name for name in sorted(tensors) if not name.startswith(PREFIX)), None)
     if strange is not None:
@@ -62,19 +59,14 @@ def write_peft(adapter: Adapter, base: Base, folder: Path) -> None:
     write_safetensors(folder / WEIGHTS, tensors, {**noted, "format": "pt"})
 
 
-def _parts(base: Base, delta: Delta, term: Term) -> dict[str, Tensor]:
-    """End of PEFT's key -> tensor."""
-    if isinstance(term, Scaled):
-        return {"lora_B.bias": term.vector}
-    if not isinstance(term, (LowRank, Dora)):
+def peft_tensors(base: Base, delta: Delta, term: Term) -> dict[str, Tensor]:
+    """PEFT's key -> tensor, for one term of a delta. Raises UnsupportedError for a kind of term
+    that PEFT has no keys for."""
+    embedding = base.architecture.is_transposed(delta.site) and delta.site.layer is None
+    tensors = term.peft_tensors(embedding)
+    if not tensors:
         raise UnsupportedError(delta.name, f"a {type(term).__name__} term", "LoRA")
-    if base.architecture.is_transposed(delta.site) and delta.site.layer is None:
-        parts: dict[str, Tensor] = {"lora_embedding_A": term.a, "lora_embedding_B": term.b}
-    else:
-        parts = {"lora_A.weight": term.a, "lora_B.weight": term.b}
-    if isinstance(term, Dora):
-        parts["lora_magnitude_vector"] = term.magnitude
-    return parts
+    return {f"{PREFIX}{delta.site.path}.{ending}": t for ending, t in tensors.items()}
 
 
 @dataclass(frozen=True)

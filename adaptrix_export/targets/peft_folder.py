@@ -10,7 +10,7 @@ from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.graph.expression import TensorRef
 from adaptrix_export.load.adapters.peft_adapter import CONFIG, WEIGHTS
 from adaptrix_export.passes.redistribute.written import with_one_term_a_site
-from adaptrix_export.plan import Adapter, Delta, Gate, LowRank, Plan, Scaled, Site, Term, Tuned
+from adaptrix_export.plan import Adapter, Delta, Gate, LowRank, Plan, Scaled, Site, Term
 from adaptrix_export.progress import Progress
 from adaptrix_export.save.hashes import hash_file
 from adaptrix_export.save.peft_folder import write_peft
@@ -32,7 +32,7 @@ def lower_peft_folder(plan: Plan, stage: Path, progress: Progress) -> Artifact:
     if len(plan.adapters) != 1:
         raise UnsupportedError("target peft", f"{len(plan.adapters)} adapters", "one")
     adapter = plan.adapters[0]
-    if any(isinstance(t, Tuned) for d in adapter.deltas for t in d.terms):
+    if any(t.is_layer_made for d in adapter.deltas for t in d.terms):
         raise UnsupportedError(
             f"{adapter.name}: target peft", str(adapter.config.get("peft_type")), "LoRA",
             "it is a PEFT folder already",

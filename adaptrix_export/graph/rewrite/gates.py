@@ -31,7 +31,7 @@ from adaptrix_export.graph.rewrite.taps import (
     taps,
 )
 from adaptrix_export.merge.rounding import to_dtype
-from adaptrix_export.plan import Array, LowRank, Plan, Site, Tensor
+from adaptrix_export.plan import Array, LowRank, Plan, Site, Tensor, low_ranks
 
 STATISTICS = ("context.gate_mean", "context.gate_min", "context.clamped")
 _ROLLED = ("padding.chunk", "padding.forth")  # values of graph/rewrite/padding.py: mask, indices
@@ -74,7 +74,7 @@ def factors(plan: Plan) -> dict[str, Factor]:
 
 def _terms(plan: Plan, site: Site) -> list[LowRank]:
     terms = (t for a in plan.adapters for d in a.deltas if d.site == site for t in d.terms)
-    return [term for term in terms if isinstance(term, LowRank)]  # `verify` refused all others
+    return low_ranks(terms)  # `verify` refused all others
 
 
 def wire_gates(plan: Plan, graph: Graph) -> Wired:

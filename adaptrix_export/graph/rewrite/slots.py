@@ -26,7 +26,7 @@ import onnx_ir as ir
 from adaptrix_export.arch.tasks import GENERATION
 from adaptrix_export.errors import AdapterError, UnsupportedError
 from adaptrix_export.graph.rewrite.taps import Range, Tap
-from adaptrix_export.plan import Adapter, Array, Delta, LowRank, Plan, Replacement, Site
+from adaptrix_export.plan import Adapter, Array, Delta, LowRank, Plan, Replacement, Site, low_ranks
 from adaptrix_export.runtime.graph import ADAPTER_IDS
 
 NO_SHARES: Mapping[str, float] = MappingProxyType({})
@@ -126,7 +126,7 @@ def _unsupported_reason(change: Delta | Replacement) -> str:
         return "a trained row or bias" if change.shared else "a module saved whole"
     if change.parameter != "weight":
         return f"a trained {change.parameter}"
-    kinds = [t for t in change.terms if not isinstance(t, LowRank)]
+    kinds = [t for t in change.terms if not t.is_plain]
     return f"{getattr(kinds[0], 'kind', type(kinds[0]).__name__)}" if kinds else ""
 
 
@@ -316,7 +316,7 @@ def slot_values(
             if delta is not None:
                 placed.add(member.site)
                 # `check_slots` refused all other terms
-                plain = [term for term in delta.terms if isinstance(term, LowRank)]
+                plain = low_ranks(delta.terms)
                 share = shares.get(member.site, 1.0)
                 parts += [_block(slot, member, term, share) for term in plain]
         if parts:

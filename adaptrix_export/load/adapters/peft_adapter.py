@@ -37,6 +37,7 @@ from adaptrix_export.plan import (
     Scaled,
     Site,
     Tensor,
+    low_ranks,
 )
 
 __all__ = ["CONFIG", "OURS", "PICKLED", "WEIGHTS", "open_peft", "rank_and_scale"]
@@ -299,7 +300,7 @@ def _as_attention_runs(base: Base, delta: Delta) -> Delta:
     owner, _, last = delta.site.path.rpartition(".")
     if last != "out_proj" or f"{owner}.{_FUSED}" not in base.tensors:
         return delta
-    doubled = (replace(t, scale=2 * t.scale) for t in delta.terms if isinstance(t, LowRank))
+    doubled = (replace(t, scale=2 * t.scale) for t in low_ranks(delta.terms))
     return replace(delta, terms=tuple(doubled))
 
 

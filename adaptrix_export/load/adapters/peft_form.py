@@ -60,7 +60,7 @@ def foreign_adapter(
 
 def config_matches(place: str, config: Mapping[str, Any], terms: Mapping[str, Factors]) -> bool:
     """Whether `config` gives each module the rank and scale of its term, by PEFT's rules."""
-    if bool(config.get("use_dora")) != any(isinstance(t, Dora) for t in terms.values()):
+    if bool(config.get("use_dora")) != any(t.lora_magnitude is not None for t in terms.values()):
         return False
     for path, term in terms.items():
         rank, scale = rank_and_scale(place, path, config)
@@ -89,7 +89,7 @@ def peft_config(base: Base, terms: Mapping[str, Factors]) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": base.architecture.family.conv1d and stacked,
-        "use_dora": any(isinstance(term, Dora) for term in terms.values()),
+        "use_dora": any(t.lora_magnitude is not None for t in terms.values()),
         "use_rslora": False,
         "init_lora_weights": True,
         "target_modules": _targets(base, set(terms)),

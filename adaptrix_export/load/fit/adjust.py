@@ -18,16 +18,12 @@ from adaptrix_export.plan import (
     Adapter,
     Adjustment,
     Base,
-    Composed,
     Delta,
-    Dora,
-    Experts,
     LowRank,
     Plan,
     Replacement,
-    Scaled,
     Term,
-    Tuned,
+    low_ranks,
 )
 
 TOKENIZER_BYTES = 256 << 20  # Gemma's tokenizer.json has 33 MB
@@ -119,13 +115,13 @@ def _split_fused(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment
         site = delta.site
         parts = parts_of(base, site.stack, site.layer, site.module)
         part_adapted = any(_at(delta, part.name).name in present for part in parts)
-        rows = {_outputs(term) for term in delta.terms}
+        rows = {term.outputs for term in delta.terms}
         fused = delta.name in base.tensors
         if not parts or fused or part_adapted or rows != {parts[-1].stop}:
             deltas.append(delta)
             continue
         for part in parts:
-            terms = tuple(_cut(term, part) for term in delta.terms)
+            terms = tuple(_rows_of(term, part) for term in delta.terms)
             deltas.append(replace(_at(delta, part.name), terms=terms))
         if delta.parameter == "weight":
             names = ", ".join(part.name.rpartition(".")[2] for part in parts)
@@ -138,22 +134,9 @@ def _at(delta: Delta, module: str) -> Delta:
     return replace(delta, site=replace(delta.site, module=module))
 
 
-def _outputs(term: Term) -> int | None:
-    """Number of outputs of the term, or None for a kind that cannot be split."""
-    if isinstance(term, (Experts, Tuned, Composed)):
-        return None
-    return (term.vector if isinstance(term, Scaled) else term.b).shape[0]
-
-
-def _cut(term: Term, part: Part) -> Term:
+def _rows_of(term: Term, part: Part) -> Term:
     """The term's outputs `part.start` to `part.stop` - 1."""
-    if isinstance(term, Scaled):
-        return replace(term, vector=Cut(term.vector, part.start, part.stop))
-    assert isinstance(term, (LowRank, Dora)), term  # of the others, `_outputs` is None
-    b = Cut(term.b, part.start, part.stop)
-    if isinstance(term, Dora):  # its norm is taken output by output
-        return replace(term, b=b, magnitude=Cut(term.magnitude, part.start, part.stop))
-    return replace(term, b=b)
+    return term.with_outputs(lambda tensor: Cut(tensor, part.start, part.stop))
 
 
 def _stack_parts(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
@@ -185,12 +168,11 @@ def _none(delta: Delta) -> Delta:
 def _place_in_whole(base: Base, delta: Delta, part: Part) -> tuple[Term, ...]:
     """The terms of a part as terms of the whole; empty if they have another kind or size."""
     rows = base.tensors[_at(delta, part.whole).name].shape[0] if delta.parameter == "weight" else 0
-    terms: list[Term] = []
-    for term in delta.terms:
-        if not isinstance(term, LowRank) or term.b.shape[0] != part.stop - part.start or not rows:
-            return ()
-        terms.append(replace(term, b=Placed(term.b, part.start, rows)))
-    return tuple(terms)
+    terms = low_ranks(delta.terms)
+    fits = all(term.outputs == part.stop - part.start for term in terms)
+    if len(terms) < len(delta.terms) or not fits or not rows:
+        return ()
+    return tuple(term.with_outputs(lambda b: Placed(b, part.start, rows)) for term in terms)
 
 
 def _fit_vocabulary(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustment]]:
@@ -209,26 +191,24 @@ def _fit_vocabulary(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adjustm
         home = base.tied.get(delta.name, delta.name)
         if (
             not (embedding or delta.site.path == kind.family.head)
-            or not all(type(term) is LowRank for term in delta.terms)
+            or not all(term.is_plain for term in delta.terms)
             or {delta.name, home} & replaced
         ):
             deltas.append(delta)
             continue
-        sizes = {(t.a.shape[1] if embedding else t.b.shape[0]) for t in _low_rank(delta)}
+        sizes = {(t.a.shape[1] if embedding else t.b.shape[0]) for t in low_ranks(delta.terms)}
         tokens = _tokens(base.folder, adapter.folder)
         if sizes == {rows} or tokens is None or min(rows, *sizes) < tokens:
             deltas.append(delta)
             continue
         deltas.append(
-            replace(delta, terms=tuple(_fit_rows(t, rows, embedding) for t in _low_rank(delta)))
+            replace(
+                delta, terms=tuple(_fit_rows(t, rows, embedding) for t in low_ranks(delta.terms))
+            )
         )
         text = f"{max(sizes)} rows in the adapter, {rows} in the base, {tokens} tokens: padding"
         notes.append(Adjustment(adapter.name, "vocabulary", delta.site.path, text))
     return replace(adapter, deltas=tuple(deltas)), notes
-
-
-def _low_rank(delta: Delta) -> list[LowRank]:
-    return [term for term in delta.terms if isinstance(term, LowRank)]
 
 
 def _fit_rows(term: LowRank, rows: int, embedding: bool) -> LowRank:

@@ -17,17 +17,15 @@ from adaptrix_export.plan import (
     Adapter,
     Base,
     Delta,
-    Dora,
-    Experts,
     Gate,
     Leaf,
-    LowRank,
     Plan,
     Replacement,
-    Scaled,
     Site,
     Tuned,
     leaves,
+    low_ranks,
+    on_experts,
 )
 
 
@@ -140,14 +138,14 @@ def _check_delta(base: Base, adapter: Adapter, delta: Delta) -> Iterator[InputEr
     if isinstance(shape, InputError):
         yield shape
         return
-    stacked = [term for term in leaves(delta.terms) if isinstance(term, Experts)]
+    stacked = on_experts(leaves(delta.terms))
     if stacked:
         outputs, inputs = shape[-2:]  # added to the parameter as it is stored
         if stacked[0].turned:
             outputs, inputs = inputs, outputs
         yield from _check_terms(base, adapter, delta, outputs, inputs)
         return
-    factors = [term.a for term in leaves(delta.terms) if isinstance(term, LowRank)]
+    factors = [term.a for term in low_ranks(leaves(delta.terms))]
     kernels = [a.source.shape[1:] for a in factors if isinstance(a, Flattened)]
     if kernels and all(kernel == shape[1:] for kernel in kernels):
         shape = (shape[0], prod(shape[1:]))
@@ -181,7 +179,7 @@ def _check_terms(
                     f"{adapter.name}: {path}", f"{what.format(actual)}",
                     f"{expected} as in the base", "was this adapter trained on another model?",
                 )  # fmt: skip
-        floats = () if isinstance(term, Tuned) else term.tensors  # a tuner may store indices
+        floats = () if term.is_layer_made else term.tensors  # a tuner may store indices
         for tensor in floats:
             if tensor.dtype not in FLOATS:
                 yield UnsupportedError(
@@ -193,15 +191,7 @@ def _sizes(term: Leaf, outputs: int, inputs: int) -> list[tuple[str, int, int]]:
     """(description, actual, expected size) of every axis of a term that depends on the base."""
     if isinstance(term, Tuned):
         return own_sizes(term, outputs, inputs)
-    if isinstance(term, Scaled):
-        return [("lora_B.bias with {} values", term.vector.shape[0], outputs)]
-    sizes = [
-        ("lora_A with {} columns", term.a.shape[1], inputs),
-        ("lora_B with {} rows", term.b.shape[0], outputs),
-    ]
-    if isinstance(term, Dora):
-        sizes.append(("a magnitude of {} values", prod(term.magnitude.shape), outputs))
-    return sizes
+    return term.sizes(outputs, inputs)
 
 
 def _resized(base: Base, adapter: Adapter, path: str) -> int | None:
@@ -387,7 +377,7 @@ def ungateable(plan: Plan, site: Site, mode: str) -> InputError | None:
     if site.layer is None:
         return UnsupportedError(place, f"a {mode} gate outside the layers", "a layer's module",
                                 _UNGATED)  # fmt: skip
-    kinds = {type(term).__name__ for d in deltas for term in d.terms if type(term) is not LowRank}
+    kinds = {type(term).__name__ for d in deltas for term in d.terms if not term.is_plain}
     if kinds:
         return UnsupportedError(
             place, f"a {mode} gate on {' and '.join(sorted(kinds))}", "low-rank additions only",
@@ -397,8 +387,7 @@ def ungateable(plan: Plan, site: Site, mode: str) -> InputError | None:
     if len(shape) != 2:
         return UnsupportedError(place, f"a weight of shape {list(shape)}", "two dimensions",
                                 _UNGATED)  # fmt: skip
-    for term in (term for d in deltas for term in d.terms):
-        assert isinstance(term, LowRank)
+    for term in low_ranks(term for d in deltas for term in d.terms):
         outputs, inputs = _sizes_of(plan.base, site)
         if (term.b.shape[0], term.a.shape[1]) != (outputs, inputs):
             return AdapterError(

@@ -31,7 +31,7 @@ import numpy as np
 from adaptrix_export.errors import RecipeError
 from adaptrix_export.measure.conflicts import conflicts
 from adaptrix_export.passes.compose.compose import Compose
-from adaptrix_export.plan import Plan, Tuned
+from adaptrix_export.plan import Plan
 from adaptrix_export.plan.composition import Weight
 from adaptrix_export.progress import Progress, Silent
 
@@ -125,4 +125,4 @@ def balanced(report: Mapping[str, Any]) -> tuple[tuple[str, Weight], ...]:
 
 
 def _other_tuners(plan: Plan) -> bool:
-    return any(isinstance(t, Tuned) for a in plan.adapters for d in a.deltas for t in d.terms)
+    return any(t.is_layer_made for a in plan.adapters for d in a.deltas for t in d.terms)

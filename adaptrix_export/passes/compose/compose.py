@@ -10,14 +10,11 @@ from adaptrix_export.plan import (
     Adapter,
     Composed,
     Delta,
-    Dora,
-    Experts,
-    LowRank,
     Part,
     Plan,
     Term,
-    Tuned,
     leaves,
+    low_ranks,
 )
 from adaptrix_export.plan.composition import Composition, Weight, check_options
 from adaptrix_export.plan.methods import METHODS, PEFT_ALIASES, SUMS
@@ -68,7 +65,7 @@ class Compose(Composition):
         rank = self.rank
         if METHODS[self.method].needs_rank and rank is None:
             terms = [t for a in adapters for d in a.deltas for t in d.terms]
-            ranks = [t.rank for t in terms if isinstance(t, (LowRank, Dora, Experts))]
+            ranks = [t.lora_rank for t in terms if t.lora_rank is not None]
             rank = max(ranks, default=None)
         return Composition(self.method, self.weights, self.density, rank, self.election, self.seed)
 
@@ -139,13 +136,13 @@ class Compose(Composition):
                 adapter.name, f"layer_replication with method {self.method}",
                 "method cat with every weight 1",
             )  # fmt: skip
-        if self.plain and several and any(isinstance(term, Tuned) for _, term in terms):
+        if self.plain and several and any(term.is_layer_made for _, term in terms):
             raise UnsupportedError(
                 adapter.name, f"{adapter.config.get('peft_type')} beside another adapter",
                 "LoRA adapters only, with method cat",
                 "PEFT runs one after the other; method linear adds up what each does alone",
             )  # fmt: skip
-        odd = [name for name, term in terms if not isinstance(term, LowRank)]
+        odd = [name for name, term in terms if not term.is_plain]
         if several and odd and METHODS[self.method].acts_on == "factors":
             raise UnsupportedError(
                 f"{adapter.name}: {odd[0]}", f"more than LoRA factors with {self.method}",
@@ -170,26 +167,21 @@ def _sum(name: str, parts: tuple[Part, ...]) -> tuple[Term, ...]:
     terms = [term for part in parts for term in part.terms]
     if len(parts) == 1 and parts[0].weight == 1:
         return tuple(terms)
-    if any(isinstance(term, (Dora, Tuned)) for term in terms):
+    if any(term.reads_base for term in terms):
         return (Composed("linear", name, parts),)
-    return tuple(
-        replace(term, scale=part.weight * term.scale)
-        for part in parts
-        for term in part.terms
-        if not isinstance(term, Tuned)
-    )
+    return tuple(term.scaled_by(part.weight) for part in parts for term in part.terms)
 
 
 def _within(parts: tuple[Part, ...], rank: int) -> bool:
     """Whether the sum of LoRA terms has no more than `rank` anyway."""
     terms = [term for part in parts for term in part.terms]
-    ranks = [term.rank for term in terms if isinstance(term, LowRank)]
+    ranks = [term.rank for term in low_ranks(terms)]
     return len(ranks) == len(terms) and sum(ranks) <= rank
 
 
 def _check_ranks(name: str, parts: tuple[Part, ...]) -> None:
     """PEFT's formulas add A to A and B to B, of one LoRA each."""
-    ranks = {t.rank for part in parts for t in part.terms if isinstance(t, LowRank)}
+    ranks = {t.rank for part in parts for t in low_ranks(part.terms)}
     single = all(len(part.terms) == 1 for part in parts)
     if len(ranks) > 1 or not single:
         raise UnsupportedError(

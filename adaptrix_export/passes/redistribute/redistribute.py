@@ -30,7 +30,7 @@ from adaptrix_export.passes.redistribute.written import (
     with_one_term_a_site,
     write_redistributed,
 )
-from adaptrix_export.plan import Adapter, Delta, LowRank, Plan, Site
+from adaptrix_export.plan import Adapter, Delta, LowRank, Plan, Site, low_ranks
 from adaptrix_export.recipe.layers import SEARCH, Layers, check_layers
 from adaptrix_export.save.peft_folder import write_peft
 
@@ -252,9 +252,9 @@ def split_terms(plan: Plan, adapter: Adapter) -> tuple[str, Terms, tuple[Delta, 
     terms: dict[Place, tuple[LowRank, ...]] = {}
     outside: list[Delta] = []
     for delta in adapter.deltas:
-        low = tuple(t for t in delta.terms if isinstance(t, LowRank))
+        low = tuple(low_ranks(delta.terms))
         if len(low) != len(delta.terms) or delta.parameter != "weight":
-            other = next((t for t in delta.terms if not isinstance(t, LowRank)), delta.terms[0])
+            other = next((t for t in delta.terms if not t.is_plain), delta.terms[0])
             raise _immovable(adapter, delta.site, f"a {type(other).__name__} term")
         if delta.site.layer is None:
             outside.append(delta)

@@ -11,7 +11,7 @@ from adaptrix_export.load import open_adapter
 from adaptrix_export.load.adapters.peft_form import peft_config
 from adaptrix_export.load.adapters.peft_keys import module_paths
 from adaptrix_export.passes.redistribute.moved import Place, Terms, as_term, factors
-from adaptrix_export.plan import Adapter, Base, Delta, LowRank, Site
+from adaptrix_export.plan import Adapter, Base, Delta, LowRank, Site, low_ranks
 from adaptrix_export.save.machine_paths import without_machine_paths
 from adaptrix_export.save.peft_folder import write_peft
 
@@ -82,7 +82,7 @@ def open_written(folder: Path, base: Base, source: Adapter) -> Adapter:
 
 
 def _low_rank(delta: Delta) -> tuple[LowRank, ...]:
-    return tuple(term for term in delta.terms if isinstance(term, LowRank))
+    return tuple(low_ranks(delta.terms))
 
 
 def _one_term(place: Place, site_terms: tuple[LowRank, ...]) -> LowRank:
@@ -94,7 +94,7 @@ def _config(
     base: Base, source: Adapter, deltas: tuple[Delta, ...], layers: set[int], stack: str
 ) -> dict[str, Any]:
     """An adapter_config.json for these deltas, with the layers named where that says it exactly."""
-    terms = {d.site.path: t for d in deltas for t in d.terms if isinstance(t, LowRank)}
+    terms = {d.site.path: t for d in deltas for t in low_ranks(d.terms)}
     config = peft_config(base, terms)
     config |= {key: source.config[key] for key in _KEPT if source.config.get(key) is not None}
     whole = sorted({r.site.path for r in source.replacements if not r.shared})
