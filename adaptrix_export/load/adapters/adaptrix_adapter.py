@@ -17,7 +17,7 @@ from adaptrix_export.load.adapters.peft_form import Factors, foreign_adapter
 from adaptrix_export.load.adapters.peft_keys import module_paths
 from adaptrix_export.load.files.tensors import StoredTensor, read_json
 from adaptrix_export.load.files.torch_file import read_torch_file
-from adaptrix_export.load.files.turned import Turned
+from adaptrix_export.load.files.views import Transposed
 from adaptrix_export.load.reading import Reading
 from adaptrix_export.load.source import Source
 from adaptrix_export.plan import Adapter, Base, LowRank
@@ -147,10 +147,10 @@ def _term(
         raise AdapterError(where, f"unknown key {unknown[0]!r}", ", ".join(sorted(_KNOWN)))
     a, b = entry.get("lora_A"), entry.get("lora_B")
     for name, tensor in (("lora_A", a), ("lora_B", b)):
-        if not isinstance(tensor, (StoredTensor, Turned)) or len(tensor.shape) != 2:
+        if not isinstance(tensor, (StoredTensor, Transposed)) or len(tensor.shape) != 2:
             raise AdapterError(where, f"no matrix {name}", "lora_A (r, in) and lora_B (out, r)")
-    assert isinstance(a, (StoredTensor, Turned))
-    assert isinstance(b, (StoredTensor, Turned))
+    assert isinstance(a, (StoredTensor, Transposed))
+    assert isinstance(b, (StoredTensor, Transposed))
     rank = _number(where, "rank", entry, metadata)
     if a.shape[0] != b.shape[1] or rank not in (None, a.shape[0]):
         raise AdapterError(

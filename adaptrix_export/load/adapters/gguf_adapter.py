@@ -14,7 +14,7 @@ from adaptrix_export.errors import AdapterError, UnsupportedError
 from adaptrix_export.load.adapters.peft_form import Factors, foreign_adapter
 from adaptrix_export.load.adapters.peft_keys import module_paths, one_site
 from adaptrix_export.load.files.gguf_header import GgufHeader, read_gguf
-from adaptrix_export.load.files.turned import Turned
+from adaptrix_export.load.files.views import Transposed
 from adaptrix_export.load.quantized.gguf_base import ARCHITECTURES, DequantizedTensor, model_name
 from adaptrix_export.load.reading import Reading
 from adaptrix_export.load.source import Source
@@ -102,7 +102,7 @@ def _term(
         missing = "lora_b" if "lora_a" in parts else "lora_a"
         raise AdapterError(f"{place}: {module}", f"no {missing}", "both factors", "convert again")
     b = parts["lora_b"]
-    a = Turned(parts["lora_a"].name, parts["lora_a"]) if embedding else parts["lora_a"]
+    a = Transposed(parts["lora_a"], by_format=True) if embedding else parts["lora_a"]
     rank = b.shape[1]
     if a.shape[0] != rank:
         raise AdapterError(

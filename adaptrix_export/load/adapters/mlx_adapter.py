@@ -15,7 +15,7 @@ from adaptrix_export.errors import AdapterError, UnsupportedError
 from adaptrix_export.load.adapters.peft_form import Factors, foreign_adapter
 from adaptrix_export.load.adapters.peft_keys import module_paths, one_site
 from adaptrix_export.load.files.tensors import StoredTensor, read_json, read_safetensors
-from adaptrix_export.load.files.turned import Turned
+from adaptrix_export.load.files.views import Transposed
 from adaptrix_export.load.reading import Reading
 from adaptrix_export.load.source import Source
 from adaptrix_export.plan import Adapter, Base, Dora, LowRank
@@ -100,5 +100,5 @@ def _term(
             place, f"rank {a.shape[1]} in lora_a and {b.shape[0]} in lora_b",
             f"{rank} by {CONFIG}", "the config belongs to other weights",
         )  # fmt: skip
-    down, up = Turned(a.name, a), Turned(b.name, b)
+    down, up = Transposed(a, by_format=True), Transposed(b, by_format=True)
     return Dora(down, up, scale, parts["m"]) if dora else LowRank(down, up, scale)

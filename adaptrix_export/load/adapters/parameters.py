@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from adaptrix_export.errors import AdapterError, UnsupportedError
-from adaptrix_export.load.adapters.peft_keys import FileTensor
+from adaptrix_export.load.files.views import FileTensor
 from adaptrix_export.load.quantized.experts import FUSIONS, fusion_of
 from adaptrix_export.plan import Base, Delta, Experts
 

@@ -20,11 +20,11 @@ from adaptrix_export.load.adapters.folders import CONFIG, PICKLED, WEIGHTS, chec
 from adaptrix_export.load.adapters.new_embeddings import FILE as ROWS
 from adaptrix_export.load.adapters.new_embeddings import added_rows
 from adaptrix_export.load.adapters.parameters import RankAndScale, take_parameters
-from adaptrix_export.load.adapters.peft_keys import PREFIX, FileTensor, read_keys, saved_by
+from adaptrix_export.load.adapters.peft_keys import PREFIX, read_keys, saved_by
 from adaptrix_export.load.adapters.stored_weights import OURS, stored_weights
 from adaptrix_export.load.adapters.tuned_adapter import open_tuned
 from adaptrix_export.load.files.tensors import read_json
-from adaptrix_export.load.files.views import Flattened, orient_factors
+from adaptrix_export.load.files.views import FileTensor, Flattened, orient_factors
 from adaptrix_export.load.reading import Reading
 from adaptrix_export.load.source import Source
 from adaptrix_export.plan import (

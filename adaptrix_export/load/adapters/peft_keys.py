@@ -9,12 +9,11 @@ it is an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from adaptrix_export.errors import AdapterError
 from adaptrix_export.load.adapters.wrappers import note_of, strip_wrappers
-from adaptrix_export.load.files.tensors import StoredTensor
-from adaptrix_export.load.files.turned import Turned
+from adaptrix_export.load.files.views import FileTensor, renamed
 from adaptrix_export.plan import Base
 
 PREFIX = "base_model.model."
@@ -58,7 +57,6 @@ _NAMELESS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 _SAVED_TWICE = ".modules_to_save."
 
-FileTensor = StoredTensor | Turned
 Words = tuple[str, ...]
 Rename = Callable[[Words], Words | None]
 
@@ -195,7 +193,7 @@ def read_keys(place: str, stored: Iterable[FileTensor], base: Base) -> Keys:
         written[key] = tensor.name
         if name is not None:
             names[name] = tensor.name
-        named.append(replace(tensor, name=key))
+        named.append(renamed(tensor, key))
     if len(names) > 1:
         first, second = sorted(names)[:2]
         raise AdapterError(
@@ -228,15 +226,15 @@ def _strip_wrappers(
         parsed = split_key(key)
         return parsed is not None and bool(_sites(parsed.words, modules, base))
 
-    renamed: list[FileTensor] = []
+    plain: list[FileTensor] = []
     words: list[str] = []
     count = 0
     for tensor in stored:
         name, stripped = strip_wrappers(tensor.name, is_known)
-        renamed.append(replace(tensor, name=name) if stripped else tensor)
+        plain.append(renamed(tensor, name) if stripped else tensor)
         words += stripped
         count += bool(stripped)
-    return tuple(renamed), ((note_of(count, tuple(words)),) if count else ())
+    return tuple(plain), ((note_of(count, tuple(words)),) if count else ())
 
 
 def _sites(words: Words, modules: Set[str], base: Base) -> tuple[str, ...]:

@@ -15,10 +15,11 @@ from typing import Any
 
 from adaptrix_export.load.adapters.folders import CONFIG, WEIGHTS
 from adaptrix_export.load.adapters.peft_keys import PREFIX, module_paths
-from adaptrix_export.load.adapters.stored_weights import FileTensor, StoredWeights
+from adaptrix_export.load.adapters.stored_weights import StoredWeights
 from adaptrix_export.load.adapters.tuners import Tuner
 from adaptrix_export.load.adapters.wrappers import note_of, strip_wrappers
 from adaptrix_export.load.files.tensors import DTYPES
+from adaptrix_export.load.files.views import FileTensor
 from adaptrix_export.plan import Base
 
 

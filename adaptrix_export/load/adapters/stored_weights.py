@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ from adaptrix_export.errors import AdapterError, SourceError
 from adaptrix_export.load.adapters.folders import PICKLED, WEIGHTS, WEIGHTS_INDEX
 from adaptrix_export.load.files.tensors import StoredTensor, read_json, read_safetensors
 from adaptrix_export.load.files.torch_file import read_torch_file
-from adaptrix_export.load.files.turned import Turned
+from adaptrix_export.load.files.views import FileTensor, Transposed, renamed
 from adaptrix_export.load.reading import Reading
 
 OURS = "adaptrix_export"  # our own key in the metadata of a safetensors file
-FileTensor = StoredTensor | Turned
 
 
 @dataclass(frozen=True)
@@ -96,9 +95,9 @@ def _pickled(place: str, path: Path) -> tuple[FileTensor, ...]:
         raise SourceError(f"{place}: {PICKLED}", "no dict", "tensor name -> tensor")
     tensors: list[FileTensor] = []
     for name, tensor in saved.items():
-        if not isinstance(name, str) or not isinstance(tensor, (StoredTensor, Turned)):
+        if not isinstance(name, str) or not isinstance(tensor, (StoredTensor, Transposed)):
             raise SourceError(f"{place}: {PICKLED}", f"no tensor at {str(name)[:80]!r}", "tensors")
-        tensors.append(replace(tensor, name=name))
+        tensors.append(renamed(tensor, name))
     return tuple(tensors)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from adaptrix_export.errors import SourceError, UnsupportedError
 from adaptrix_export.load.files.pickled import MAX_PICKLE, PickledTensor, describe_pickle
 from adaptrix_export.load.files.tensors import DTYPES, StoredTensor
-from adaptrix_export.load.files.turned import Turned
+from adaptrix_export.load.files.views import Transposed
 from adaptrix_export.plan import Tensor
 
 MAX_MEMBERS = 100_000
@@ -168,7 +168,7 @@ class _Places:
             return StoredTensor("", storage.dtype, value.shape, self.path, offset)
         if len(value.shape) == 2 and _follows(value.shape[::-1], value.strides[::-1]):
             turned = StoredTensor("", storage.dtype, value.shape[::-1], self.path, offset)
-            return Turned("", turned)
+            return Transposed(turned, by_format=True)
         raise UnsupportedError(
             place, f"strides {list(value.strides)} for shape {list(value.shape)}", "whole tensors",
             "save it with .contiguous()",

@@ -5,13 +5,14 @@ Each is a `plan.Tensor` over another one. Values are read only while lowering, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from adaptrix_export.load.files.tensors import DTYPES
+from adaptrix_export.load.files.tensors import DTYPES, StoredTensor
 from adaptrix_export.plan import Array, Tensor
 
 
@@ -30,17 +31,34 @@ class _View:
 
 @dataclass(frozen=True)
 class Transposed(_View):
-    """A matrix (n, m) as (m, n)."""
+    """A matrix (n, m) as (m, n).
+
+    `by_format`: a factor whose format stores it so; its values are contiguous. Otherwise its shape
+    gave it away, which is recorded as an adjustment. `is_kept`: a large matrix that is read by
+    rows; the last one read stays in memory, since a row of its transpose needs all of it.
+    """
+
+    by_format: bool = False
+    is_kept: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.source.shape[::-1]
 
     def read(self) -> Array:
-        return self.source.read().T
+        return self.rows(0, self.shape[0])
 
     def rows(self, start: int, stop: int) -> Array:
-        return self.source.read()[:, start:stop].T
+        source: Any = self.source
+        whole = _last_read(source) if self.is_kept else source.read()
+        rows = whole[:, start:stop].T
+        return np.ascontiguousarray(rows) if self.by_format else rows
+
+
+@lru_cache(maxsize=1)
+def _last_read(tensor: Any) -> Array:
+    values: Array = tensor.read()
+    return values
 
 
 @dataclass(frozen=True)
@@ -101,6 +119,17 @@ class Placed(_View):
                 first - self.start, last - self.start
             )
         return values
+
+
+FileTensor = StoredTensor | Transposed  # what a file of an adapter has
+
+
+def renamed(tensor: FileTensor, name: str) -> FileTensor:
+    """The same tensor under another name."""
+    if isinstance(tensor, StoredTensor):
+        return replace(tensor, name=name)
+    assert isinstance(tensor.source, StoredTensor)
+    return replace(tensor, source=replace(tensor.source, name=name))
 
 
 def orient_factors(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

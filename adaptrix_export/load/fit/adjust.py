@@ -60,7 +60,11 @@ def _record_transposed(base: Base, adapter: Adapter) -> tuple[Adapter, list[Adju
     places = [
         delta.site.path
         for delta in adapter.deltas
-        if any(isinstance(t, Transposed) for term in delta.terms for t in term.tensors)
+        if any(
+            isinstance(t, Transposed) and not t.by_format
+            for term in delta.terms
+            for t in term.tensors
+        )
     ]
     text = "factors stored transposed, read as (r, in) and (out, r)"
     return adapter, [Adjustment(adapter.name, "transposed", p, text) for p in places]

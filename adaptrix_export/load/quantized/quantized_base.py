@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from adaptrix_export.arch.architecture import split_path
 from adaptrix_export.arch.families import Family
 from adaptrix_export.errors import SourceError, UnsupportedError
-from adaptrix_export.load.files.tensors import ByRows, StoredTensor
+from adaptrix_export.load.files.tensors import StoredTensor
+from adaptrix_export.load.files.views import Transposed
 from adaptrix_export.load.quantized.bitsandbytes import (
     TORCH_DTYPES,
     EightBitTensor,
@@ -22,7 +22,7 @@ from adaptrix_export.load.quantized.bitsandbytes import (
     read_bitsandbytes,
 )
 from adaptrix_export.load.quantized.fp8 import Fp8Tensor, read_fp8
-from adaptrix_export.plan import Array, Tensor
+from adaptrix_export.plan import Tensor
 
 COMPUTING = ", computing in"
 ORIGINAL = "name the unquantized model as the base"
@@ -116,37 +116,12 @@ def _kind(tensor: Any) -> str:
     return "int8"
 
 
-@dataclass(frozen=True)
-class Turned(ByRows):
-    """A matrix that is stored transposed: bitsandbytes stores a Conv1D as a Linear."""
-
-    source: FourBitTensor | EightBitTensor | Fp8Tensor
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def dtype(self) -> str:
-        return self.source.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape[::-1]
-
-    def rows(self, start: int, stop: int) -> Array:
-        return _whole(self.source)[:, start:stop].T
-
-
-@lru_cache(maxsize=1)
-def _whole(tensor: FourBitTensor | EightBitTensor | Fp8Tensor) -> Array:
-    """The last matrix, cached: a row of its transpose needs all of it."""
-    return tensor.read()
-
-
 def _turned(name: str, tensor: Tensor) -> Tensor:
+    """bitsandbytes stores the weight of a Conv1D as that of a Linear."""
     in_stack = split_path(name)[1] is not None
-    return Turned(tensor) if in_stack and isinstance(tensor, QUANTIZED) else tensor
+    return (
+        Transposed(tensor, is_kept=True) if in_stack and isinstance(tensor, QUANTIZED) else tensor
+    )
 
 
 Method = Callable[[str, Mapping[str, StoredTensor], Mapping[str, Any], str], dict[str, Tensor]]
