@@ -57,7 +57,7 @@ class Executed(Reference):
         }
         return cls(job, base, alone)
 
-    def live(self, name: str) -> tuple[NDArray[Any], bool]:
+    def live(self, name: str, widen: bool = True) -> tuple[NDArray[Any], bool]:
         value, changed = self._composed(name)
         return value.numpy(), changed
 

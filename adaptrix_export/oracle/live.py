@@ -16,11 +16,12 @@ from adaptrix_export.oracle.layer_kinds import plain_kind
 Effect = Callable[[Any, str], Any]
 
 
-def live_parameter(model: Any, name: str) -> tuple[Any, bool]:
+def live_parameter(model: Any, name: str, widen: bool = True) -> tuple[Any, bool]:
     """The parameter (or buffer) `name` of the plain model, and whether an adapter acts on it.
 
     `model` is the transformers model inside the PEFT model, its modules replaced by PEFT's.
-    Returns an fp64 tensor in the layout that the plain model stores. Raises `ParityError` for an
+    Returns an fp64 tensor in the layout that the plain model stores; without `widen`, the model's
+    own one where no adapter acts on it. Raises `ParityError` for an
     unknown name or layer kind.
     """
     module, path = model, name.split(".")
@@ -35,7 +36,8 @@ def live_parameter(model: Any, name: str) -> tuple[Any, bool]:
         if _is_wrapper(child):
             return _saved(child, name, ".".join(path[position + 1 :]))
         module = child
-    return _own(module, path[-1], name).double(), False
+    own = _own(module, path[-1], name)
+    return own.double() if widen else own, False
 
 
 def live_delta(model: Any, name: str, base: Any) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from adaptrix_export.arch.classes import live_class
 from adaptrix_export.arch.pieces import Piece
 from adaptrix_export.arch.tasks import FEATURES, GENERATION, LABELS, TASKS, has_row
+from adaptrix_export.compat.gguf import gguf_read_once
 from adaptrix_export.compat.transformers import cache_argument, cache_of
 from adaptrix_export.errors import ParityError
 from adaptrix_export.load.files.tensors import read_json
@@ -196,10 +198,11 @@ class Reference:
         """What the model effectively has for the plain model's parameter `name`, in fp64."""
         return self.live(name)[0]
 
-    def live(self, name: str) -> tuple[NDArray[np.float64], bool]:
-        """`live_weight(name)`, and whether any adapter acts on it."""
+    def live(self, name: str, widen: bool = True) -> tuple[NDArray[Any], bool]:
+        """`live_weight(name)`, and whether any adapter acts on it; without `widen` a parameter that
+        none acts on is a view of what the model has, not a copy in fp64."""
         gated = self._gates.parameter(name) if self._gates else None
-        value, changed = gated or live_parameter(self._plain, name)
+        value, changed = gated or live_parameter(self._plain, name, widen)
         return value.numpy(), changed
 
     def watch(self, site: str, hook: Any) -> Any:
@@ -372,14 +375,15 @@ def load_model(
         options["quantization_config"] = transformers.GgufConfig(
             dequantize=True, gguf_file=gguf_file
         )
-    model, info = auto.from_pretrained(
-        place,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        local_files_only=True,
-        output_loading_info=True,
-        **options,
-    )
+    with gguf_read_once() if gguf_file else nullcontext():
+        model, info = auto.from_pretrained(
+            place,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         keys = [str(k) for k in info.get(problem) or () if not _is_expected(str(k), task, shipped)]
         if keys:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TextIO
 
@@ -98,8 +99,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
             if job.facts.form is Form.ADAPTER
             else open_stored(job.target, job.artifact)
         )
+        exact = partial(reference.live, widen=False)
         replayed, formats = replay(
-            stored, dict(job.weights), reference.live, job.precision, advance, reference.room
+            stored, dict(job.weights), exact, job.precision, advance, reference.room
         )
     compared: dict[str, Any] = {}
     if job.gates:

@@ -15,7 +15,8 @@ from adaptrix_export.oracle.compare import rounded
 from adaptrix_export.prove.floats import FORMATS, Float64, FloatFormat, format_of
 from adaptrix_export.targets.stored import StoredTensors
 
-Live = Callable[[str], tuple[NDArray[np.float64], bool]]
+# Values that are exact: in fp64, or as the model has them where no adapter acts on them.
+Live = Callable[[str], tuple[NDArray[Any], bool]]
 
 # Lowering and oracle may sum the same fp64 products in another order, so that a value next to a tie
 # rounds the other way. 2^-44 of a value (a millionth of its fp32 half ulp) is room for sums of
@@ -89,10 +90,14 @@ class _LastRead:
     def __init__(self, live: Live) -> None:
         self._live = live
         self._name: str | None = None
-        self._value: NDArray[np.float64] | None = None
+        self._value: NDArray[Any] | None = None
         self.touched: dict[str, bool] = {}
 
-    def __call__(self, name: str) -> NDArray[np.float64]:
+    def wide(self, name: str) -> NDArray[np.float64]:
+        """In fp64, for an expression that computes."""
+        return self(name).astype(np.float64)
+
+    def __call__(self, name: str) -> NDArray[Any]:
         if self._value is None or self._name != name:
             self._value = None  # freed before the next is made: one tensor in memory
             self._value, self.touched[name] = self._live(name)
@@ -123,14 +128,15 @@ def _replay_one(
         promised_type = promised.name if promised else "a float of 16 or 32 bits"
         _fail(outcome, name, expression, f"stored as {artifact.dtype}, expected {promised_type}")
         return None
-    expected = expression.evaluate(read)
+    computes = expression.computes
+    expected = expression.evaluate(read.wide if computes else read)
     if expected.shape != artifact.shape:
         _fail(outcome, name, expression, f"shape {artifact.shape}, expected {expected.shape}")
         return kind.name
     touched = any(read.touched[source] for source in expression.names())
     outcome.elements += artifact.size
     outcome.changed += touched
-    exact = not touched and not expression.computes
+    exact = not touched and not computes
     allowed = sum(room(source) for source in set(expression.names()))
     outcome.room = max(outcome.room, allowed)
     ulps, wrong = _measure(artifact, expected, kind, exact, allowed)
@@ -186,11 +192,11 @@ def _measure(
 def _blocks(artifact: NDArray[Any], expected: NDArray[Any]) -> Iterator[tuple[Any, Float64]]:
     """Matching flat pieces of both. `expected` may be a view in any layout."""
     if artifact.ndim == 0:
-        yield artifact.reshape(1), np.ascontiguousarray(expected.reshape(1))
+        yield artifact.reshape(1), np.ascontiguousarray(expected.reshape(1), np.float64)
         return
     rows = max(1, BLOCK // max(1, int(np.prod(artifact.shape[1:], dtype=np.int64))))
     for start in range(0, artifact.shape[0], rows):
-        piece = np.ascontiguousarray(expected[start : start + rows])
+        piece = np.ascontiguousarray(expected[start : start + rows], np.float64)
         yield artifact[start : start + rows].reshape(-1), piece.reshape(-1)
 
 

@@ -20,6 +20,8 @@ CONTEXT = "context."  # how the outputs begin that tell of gates
 _PAST = "past_key_values."
 # Where ONNX Runtime looks for the weights of a graph that it is given as bytes.
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+# Threads that wait for work busily take a third of the processor time of a proof.
+SPINNING = "session.intra_op.allow_spinning"
 
 
 class Subject(Protocol):
@@ -58,6 +60,7 @@ class OnnxSubject:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
+        options.add_session_config_entry(SPINNING, "0")
         if threads is not None:
             options.intra_op_num_threads = threads
         path = located(folder, file)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -94,9 +95,8 @@ def _report(job: Job, progress: Progress, scratch: Path) -> dict[str, Any]:
         elif name is None:
             with progress.stage("replaying weights", len(job.weights), "tensors") as advance:
                 stored = open_stored(job.target, job.artifact)
-                replayed, _ = replay(
-                    stored, dict(job.weights), reference.live, job.precision, advance
-                )
+                exact = partial(reference.live, widen=False)
+                replayed, _ = replay(stored, dict(job.weights), exact, job.precision, advance)
         else:
             values = row_values(job, facts, name) if "rows" in facts else adapter_values(job, name)
             shares = {gate.site: gate.weight for gate in gates if gate.weight is not None}

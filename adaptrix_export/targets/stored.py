@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -81,7 +82,17 @@ def open_onnx(folder: Path) -> StoredTensors:
                 if places.setdefault(name, place) != place:
                     raise ParityError(file, f"another initializer {name!r} than the other graph's")
             tensors[name] = constant.numpy
+            if isinstance(constant, ir.ExternalTensor) and constant.dtype.bitwidth >= 8:
+                tensors[name] = partial(_mapped, constant)
     return StoredTensors(tensors)
+
+
+def _mapped(constant: Any) -> Stored:
+    """A mapping of its own for each read: the pages of one tensor at a time count as memory."""
+    shape, dtype = tuple(constant.shape.numpy()), constant.dtype.numpy()
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    return np.memmap(constant.path, dtype, mode="r", offset=constant.offset or 0, shape=shape)
 
 
 def _graphs(folder: Path) -> list[str]:

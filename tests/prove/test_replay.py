@@ -61,6 +61,24 @@ def test_the_nearest_value_passes_and_its_neighbour_does_not(name: str, changed:
     assert report["failures"][0]["sites"] == ["site"]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_values_that_no_adapter_changed_may_come_in_their_own_format(name: str) -> None:
+    """The same report from fp32 values as from a copy in fp64, an expression that computes too."""
+    kind = FORMATS[name]
+    exact = np.random.default_rng(0).normal(size=(40, 7)).astype(np.float32)
+    right, wrong = exact.astype(kind.dtype), exact.astype(kind.dtype)
+    wrong[3, 3] = np.nextafter(wrong[3, 3], np.array(9, kind.dtype))
+    for stored, passes in ((right, True), (wrong, False)):
+        report = replayed(stored, exact, False)
+        assert report == replayed(stored, exact.astype(np.float64), False)
+        assert report[0]["passed"] == passes
+    computed = {"w": Affine(1.1, 0.3, TensorRef("site.weight"))}
+    once = (exact.astype(np.float64) * 1.1 + 0.3).astype(np.float32)
+    assert replayed(once, exact, False, weights=computed)[0]["passed"]
+    several = exact * np.float32(1.1) + np.float32(0.3)  # rounded at each step
+    assert not replayed(several, exact, False, weights=computed)[0]["passed"]
+
+
 def test_rounding_through_fp32_to_bf16_is_found_out() -> None:
     # a hair above the tie of two bf16 numbers, so near that fp32 rounds it onto the tie
     exact = np.array([1 + 2.0**-8 + 2.0**-40])
