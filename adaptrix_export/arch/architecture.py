@@ -8,7 +8,7 @@ in `families.py`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from adaptrix_export.arch.families import LIVE, Family, family_of
@@ -96,19 +96,20 @@ def detect(
     text = config.get("text_config") or config
     sizes = _sizes(model_type, text)
     for key in ("hidden_size", "num_attention_heads", "vocab_size"):
-        if not isinstance(sizes.get(key), int):
-            raise SourceError(f"{place}: config.json", f"{key} = {sizes.get(key)}", "a number")
-    heads = sizes["num_attention_heads"]
+        value = getattr(sizes, key)
+        if not isinstance(value, int):
+            raise SourceError(f"{place}: config.json", f"{key} = {value}", "a number")
+    heads = sizes.num_attention_heads
     family = family_of(model_type)
     return Architecture(
         model_type=model_type,
         family=family.bare() if task == FEATURES else family,
         stacks=stacks,
-        hidden_size=sizes["hidden_size"],
+        hidden_size=sizes.hidden_size,
         attention_heads=heads,
-        key_value_heads=sizes.get("num_key_value_heads") or heads,
-        vocab_size=sizes["vocab_size"],
-        max_positions=sizes.get("max_position_embeddings"),
+        key_value_heads=sizes.num_key_value_heads or heads,
+        vocab_size=sizes.vocab_size,
+        max_positions=sizes.max_position_embeddings,
         _prefixes=frozenset(s.prefix for s in stacks),
     )
 
@@ -116,7 +117,7 @@ def detect(
 def _of_skeleton(model_type: str, stacks: tuple[Stack, ...], skeleton: Skeleton) -> Architecture:
     """Sizes that the model does not have, such as a vocabulary, are 0."""
     sizes = _size_fields(skeleton.text)
-    heads = _number(sizes["num_attention_heads"])
+    heads = _number(sizes.num_attention_heads)
     family = Family(
         prefix=skeleton.prefix,
         embedding=skeleton.embedding,
@@ -129,11 +130,11 @@ def _of_skeleton(model_type: str, stacks: tuple[Stack, ...], skeleton: Skeleton)
         model_type=model_type,
         family=family,
         stacks=stacks,
-        hidden_size=_number(sizes["hidden_size"]),
+        hidden_size=_number(sizes.hidden_size),
         attention_heads=heads,
-        key_value_heads=_number(sizes["num_key_value_heads"]) or heads,
-        vocab_size=_number(sizes["vocab_size"]),
-        max_positions=_number(sizes["max_position_embeddings"]) or None,
+        key_value_heads=_number(sizes.num_key_value_heads) or heads,
+        vocab_size=_number(sizes.vocab_size),
+        max_positions=_number(sizes.max_position_embeddings) or None,
         _prefixes=frozenset(s.prefix for s in stacks),
     )
 
@@ -176,7 +177,18 @@ _SPELLINGS = {
 }
 
 
-def _sizes(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Sizes:
+    """Sizes as the config has them: unchecked values, None where it has none."""
+
+    hidden_size: Any
+    num_attention_heads: Any
+    num_key_value_heads: Any
+    vocab_size: Any
+    max_position_embeddings: Any
+
+
+def _sizes(model_type: str, config: Mapping[str, Any]) -> _Sizes:
     from optimum.utils import NormalizedConfigManager
 
     sizes = _size_fields(config)
@@ -184,19 +196,21 @@ def _sizes(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
         known = NormalizedConfigManager.get_normalized_config_class(model_type)(_Attributes(config))
     except KeyError:
         return sizes
-    for key in sizes:
+    for key in _SPELLINGS:
         try:
-            sizes[key] = getattr(known, key)
+            sizes = replace(sizes, **{key: getattr(known, key)})
         except (AttributeError, NotImplementedError):
             continue  # optimum does not know this size of the type: keep the config's own
     return sizes
 
 
-def _size_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: next((config[s] for s in spellings if config.get(s) is not None), None)
-        for key, spellings in _SPELLINGS.items()
-    }
+def _size_fields(config: Mapping[str, Any]) -> _Sizes:
+    return _Sizes(
+        **{
+            key: next((config[s] for s in spellings if config.get(s) is not None), None)
+            for key, spellings in _SPELLINGS.items()
+        }
+    )
 
 
 class _Attributes:

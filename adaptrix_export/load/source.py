@@ -68,15 +68,15 @@ def _nearest(path: Path) -> str:
     return did_you_mean(path.name, names, "check the spelling")
 
 
-def _cached(wanted: HubName) -> str:
-    """The remedy for a repository that is not cached: one that is, of nearly the same name."""
+def _similar_cached(hub: HubName) -> str:
+    """A remedy that names a cached repository of a similar name, if there is one."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:
-        names = [repo.repo_id for repo in scan_cache_dir().repos if repo.repo_id != wanted.repo]
+        names = [repo.repo_id for repo in scan_cache_dir().repos if repo.repo_id != hub.repo]
     except (CacheNotFound, ValueError, OSError):  # no cache at all
         names = []
-    return did_you_mean(f"hf:{wanted.repo}", [f"hf:{name}" for name in names])
+    return did_you_mean(f"hf:{hub.repo}", [f"hf:{name}" for name in names])
 
 
 def _in_package(spec: str) -> Path:
@@ -141,7 +141,7 @@ def _from_hub(spec: str) -> Source:
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
         raise SourceError(
             spec, "not in the local cache", "a cached snapshot",
-            f"{_cached(hub) or 'download it once with a connection'} ({why})",
+            f"{_similar_cached(hub) or 'download it once with a connection'} ({why})",
         ) from error  # fmt: skip
     except (HfHubHTTPError, OSError) as error:
         raise SourceError(

@@ -28,7 +28,7 @@ def composition_of(spec: ComposeSpec, names: Sequence[str]) -> Composition:
 
 
 def weights_of(weights: Any, names: Sequence[str]) -> tuple[tuple[str, Weight], ...]:
-    """(adapter, weight) of each that is not 1; a layer that is not named has weight 1."""
+    """(adapter, weight) for weights other than 1; layers without a weight have weight 1."""
     pairs = (
         weights.items() if isinstance(weights, Mapping) else zip(names, weights or (), strict=False)
     )
@@ -42,7 +42,7 @@ def weights_of(weights: Any, names: Sequence[str]) -> tuple[tuple[str, Weight], 
 
 
 def check_weights(weights: Any) -> None:
-    """A list of finite numbers, or name: number, or name: {layer: number}; else a refusal."""
+    """Refuse all but a list of finite numbers, name: number, and name: {layer: number}."""
     values = list(weights.values()) if isinstance(weights, Mapping) else weights
     if weights is not None and not isinstance(values, (list, tuple)):
         raise refusal(shown(weights), "a list of numbers, or name: number")
@@ -58,7 +58,7 @@ def check_weights(weights: Any) -> None:
 
 
 def check_compose(spec: ComposeSpec, names: Sequence[str]) -> None:
-    """Weights and texts must be of adapters of the recipe, and options of the method."""
+    """Refuse weights and texts of unknown adapters, and options that the method does not read."""
     auto = spec.method == AUTO
     if spec.calibration and not auto:
         raise refusal("given", "method auto", "leave it out", key="compose.calibration")

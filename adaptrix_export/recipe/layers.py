@@ -1,4 +1,4 @@
-"""How a recipe and `--layers` say to which layers an adapter is moved."""
+"""Parses the target layers of a redistribution, in a recipe or `--layers`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parse_layers(text: str) -> Layers:
 
 
 def check_layers(layers: Layers) -> Layers:
-    """The same, or RecipeError for what means no layers in any model."""
+    """`layers`, or RecipeError for a value that is invalid for every model."""
     if isinstance(layers, str):
         if layers not in (AUTO, SEARCH):
             raise _invalid_layers(layers)

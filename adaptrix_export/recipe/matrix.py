@@ -23,7 +23,7 @@ from adaptrix_export.recipe.messages import shown
 from adaptrix_export.recipe.recipe import MATRIX, Recipe, assign, make_recipe, with_overrides
 from adaptrix_export.recipe.sections import default_name
 
-MOST = 10_000  # builds of one recipe; more is a slip of the pen
+MOST = 10_000  # builds of one recipe; more is probably a mistake
 SHORT = {
     "parity": "parity.level",
     "layers": "redistribute.layers",
@@ -44,7 +44,7 @@ class Cell:
 def cells(
     document: Mapping[str, Any], place: str = "recipe", overrides: Iterable[str] = ()
 ) -> list[Cell]:
-    """The builds of one document, all checked, the last key of the matrix turning fastest.
+    """The validated builds of one document; the last key of the matrix varies fastest.
 
     `overrides` are `key=value` for every build. Raises RecipeError.
     """
@@ -98,7 +98,7 @@ def _label(key: str, value: Any) -> str:
 
 
 def _words(key: str, value: Any) -> Iterator[str]:
-    """What names a value in a folder's name."""
+    """The parts of a value's name in a folder's name."""
     if isinstance(value, Mapping):
         named = value.get("name") or value.get("source")
         yield from _words(key, named) if named else (str(part) for part in value.values())

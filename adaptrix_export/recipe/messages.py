@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a recipe, as place, found, expected and remedy."""
+"""Converts pydantic's validation errors into RecipeErrors: place, found, expected, remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Location = Sequence["int | str"]
 
 
 def refusal(found: str, expected: str, remedy: str = "", key: str = "") -> PydanticCustomError:
-    """What a validator of ours raises; `misuse` takes it apart again. `key`: where, if not here."""
+    """The error that validators of recipes raise, for `misuse`. `key`: the key, if not this one."""
     parts = {"found": found, "expected": expected, "remedy": remedy, "key": key}
     return PydanticCustomError("recipe", "{found}", parts)
 
@@ -26,10 +26,9 @@ def misuse(
     place: str,
     flags: Mapping[str, str],
 ) -> RecipeError:
-    """The first thing wrong. An unknown key goes first: it explains a missing one.
+    """The RecipeError for the first of pydantic's `details`, unknown keys before missing ones.
 
-    `details` are pydantic's; `place` names the document; `flags` says of a dotted key that a flag
-    gave it, and which.
+    `place` names the document; `flags` maps dotted keys to the flags that set them.
     """
     detail = min(details, key=lambda d: d["type"] != "extra_forbidden")
     found, expected, remedy = _explain(root, detail)
@@ -73,7 +72,7 @@ def _unknown_key(root: type[BaseModel], location: Location) -> tuple[str, str, s
 
 
 def _section(root: type[BaseModel], location: Location) -> type[BaseModel]:
-    """The model that a place in the document belongs to."""
+    """The pydantic model of a location in the document."""
     section = root
     for part in location:
         if isinstance(part, int):
@@ -91,7 +90,7 @@ def one_of(words: Iterable[object]) -> str:
 
 
 def shown(value: object) -> str:
-    """A value in an error: short, whatever it is."""
+    """A short text for a value in an error."""
     if value is None:
         return "nothing"
     if isinstance(value, Mapping):

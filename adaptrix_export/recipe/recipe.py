@@ -1,8 +1,8 @@
-"""What to build, as data: a YAML file, flags, or a call, all to the same frozen `Recipe`.
+"""The recipe: all options of a build, from a YAML file, flags or a call, as one frozen `Recipe`.
 
-A file gives every key by its name below. A flag of `build` or `--set key=value` (dotted:
-`--set parity.level=fast`) wins over the file. Relative paths, those in a file too, are taken from
-the current working directory.
+Keys of a file are the fields below. Flags of `build` and `--set key=value` (dotted:
+`--set parity.level=fast`) override the file. Relative paths, also in a file, are relative to the
+current working directory.
 
 Every failure is a `RecipeError`: place, found, expected, remedy.
 """
@@ -176,7 +176,7 @@ class Recipe(Section):
     @model_validator(mode="wrap")
     @classmethod
     def _check(cls, data: Any, handler: Callable[[Any], Recipe], info: ValidationInfo) -> Recipe:
-        """Turns pydantic's errors into ours, for every way of making a Recipe."""
+        """Convert pydantic's errors into RecipeErrors, however the Recipe is created."""
         context = info.context or {}
         place = context.get("place", "recipe")
         if not isinstance(data, (Mapping, cls)):
@@ -193,7 +193,7 @@ class Recipe(Section):
         return recipe
 
     def _check_combinations(self) -> None:
-        """What no single field can tell."""
+        """Refuse combinations of fields that exclude each other."""
         possible = TARGET_FACTS[self.target].precisions
         if self.precision not in possible:
             raise refusal(
@@ -232,7 +232,7 @@ class Recipe(Section):
             )
 
     def _check_context(self) -> None:
-        """What depends on the data cannot be held by weights."""
+        """Refuse context modes that the target cannot express: weights do not depend on data."""
         if self.context is None or self.context.mode in TARGET_FACTS[self.target].context_modes:
             return
         able = [
@@ -248,7 +248,7 @@ class Recipe(Section):
         )
 
     def _check_slots(self) -> None:
-        """What goes with slots for adapters, and what only with them."""
+        """Refuse options that do not apply to the target's adapter slots."""
         if self.target is not Target.ONNX_SWITCHABLE:
             for key, value in (("rows", self.rows), ("slots", self.slots)):
                 if value:
@@ -270,7 +270,7 @@ class Recipe(Section):
 def load_recipe(
     path: Path, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None
 ) -> Recipe:
-    """Read a recipe file; `flags` and `overrides` win over it (see `make_recipe`)."""
+    """Read a recipe file; `flags` and `overrides` override it (see `make_recipe`)."""
     return make_recipe(read_document(path), str(path), flags, overrides)
 
 
@@ -302,7 +302,7 @@ def make_recipe(
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """The mapping in a recipe file, not checked any further."""
+    """The mapping in a recipe file, not validated yet."""
     place = str(path)
     try:
         with path.open("rb") as file:
@@ -388,7 +388,7 @@ def assign(document: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _list_adapters(document: dict[str, Any], keep: bool) -> None:
-    """Give adapters in their long form, or none at all, before a flag sets them."""
+    """Replace adapters by their long form, or remove them, before a flag sets them."""
     adapters = _long_form(document).get("adapters")
     document.pop("adapter", None)
     document.pop("adapters", None)

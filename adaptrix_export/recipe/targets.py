@@ -1,7 +1,7 @@
-"""What is known of each target before anything is built: one row a target.
+"""Facts about each target that are needed before a build: one row for each target.
 
-How a target is written and read back is its row in `targets.TARGETS`; what runs it in the proof
-follows from its form.
+How a target is written and read back is its row in `targets.TARGETS`; its form decides which
+runtime the parity check uses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Target(Word):
 
 
 class Form(Enum):
-    """What an artifact is: who loads it, and what lies beside it."""
+    """The form of an artifact: which library loads it, and its further files."""
 
     GRAPH = "a graph for ONNX Runtime"
     CHECKPOINT = "a checkpoint for transformers"
@@ -29,10 +29,10 @@ class Form(Enum):
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """`composes`: several adapters become one; otherwise each stays by itself, in slots.
+    """`composes`: several adapters become one; otherwise each has its own file, for slots.
 
-    `context_modes`: the gates that it can hold; only `blend` fits into weights. `precisions`: what
-    it can be written in; the other words are known, and refused.
+    `context_modes`: the supported gates; weights can express `blend` only. `precisions`: supported
+    number formats; others are refused.
     """
 
     form: Form

@@ -1,4 +1,4 @@
-"""The words that a recipe chooses among."""
+"""Enumerations of a recipe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class Word(str, Enum):
-    """One of a few words; prints as the word, on every Python."""
+    """A string enumeration whose `str()` is its value on every Python version."""
 
     def __str__(self) -> str:
         return str(self.value)

@@ -1,8 +1,8 @@
-"""YAML as a recipe uses it: plain data, every key once, words stay words.
+"""A strict YAML reader for recipes: plain data only.
 
-Stricter than `yaml.safe_load`: a key given twice, an alias, a tag and deep nesting are errors.
-Only `true` and `false` are booleans, as YAML 1.2 has it, so that `level: off` is the word off; a
-date is a word, too.
+Stricter than `yaml.safe_load`: duplicate keys, aliases, tags and deep nesting are errors. Only
+`true` and `false` are booleans, as in YAML 1.2, so `level: off` is the string "off"; dates are
+strings, too.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from adaptrix_export.arch.tasks import GENERATION
 from adaptrix_export.compat.onnxscript import exactly_matched
 from adaptrix_export.compat.transformers_tracing import traceable
 from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.graph.expression import Expression
 from adaptrix_export.graph.frontends.faults import raised_by
 from adaptrix_export.graph.frontends.live_config import live_config
 from adaptrix_export.graph.frontends.traced_interface import OUTPUTS, name_interface
@@ -81,7 +82,7 @@ def export(model: Any, sample: Sample) -> ir.Model:
     return graph
 
 
-def _simplify(model: ir.Model, weights: dict[str, Any], provider: str) -> None:
+def _simplify(model: ir.Model, weights: dict[str, Expression], provider: str) -> None:
     """Fold constants, move transposes of weights into their expressions, fuse for ONNX Runtime.
 
     Weights have no values here, so constant folding leaves them alone.

@@ -26,7 +26,14 @@ from adaptrix_export.graph.frontends.cross_cache import PAST_ENTRY, STATES, wire
 from adaptrix_export.graph.frontends.live_config import live_config
 from adaptrix_export.graph.frontends.traced import export, finish, traced_faults
 from adaptrix_export.graph.frontends.traced_interface import OUTPUTS, name_interface
-from adaptrix_export.graph.frontends.traced_sample import BATCH, LENGTH, NEW, PAST, Sample
+from adaptrix_export.graph.frontends.traced_sample import (
+    BATCH,
+    LENGTH,
+    NEW,
+    PAST,
+    DynamicAxes,
+    Sample,
+)
 from adaptrix_export.graph.frontends.weightless import stored_parameters, weightless
 from adaptrix_export.graph.graph import Graph
 from adaptrix_export.plan import Plan
@@ -106,7 +113,7 @@ def _decoder(make: Make, task: str) -> ir.Model:
     return graph
 
 
-def _states(model: Any, masked: bool) -> dict[str, Any]:
+def _states(model: Any, masked: bool) -> dict[str, torch.Tensor]:
     states = torch.zeros(BATCH, LENGTH, model.config.hidden_size)
     mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
     mask[0, -1] = 0
@@ -125,8 +132,8 @@ def _decoding(model: Any, masked: bool) -> tuple[Any, Sample]:
     model.__class__ = _decoder_class(type(model))
     auto = torch.export.Dim.AUTO
     sizes = {0: auto, 1: auto}
-    inputs = {"input_ids": torch.ones(BATCH, NEW, dtype=torch.long), **states}
-    shapes: dict[str, Any] = dict.fromkeys(inputs, sizes)
+    inputs: dict[str, Any] = {"input_ids": torch.ones(BATCH, NEW, dtype=torch.long), **states}
+    shapes: dict[str, DynamicAxes] = dict.fromkeys(inputs, sizes)
     for name, value in {**cache_argument(own), _CROSS: cross}.items():
         inputs[name] = value
         shapes[name] = [{0: auto, 2: auto}] * (2 * len(value.layers))

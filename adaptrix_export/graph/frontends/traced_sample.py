@@ -21,12 +21,16 @@ from adaptrix_export.errors import UnsupportedError
 BATCH, PAST, NEW, LENGTH = 2, 3, 5, 7
 
 
+# Axis -> `torch.export.Dim.AUTO` for each dynamic axis; a list for the tensors of a cache.
+DynamicAxes = dict[int, Any] | list[dict[int, Any]]
+
+
 @dataclass(frozen=True)
 class Sample:
     """Keyword arguments of the model, and the dynamic axes of each."""
 
     inputs: Mapping[str, Any]
-    shapes: Mapping[str, Any]
+    shapes: Mapping[str, DynamicAxes]
 
 
 def sample_of(model: Any, task: str) -> Sample:

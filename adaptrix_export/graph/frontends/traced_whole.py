@@ -23,7 +23,7 @@ from adaptrix_export.compat.transformers_tracing import traceable
 from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.graph.frontends.live_config import live_config
 from adaptrix_export.graph.frontends.traced import export, finish, traced_faults
-from adaptrix_export.graph.frontends.traced_sample import BATCH, LENGTH, Sample
+from adaptrix_export.graph.frontends.traced_sample import BATCH, LENGTH, DynamicAxes, Sample
 from adaptrix_export.graph.frontends.weightless import stored_parameters, weightless
 from adaptrix_export.graph.graph import Graph
 from adaptrix_export.plan import Base, Plan
@@ -64,8 +64,8 @@ def traced_whole(plan: Plan, provider: str, progress: Progress) -> dict[str, Gra
 def _sample(model: Any, piece: Piece) -> Sample:
     """Example inputs with a pad in the mask: a mask of ones only is dropped from a trace."""
     auto = torch.export.Dim.AUTO
-    inputs: dict[str, Any] = {}
-    shapes: dict[str, Any] = {}
+    inputs: dict[str, torch.Tensor] = {}
+    shapes: dict[str, DynamicAxes] = {}
     known = inspect.signature(getattr(model, piece.method)).parameters
     for name in accepted_inputs(piece.inputs, model.config):
         if name not in known:
