@@ -179,7 +179,10 @@ def prove_build(
     request = ProofRequest.of_build(recipe, plan, artifact)
     if blocks is not None and blocks.calibration is not None:
         text = loss_text(plan.base, blocks.calibration)
-        request = replace(request, loss_rows=text.rows, loss_text=text.source, max_kl=blocks.max_kl)
+        request = replace(
+            request, loss_rows=text.rows, loss_text=text.source,
+            max_kl=blocks.max_kl, min_cosine=blocks.min_cosine,
+        )  # fmt: skip
     proof = proof_of(request, reference_plan(opened, plan), progress, checker)
     report = {**proof, **plan.measured}
     if not report["passed"]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 GPTQ, RTN = "gptq", "rtn"
 LEAST_BLOCK = 16
 MAX_KL = 0.15  # nats a token to the float model, above which nothing is published
+MIN_COSINE = 0.98  # of an encoder's answers with the float model's, likewise
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Quantization:
     fp16_scales: bool = True
     calibration: Calibration | None = None
     max_kl: float | None = MAX_KL
+    min_cosine: float | None = MIN_COSINE
 
     def keeps_float(self, module: str) -> bool:
         return any(fnmatchcase(module, pattern) for pattern in self.keep)

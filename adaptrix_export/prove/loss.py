@@ -32,10 +32,12 @@ class FloatAnswers:
             np.save(path, answer(row))
             self._files.append(path)
 
-    def measure(self, answer: Answer, task: str, max_kl: float | None) -> dict[str, Any]:
+    def measure(
+        self, answer: Answer, task: str, max_kl: float | None, min_cosine: float | None = None
+    ) -> dict[str, Any]:
         """The report's `loss` of an artifact that answers like that."""
         if task == FEATURES:
-            return self._features(answer)
+            return self._features(answer, min_cosine)
         kl = agreed = 0.0
         nll, count, positions = np.zeros(2), 0, 0
         for row, path in zip(self.rows, self._files, strict=True):
@@ -60,7 +62,7 @@ class FloatAnswers:
             }
         return section
 
-    def _features(self, answer: Answer) -> dict[str, Any]:
+    def _features(self, answer: Answer, min_cosine: float | None) -> dict[str, Any]:
         cosines = []
         for row, path in zip(self.rows, self._files, strict=True):
             of_float, of_artifact = (
@@ -68,9 +70,11 @@ class FloatAnswers:
             )
             size = np.linalg.norm(of_float) * np.linalg.norm(of_artifact)
             cosines.append(float(of_float @ of_artifact / max(float(size), 1e-300)))
+        least = min(cosines)
+        passed = np.isfinite(cosines).all() and (min_cosine is None or least >= min_cosine)
         return {
             "rows": len(cosines), "cosine": rounded(float(np.mean(cosines)), 6),
-            "least_cosine": rounded(min(cosines), 6), "passed": bool(np.isfinite(cosines).all()),
+            "least_cosine": rounded(least, 6), "min_cosine": min_cosine, "passed": bool(passed),
         }  # fmt: skip
 
 

@@ -54,6 +54,7 @@ class ProofRequest:
     loss_rows: tuple[tuple[int, ...], ...] = ()
     loss_text: str = "the proof's own prompt"
     max_kl: float | None = None
+    min_cosine: float | None = None
 
     @classmethod
     def of_build(cls, recipe: Recipe, plan: Plan, artifact: Artifact) -> ProofRequest:
@@ -120,6 +121,7 @@ class ProofRequest:
             loss_rows=self.loss_rows,
             loss_text=self.loss_text,
             max_kl=self.max_kl,
+            min_cosine=self.min_cosine,
             simulated=plan.base.simulated,
             other=other_base(plan),
             pooling=saved_pooling(plan.base.folder) if self.pooling == AUTO else self.pooling,

@@ -87,7 +87,9 @@ def run_quantized(job: Job, progress: Progress) -> dict[str, Any]:
             subject = OnnxSubject(job.artifact, job.threads, job.task)
             entries += _as_served(job, cases, subject, prompts, oracle_answers, advance)
         with progress.stage("artifact: the loss", len(rows), "rows"):
-            loss = answers.measure(lambda row: ask_row(subject, job, row), job.task, job.max_kl)
+            loss = answers.measure(
+                lambda row: ask_row(subject, job, row), job.task, job.max_kl, job.min_cosine
+            )
     passed = replayed["passed"] and loss["passed"] and all(e["passed"] for e in entries)
     return {
         "oracle": DEQUANTIZED + oracle_name(job.oracle, composed=bool(job.composition)),

@@ -39,7 +39,12 @@ def summary(report: Mapping[str, Any]) -> str:
         if not adapter["passed"]
     ]
     loss = report.get("loss", {})
-    if not loss.get("passed", True):
+    if not loss.get("passed", True) and "cosine" in loss:
+        failed.append(
+            f"a cosine of {loss['least_cosine']} with the float model's answers, below "
+            f"quantize.min_cosine {loss['min_cosine']}"
+        )
+    elif not loss.get("passed", True):
         failed.append(
             f"a loss of {shown_number(loss.get('mean_kl'))} nats a token against the float model, "
             f"above quantize.max_kl {loss.get('max_kl')}"

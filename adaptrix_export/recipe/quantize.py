@@ -57,3 +57,8 @@ class Quantize(Section):
         description="Nothing is published that is further than this, in nats a token, from the "
         "float model on text that nothing was fitted to; null for no limit.",
     )  # fmt: skip
+    min_cosine: float | None = Field(
+        default=0.98, ge=-1, le=1, allow_inf_nan=False,
+        description="The same for encoders: the least cosine of a text's mean vector with the "
+        "float model's; null for no limit.",
+    )  # fmt: skip

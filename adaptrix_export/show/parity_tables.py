@@ -84,8 +84,10 @@ def table(report: Mapping[str, Any]) -> Table:
 def _add_loss(shown: Table, loss: Mapping[str, Any]) -> None:
     """A row for what rounding cost, against the float model: of features a cosine."""
     if "cosine" in loss:
+        least = loss.get("min_cosine")
+        limit = "" if least is None else f" / {least:g}"
         shown.add_row(
-            "loss: least cosine", f"{loss['rows']} rows", f"{loss['least_cosine']}", "", "",
+            "loss: least cosine", f"{loss['rows']} rows", f"{loss['least_cosine']}{limit}", "", "",
             _verdict(loss["passed"]),
         )  # fmt: skip
         return

@@ -42,6 +42,7 @@ def quantized(
     job = Job(
         target="onnx", artifact=out, base_folder=home, precision=artifact.precision,
         weights=artifact.weights, adapters=(("adapter", adapter),), threads=1, decode_steps=32,
+        task=plan.base.task,
         quantized=artifact.quantized, loss_rows=text.rows, loss_text=text.source,
     )  # fmt: skip
     return Made(artifact, plan, job)

@@ -53,4 +53,5 @@ def quantization(precision: Precision, spec: Quantize, has_tokenizer: bool) -> Q
         fp16_scales=spec.scales is Scales.FP16,
         calibration=Calibration(source, text.tokens, text.length, text.seed),
         max_kl=spec.max_kl,
+        min_cosine=spec.min_cosine,
     )
