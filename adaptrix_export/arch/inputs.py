@@ -19,7 +19,8 @@ Sizes = tuple[int | str, ...]
 BATCH = "batch"
 SEQUENCE = "sequence_length"
 # The values of dynamic sizes in a test; enough samples for the convolutions of wav2vec2.
-LENGTHS = {SEQUENCE: 11, "samples": 4000}
+IMAGES = "images"
+LENGTHS = {SEQUENCE: 11, "samples": 4000, IMAGES: 2}
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,13 @@ def _image(config: Any) -> Sizes:
     own = nested(config, "vision_config")
     size = getattr(own, "image_size", None) or 224
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return (int(getattr(own, "num_channels", 3)), int(height), int(width))
+    one = (int(getattr(own, "num_channels", 3)), int(height), int(width))
+    return (IMAGES, *one) if getattr(config, "model_type", "") in SEVERAL_IMAGES else one
+
+
+def _image_mask(config: Any) -> Sizes:
+    several, _, *sides = _image(config)
+    return (several, *sides)
 
 
 def _speech(config: Any) -> Sizes:
@@ -81,6 +88,25 @@ def _normal(generator: np.random.Generator, shape: tuple[int, ...], config: Any)
     return generator.standard_normal(shape).astype(np.float32)
 
 
+def _draw_pixels(
+    generator: np.random.Generator, shape: tuple[int, ...], config: Any
+) -> NDArray[Any]:
+    """Of several rows of several images, the last one has an image less: zeros in its place."""
+    pixels = _normal(generator, shape, config)
+    if len(shape) > len(("row", "channel", "height", "width")) and len(pixels) > 1:
+        pixels[-1, -1] = 0
+    return pixels
+
+
+def _draw_image_mask(
+    generator: np.random.Generator, shape: tuple[int, ...], config: Any
+) -> NDArray[Any]:
+    """The first image of each row is not as wide as the others: what is right of it is padding."""
+    mask = np.ones(shape, bool)
+    mask[:, 0, :, shape[-1] // 2 :] = False
+    return mask
+
+
 def _draw_mask(generator: np.random.Generator, shape: tuple[int, ...], config: Any) -> NDArray[Any]:
     """Ones, and two pads at the end of the last of several rows."""
     mask = np.ones(shape, np.int64)
@@ -95,13 +121,16 @@ def _halves(generator: np.random.Generator, shape: tuple[int, ...], config: Any)
     return types
 
 
+# Types that take several images a row.
+SEVERAL_IMAGES = ("idefics3", "smolvlm")
 # Types whose text inputs have a fixed length.
 FIXED_TEXT = ("siglip", "siglip2")
 INPUTS: Mapping[str, ModelInput] = {
     "input_ids": ModelInput(_tokens, _draw_tokens, integer=True),
     "attention_mask": ModelInput(_tokens, _draw_mask, integer=True),
     "token_type_ids": ModelInput(_tokens, _halves, integer=True),
-    "pixel_values": ModelInput(_image, _normal),
+    "pixel_values": ModelInput(_image, _draw_pixels),
+    "pixel_attention_mask": ModelInput(_image_mask, _draw_image_mask),
     "input_features": ModelInput(_speech, _normal),
     "input_values": ModelInput(_spectrogram_or_wave, _normal),
 }

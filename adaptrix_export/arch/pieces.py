@@ -74,12 +74,14 @@ PIECES: Mapping[str, tuple[Piece, ...]] = {
     "audio-xvector": _whole(_SOUND, "logits", "embeddings"),
     ZERO_SHOT_IMAGES: _towers("text_embeds", "image_embeds"),
 }
-# Vision-language models with images of one size, whose features replace the embeddings of image
-# tokens and whose positions count tokens: path of the module that outputs those features.
-PROJECTORS = {
-    "llava": "model.multi_modal_projector",
-    "internvl": "model.multi_modal_projector",
-    "aya_vision": "model.multi_modal_projector",
+# Vision-language models whose image features are put in the places of image tokens, with positions
+# that count tokens and tokens that see those before them alone: what their vision encoder takes.
+SEEN: Mapping[str, tuple[str, ...]] = {
+    "llava": _PIXELS,
+    "internvl": _PIXELS,
+    "aya_vision": _PIXELS,
+    "idefics3": (*_PIXELS, "pixel_attention_mask"),
+    "smolvlm": (*_PIXELS, "pixel_attention_mask"),
 }
 EMBEDDING, VISION, DECODER = (
     "embed_tokens.onnx", "vision_encoder.onnx", "decoder_model_merged.onnx",
@@ -87,18 +89,20 @@ EMBEDDING, VISION, DECODER = (
 # The outputs of SigLIP's towers have the names of its single-tower classes.
 _BY_TYPE = {("siglip", ZERO_SHOT_IMAGES): _towers("pooler_output", "pooler_output")}
 
-_VISION_LANGUAGE_PIECES = (
-    Piece(EMBEDDING, ("input_ids",), {"inputs_embeds": "inputs_embeds"}),
-    Piece(VISION, _PIXELS, {"image_features": "pooler_output"}),
-    Piece(DECODER, ("inputs_embeds", "attention_mask"), {"logits": "logits"}),
-)
+
+def _seeing(pixels: tuple[str, ...]) -> tuple[Piece, ...]:
+    return (
+        Piece(EMBEDDING, ("input_ids",), {"inputs_embeds": "inputs_embeds"}),
+        Piece(VISION, pixels, {"image_features": "pooler_output"}),
+        Piece(DECODER, ("inputs_embeds", "attention_mask"), {"logits": "logits"}),
+    )
 
 
 def pieces_of(kind: str, task: str, class_name: str, main_input: str) -> tuple[Piece, ...]:
     """The graphs of a model of type `kind`, whose class has `main_input_name` `main_input`; none
     for a task without a row."""
     if task == VISION_LANGUAGE:
-        return _VISION_LANGUAGE_PIECES if kind in PROJECTORS else ()
+        return _seeing(SEEN[kind]) if kind in SEEN else ()
     if task == SPEECH:
         pieces = _CTC if class_name.endswith("ForCTC") else ()
     else:

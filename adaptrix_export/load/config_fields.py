@@ -25,7 +25,8 @@ _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 CONFIG_FIELDS: dict[str, Kind] = {
-    **dict.fromkeys((*_LAYERS, *_WIDTHS, *_HEADS), SIZE),
+    **dict.fromkeys((*_LAYERS, *_WIDTHS), SIZE),
+    **dict.fromkeys(_HEADS, SIZE | list_of(SIZE)),  # a number each stage: SegFormer, Swin
     **dict.fromkeys(("num_key_value_heads", "vocab_size", "head_dim"), SIZE),
     **dict.fromkeys(_IDS, WHOLE | list_of(WHOLE)),
     **dict.fromkeys(("rope_parameters", "rope_scaling", "quantization_config"), OBJECT),
@@ -116,4 +117,7 @@ def _projections(
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, int | None]:
-    return next(((k, config[k]) for k in keys if config.get(k) is not None), (keys[0], None))
+    """The first of `keys` that is set, and its value; a list, one number a stage, is no value."""
+    key = next((k for k in keys if config.get(k) is not None), keys[0])
+    value = config.get(key)
+    return key, None if isinstance(value, list) else value

@@ -20,6 +20,7 @@ from adaptrix_export.errors import ParityError
 from adaptrix_export.load.quantized.four_bit import (
     LEVELS,  # a table, held against bitsandbytes in the tests
 )
+from adaptrix_export.oracle.packed import METHODS, packed_state
 
 State = dict[str, torch.Tensor]
 STATE = ".quant_state.bitsandbytes__"
@@ -46,6 +47,15 @@ def dequantized_state(folder: Path, settings: Mapping[str, Any], model: Any) -> 
     for path in sorted(folder.glob("*.safetensors")):
         stored.update(load_file(path))
     dtype = model.config.dtype or torch.float16
+    if settings.get("quant_method") in METHODS:
+        turned = _conv1d(model)
+        made = packed_state(stored, settings, dtype)
+        packed = {name for name in made if name not in stored}
+        ends = tuple(f"{path}.weight" for path in turned)
+        return {
+            name: value.T.contiguous() if name in packed and name.endswith(ends) else value
+            for name, value in made.items()
+        }
     state, conv1d = {}, _conv1d(model)
     for name, tensor in stored.items():
         module = name.removesuffix(".weight")

@@ -7,6 +7,7 @@ through its cache.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptrix_export.arch.inputs import random_inputs
-from adaptrix_export.arch.pieces import DECODER, EMBEDDING, VISION
+from adaptrix_export.arch.pieces import DECODER, EMBEDDING, SEEN, VISION
 from adaptrix_export.oracle.compare import Logits
 from adaptrix_export.oracle.translated import Source
 from adaptrix_export.runtime.layout import located
@@ -33,23 +34,40 @@ def seen_sources(model: Any) -> dict[str, dict[str, NDArray[Any]]]:
 
 
 def _source(model: Any, rows: int, token: int) -> dict[str, NDArray[Any]]:
+    """An image's tokens stand after the first words of its row; a row with fewer images has more
+    words."""
     config = model.config
-    pixels = random_inputs(("pixel_values",), config, rows, seed=3)["pixel_values"]
-    places = _features(model, pixels).shape[1]
+    pixels = random_inputs(SEEN[config.model_type], config, rows, seed=3)
+    images = _images(pixels["pixel_values"])
+    places = len(_features(model, pixels)) // int(images.sum())
     text = config.get_text_config()
-    ids = np.random.default_rng(4).integers(3, text.vocab_size, (rows, BEFORE + places + AFTER))
+    length = BEFORE + places * int(images.max()) + AFTER
+    ids = np.random.default_rng(4).integers(3, text.vocab_size, (rows, length))
     ids[ids == token] = 3
-    ids[:, BEFORE : BEFORE + places] = token
-    return {"input_ids": ids, "pixel_values": pixels, IMAGE_TOKEN: np.array([token])}
+    for row, count in zip(ids, images, strict=True):
+        row[BEFORE : BEFORE + places * count] = token
+    return {"input_ids": ids, **pixels, IMAGE_TOKEN: np.array([token])}
 
 
-def _features(model: Any, pixels: NDArray[Any]) -> NDArray[np.float32]:
-    """(images, tokens, width)."""
+def _images(pixels: NDArray[Any]) -> NDArray[Any]:
+    """How many images each row has: one, or those of several that are not zeros."""
+    if pixels.ndim == len(("row", "channel", "height", "width")):
+        return np.ones(len(pixels), int)
+    return np.asarray(pixels.any(axis=(2, 3, 4)).sum(axis=1))
+
+
+def _pixels(source: Source) -> dict[str, NDArray[Any]]:
+    return {name: value for name, value in source.items() if name.startswith("pixel_")}
+
+
+def _features(model: Any, pixels: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    """(tokens of all images, width)."""
     import torch
 
+    fed = {name: torch.from_numpy(value) for name, value in pixels.items()}
     with torch.inference_mode():
-        features = model.get_image_features(pixel_values=torch.from_numpy(pixels)).pooler_output
-    return np.stack([one.float().numpy() for one in features])
+        answer = model.get_image_features(**fed).pooler_output
+    return np.concatenate([one.float().numpy() for one in answer])
 
 
 class LiveSeeing:
@@ -60,17 +78,17 @@ class LiveSeeing:
 
     def look(self, source: Source) -> Logits:
         """The features of the images: (tokens of all images, width)."""
-        return np.concatenate(_features(self._plain, source["pixel_values"]))
+        return _features(self._plain, _pixels(source))
 
     def converse(self, source: Source, cut: int) -> Logits:
         """Logits (tokens of all rows, vocabulary) of one call, whatever `cut` is."""
         import torch
 
         ids = torch.from_numpy(source["input_ids"])
+        pixels = {name: torch.from_numpy(value) for name, value in _pixels(source).items()}
         with torch.inference_mode():
             logits = self._model(
-                input_ids=ids, pixel_values=torch.from_numpy(source["pixel_values"]),
-                attention_mask=torch.ones_like(ids), use_cache=False,
+                input_ids=ids, **pixels, attention_mask=torch.ones_like(ids), use_cache=False,
             ).logits  # fmt: skip
         return np.concatenate(logits.float().numpy())
 
@@ -95,8 +113,7 @@ class OnnxSeeing:
         return np.concatenate(self._seen(source))
 
     def _seen(self, source: Source) -> NDArray[np.float32]:
-        fed = {"pixel_values": source["pixel_values"]}
-        return cast(NDArray[np.float32], self._vision.run(["image_features"], fed)[0])
+        return cast(NDArray[np.float32], self._vision.run(["image_features"], _pixels(source))[0])
 
     def converse(self, source: Source, cut: int) -> Logits:
         """Fed all but the last `cut` tokens, then one by one."""

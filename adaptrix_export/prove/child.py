@@ -72,12 +72,13 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     with progress.stage("reference: loading base and adapters"):
         reference = (Executed if job.composition else Reference).open(job)
         if job.drawn and job.is_graph:
-            pieces = reference.pieces(job.task)
-            names = dict.fromkeys(name for piece in pieces for name in piece.inputs)
-            sources = drawn_sources(names, reference.config)
-            cases, prompts = cases_of(pieces), replace(drawn_prompts(), drawn=sources)
             if job.task == VISION_LANGUAGE:
-                cases, prompts = SEEING, replace(prompts, drawn=reference.vision_sources())
+                cases, sources = SEEING, reference.vision_sources()
+            else:
+                pieces = reference.pieces(job.task)
+                names = dict.fromkeys(name for piece in pieces for name in piece.inputs)
+                cases, sources = cases_of(pieces), drawn_sources(names, reference.config)
+            prompts = replace(drawn_prompts(), drawn=sources)
         elif job.drawn:
             cases, prompts = drawn_cases(reference.has_images), drawn_prompts()
         else:

@@ -67,9 +67,9 @@ def test_what_is_refused_is_named(tmp_path):
     folder = save_base("llama", tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
-        json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
+        json.dumps({**config, "quantization_config": {"quant_method": "quark"}})
     )
-    with pytest.raises(UnsupportedError, match="quantized with gptq"):
+    with pytest.raises(UnsupportedError, match="quantized with quark"):
         open_base(str(folder))
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").unlink()

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from adaptrix_export.arch.inputs import random_inputs
-from adaptrix_export.arch.pieces import pieces_of
+from adaptrix_export.arch.pieces import SEEN, pieces_of
 from adaptrix_export.arch.task_table import VISION_LANGUAGE
 from adaptrix_export.arch.tasks import GENERATION, TASKS, TEXT, TWO_PARTS, has_row
 from adaptrix_export.runtime.layout import located
@@ -272,16 +272,16 @@ def _seeing(out: Path, config: Any, target: str) -> Iterator[Case]:
     """An image between text, in one call of the live model, token by token of the artifact."""
     auto = transformers.AutoModelForImageTextToText
     other = auto.from_pretrained(out, dtype=torch.float32).eval() if target != "onnx" else None
-    pixels = random_inputs(("pixel_values",), config, 1, seed=9)["pixel_values"]
-    places = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    pixels = random_inputs(SEEN[config.model_type], config, 1, seed=9)
+    images = pixels["pixel_values"].shape[1] if pixels["pixel_values"].ndim == 5 else 1
+    places = images * _places(config)
     ids = np.random.default_rng(3).integers(3, VOCABULARY, (1, places + 10))
     ids[:, 4 : 4 + places] = config.image_token_id
 
     def asked(model: Any) -> np.ndarray:
         with torch.inference_mode():
-            return model(
-                input_ids=torch.from_numpy(ids), pixel_values=torch.from_numpy(pixels)
-            ).logits[0].float().numpy()  # fmt: skip
+            fed = {name: torch.from_numpy(value) for name, value in pixels.items()}
+            return model(input_ids=torch.from_numpy(ids), **fed).logits[0].float().numpy()
 
     def answered() -> np.ndarray:
         if other is not None:
@@ -289,7 +289,7 @@ def _seeing(out: Path, config: Any, target: str) -> Iterator[Case]:
         names = ("embed_tokens.onnx", "vision_encoder.onnx", "decoder_model_merged.onnx")
         embed, look, decode = (Session(out, name) for name in names)
         states = embed(input_ids=ids)["inputs_embeds"].copy()
-        states[0, 4 : 4 + places] = look(pixel_values=pixels)["image_features"][0]
+        states[0, 4 : 4 + places] = np.concatenate(look(**pixels)["image_features"])
         cache, parts = decode.empty(1), []
         for first, last in ((0, places + 6), *((i, i + 1) for i in range(places + 6, places + 10))):
             mask = np.ones((1, last), np.int64)
@@ -299,6 +299,17 @@ def _seeing(out: Path, config: Any, target: str) -> Iterator[Case]:
         return np.concatenate(parts)
 
     yield "an image between text", asked, answered
+
+
+def _places(config: Any) -> int:
+    """Tokens that stand for one image: its patches, or squares of several of them."""
+    side, patch = (
+        n[0] if isinstance(n, (list, tuple)) else n
+        for n in (config.vision_config.image_size, config.vision_config.patch_size)
+    )
+    merged = getattr(config, "scale_factor", None) or getattr(config, "downsample_factor", None)
+    merged = merged or round(1 / getattr(config, "downsample_ratio", 1))
+    return int((side // patch // merged) ** 2)
 
 
 VOCABULARY = 290  # tokens of the rows that are drawn here, below those that stand for images

@@ -134,13 +134,13 @@ def _hearing(kind: str, model: str, task: str = SPEECH) -> Animal:
     return Animal(kind, {**_TOWER, **sizes}, task, model=model, loud=1.5)
 
 
-def _llava() -> Animal:
+def _talking(kind: str, vision: str, **changed: Any) -> Animal:
+    """A text model that is given images; its adapter is on the text."""
     text = {**_SHAPE, "num_key_value_heads": 2, **_TOKENS, "model_type": "llama"}
-    vision = {**_TOWER, "image_size": 32, "patch_size": 8, "model_type": "clip_vision_model"}
-    config = dict(text_config=text, vision_config=vision, image_token_index=VOCAB - 1)
-    config |= {"image_token_id": VOCAB - 1}
-    names = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-    return Animal("llava", config, VISION_LANGUAGE, targets=names, loud=2.0)
+    tower = {**_TOWER, "image_size": 32, "patch_size": 8, "model_type": vision}
+    config = dict(text_config=text, vision_config=tower, image_token_id=VOCAB - 1, **changed)
+    names = r".*(language|text)_model.*\.(q|k|v|o|gate|up|down)_proj"
+    return Animal(kind, config, VISION_LANGUAGE, targets=names, loud=2.0)
 
 
 _HEAD = {"head_dim": 16}
@@ -319,7 +319,7 @@ ONE_TASK: tuple[Animal, ...] = (
         begin_suppress_tokens=None,
     ),
     _seeing("vit"),
-    _seeing("deit"),
+    replace(_seeing("deit"), model="DeiTForImageClassification"),
     _seeing("dinov2"),
     _seeing("beit", use_absolute_position_embeddings=True),
     _staged(
@@ -340,7 +340,11 @@ ONE_TASK: tuple[Animal, ...] = (
     ),
     _towers("clip"),
     _towers("siglip"),
-    _llava(),
+    _talking("llava", "clip_vision_model", image_token_index=VOCAB - 1),
+    _talking("internvl", "internvl_vision", downsample_ratio=0.5),
+    _talking("aya_vision", "siglip_vision_model", downsample_factor=2),
+    _talking("idefics3", "idefics3_vision", scale_factor=2),
+    _talking("smolvlm", "smolvlm_vision", scale_factor=2),
     _hearing("wav2vec2", "Wav2Vec2ForCTC"),
     _hearing("hubert", "HubertForCTC"),
     Animal(

@@ -18,10 +18,11 @@ import onnx_ir as ir
 import torch
 
 from adaptrix_export.arch.classes import live_class
-from adaptrix_export.arch.inputs import sizes_of
-from adaptrix_export.arch.pieces import DECODER, EMBEDDING, PROJECTORS, VISION
+from adaptrix_export.arch.inputs import IMAGES, random_inputs, sizes_of
+from adaptrix_export.arch.pieces import DECODER, EMBEDDING, SEEN, VISION
 from adaptrix_export.arch.tasks import GENERATION
 from adaptrix_export.compat.transformers_tracing import traceable
+from adaptrix_export.graph.frontends.image_features import counted_buckets, image_features
 from adaptrix_export.graph.frontends.live_config import live_config
 from adaptrix_export.graph.frontends.traced import export, finish, traced_faults
 from adaptrix_export.graph.frontends.traced_interface import OUTPUTS, name_interface
@@ -30,10 +31,6 @@ from adaptrix_export.graph.frontends.weightless import stored_parameters, weight
 from adaptrix_export.graph.graph import Graph
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress
-
-
-class _Reached(Exception):  # no error: it ends a forward pass at the projector
-    """Carries the projector's output: what comes after it does not belong to the graph."""
 
 
 def traced_seeing(plan: Plan, provider: str, progress: Progress) -> dict[str, Graph]:
@@ -63,27 +60,29 @@ def _embedding(model: Any) -> ir.Model:
 
 
 def _vision(model: Any) -> ir.Model:
-    projector = model.get_submodule(PROJECTORS[model.config.model_type])
-
-    def stop(module: Any, args: Any, answer: Any) -> None:
-        raise _Reached(answer)
-
-    def forward(pixel_values: Any) -> dict[str, Any]:
-        watched = projector.register_forward_hook(stop)
-        try:
-            model.get_image_features(pixel_values=pixel_values)
-        except _Reached as reached:
-            return {"image_features": reached.args[0]}
-        finally:
-            watched.remove()
-        raise RuntimeError("the projector was not reached")
-
-    model.forward = forward
+    """Where a row has several images, a part of one is padding and so is a whole one: what is ones
+    alone is dropped from a trace."""
+    model.forward = lambda **pixels: {"image_features": image_features(model, pixels)}
     auto = torch.export.Dim.AUTO
-    sizes = sizes_of("pixel_values", model.config)
-    pixels = torch.zeros((BATCH, *(n for n in sizes if isinstance(n, int))))
-    graph = export(model, Sample({"pixel_values": pixels}, {"pixel_values": {0: auto}}))
-    _name(graph, ("images",), "image_features")
+    names, config = SEEN[model.config.model_type], model.config
+    sizes = {name: sizes_of(name, config, type(model).__name__) for name in names}
+    inputs = {
+        n: torch.from_numpy(v) for n, v in random_inputs(names, config, BATCH + 1, seed=0).items()
+    }
+    shapes = {
+        name: dict.fromkeys([0, *(i for i, n in enumerate(own, 1) if isinstance(n, str))], auto)
+        for name, own in sizes.items()
+    }
+    with counted_buckets():
+        graph = export(model, Sample(inputs, shapes))
+    _name(graph, (), "image_features")
+    several = any(isinstance(n, str) for own in sizes.values() for n in own)
+    for value in graph.graph.inputs:
+        value.name = str(value.name).removeprefix("input.")
+        value.shape = ir.Shape(["batch" if several else IMAGES, *sizes[value.name]])
+    (answer,) = graph.graph.outputs
+    assert answer.shape is not None
+    answer.shape = ir.Shape(["real_images" if several else IMAGES, *list(answer.shape)[1:]])
     return graph
 
 

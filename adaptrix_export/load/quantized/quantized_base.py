@@ -15,23 +15,22 @@ from adaptrix_export.arch.families import Family
 from adaptrix_export.errors import SourceError, UnsupportedError
 from adaptrix_export.load.files.tensors import StoredTensor
 from adaptrix_export.load.files.views import Transposed
+from adaptrix_export.load.quantized.awq import AwqTensor, read_awq
 from adaptrix_export.load.quantized.bitsandbytes import (
     TORCH_DTYPES,
     EightBitTensor,
     FourBitTensor,
     read_bitsandbytes,
 )
+from adaptrix_export.load.quantized.compressed import CompressedTensor, read_compressed
 from adaptrix_export.load.quantized.fp8 import Fp8Tensor, read_fp8
+from adaptrix_export.load.quantized.gptq import GptqTensor, read_gptq
+from adaptrix_export.load.quantized.hqq import HqqTensor, read_hqq
+from adaptrix_export.load.quantized.mxfp4 import Mxfp4Tensor, read_mxfp4
 from adaptrix_export.plan import Tensor
 
 COMPUTING = ", computing in"
 ORIGINAL = "name the unquantized model as the base"
-# Understood, and refused, each with its reason.
-REFUSED = {
-    "gptq": "PEFT trains on it through kernels that need a GPU",
-    "awq": "PEFT trains on it through kernels that need a GPU",
-    "compressed-tensors": "its formats are not read yet",
-}
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,8 @@ def dequantized(
     if method is None and isinstance(settings, dict) and settings.get("load_in_4bit"):
         method = "bitsandbytes"  # as written before transformers 4.35
     if method not in _METHODS:
-        why = REFUSED.get(str(method), "this method is not known")
         raise UnsupportedError(
-            f"{place}: config.json", f"a base quantized with {method or 'unknown'} ({why})",
+            f"{place}: config.json", f"a base quantized with {method or 'a method without a name'}",
             "plain weights, or " + " or ".join(_METHODS), ORIGINAL,
         )  # fmt: skip
     tensors = _METHODS[method](place, stored, settings, _stated_dtype(config))
@@ -113,7 +111,7 @@ def _kind(tensor: Any) -> str:
         return f"{tensor.kind}{double} in blocks of {tensor.block}"
     if isinstance(tensor, Fp8Tensor):
         return "by tiles" if tensor.tile else "by tensors"
-    return "int8"
+    return "int8" if isinstance(tensor, EightBitTensor) else str(tensor.form)
 
 
 def _turned(name: str, tensor: Tensor) -> Tensor:
@@ -125,8 +123,16 @@ def _turned(name: str, tensor: Tensor) -> Tensor:
 
 
 Method = Callable[[str, Mapping[str, StoredTensor], Mapping[str, Any], str], dict[str, Tensor]]
-QUANTIZED = (FourBitTensor, EightBitTensor, Fp8Tensor)
+QUANTIZED = (
+    FourBitTensor, EightBitTensor, Fp8Tensor, GptqTensor, AwqTensor, CompressedTensor, HqqTensor,
+    Mxfp4Tensor,
+)  # fmt: skip
 _METHODS: dict[str, Method] = {
     "bitsandbytes": lambda place, stored, settings, dtype: read_bitsandbytes(place, stored, dtype),
     "fp8": read_fp8,
+    "gptq": read_gptq,
+    "awq": read_awq,
+    "compressed-tensors": read_compressed,
+    "hqq": read_hqq,
+    "mxfp4": read_mxfp4,
 }
