@@ -97,7 +97,7 @@ def _compressed(
             zeros = _stream(zeros, bits, out) - 2 ** (bits - 1)
     else:
         numbers = stored[f"{module}.weight"]
-    values = numbers.to(dtype)
+    values: torch.Tensor = numbers.to(dtype)
     block = next((row["block_structure"] for row in rows if row.get("strategy") == "block"), None)
     if zeros is not None:
         values = values - _over(zeros.to(dtype), values.shape, block)

@@ -59,7 +59,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     from adaptrix_export.oracle.reference import Reference
     from adaptrix_export.oracle.whole import drawn_sources
     from adaptrix_export.prove.bases import compare_bases
-    from adaptrix_export.prove.cases import ask_all, compare, drawn_cases, select
+    from adaptrix_export.prove.cases import Case, ask_all, compare, drawn_cases, select
     from adaptrix_export.prove.crossings import ask_crossings
     from adaptrix_export.prove.dense import open_dense
     from adaptrix_export.prove.gate_cases import ask_gates, compare_gates
@@ -69,6 +69,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     from adaptrix_export.prove.seeing import SEEING
     from adaptrix_export.targets import open_stored
 
+    cases: tuple[Case, ...]
     with progress.stage("reference: loading base and adapters"):
         reference = (Executed if job.composition else Reference).open(job)
         if job.drawn and job.is_graph:

@@ -17,7 +17,7 @@ import torch
 
 def image_features(model: Any, pixels: Mapping[str, Any]) -> Any:
     """(images, tokens, width), by the model's own parts, of the inputs that `SEEN` names."""
-    made = FEATURES.get(model.config.model_type, _answered)
+    made: Callable[..., Any] = FEATURES.get(model.config.model_type, _answered)
     return made(model, **pixels)
 
 
