@@ -28,7 +28,7 @@ from adaptrix_export.package.redistributed import keep_redistributed
 from adaptrix_export.package.tokenizer import choose_tokenizer
 from adaptrix_export.passes.context import pass_context
 from adaptrix_export.passes.from_recipe import passes_of
-from adaptrix_export.passes.quantize.from_recipe import quantization_of
+from adaptrix_export.passes.quantize.from_recipe import storage_of
 from adaptrix_export.passes.quantize.texts import loss_text
 from adaptrix_export.passes.reference_plan import reference_plan
 from adaptrix_export.plan import Pass, Plan
@@ -82,7 +82,7 @@ def build(
     if recipe.slots is None:  # else a pass may make adapters fit that do not yet
         target.admit(opened)
     with (
-        staging(recipe.out, target.estimate(opened, quantization_of(recipe, opened))) as stage,
+        staging(recipe.out, target.estimate(opened, storage_of(recipe, opened))) as stage,
         pass_context(progress) as context,
         Checker() as checker,
     ):
@@ -91,14 +91,14 @@ def build(
         target.admit(plan)
         inputs = InputHashes(opened, hasher)
         options = lower_options(recipe, plan, checker)
-        if recipe.parity.level is not ParityLevel.OFF and options.quantization is None:
+        if recipe.parity.level is not ParityLevel.OFF and options.storage.quantization is None:
             checker.start()  # its imports overlap with the merge; a calibration needs the memory
         artifact = target.lower(plan, stage, progress, options)
         artifact = laid_out(artifact, recipe.layout.value, opened.base.task)
         write_package(artifact, plan, tokenizer.folder, recipe.portable)
         keep_redistributed(plan, artifact)
         report = prove_build(
-            recipe, opened, plan, artifact, progress, checker, options.quantization
+            recipe, opened, plan, artifact, progress, checker, options.storage.quantization
         )
         manifest = build_manifest(
             artifact,
@@ -156,7 +156,7 @@ def lower_options(recipe: Recipe, plan: Plan, checker: Checker) -> LowerOptions:
         provider=recipe.provider.value,
         trial=partial(preflight, checker=checker),
         rows=recipe.rows,
-        quantization=quantization_of(recipe, plan),
+        storage=storage_of(recipe, plan),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from adaptrix_export.passes.context import pass_context
 from adaptrix_export.passes.from_recipe import passes_of
-from adaptrix_export.passes.quantize.from_recipe import quantization_of
+from adaptrix_export.passes.quantize.from_recipe import storage_of
 from adaptrix_export.plan import Plan, Tensor
 from adaptrix_export.progress import Progress
 from adaptrix_export.recipe import Recipe
@@ -92,7 +92,7 @@ def forecast(recipe: Recipe, opened: Plan, progress: Progress) -> Forecast:
         passes=tuple(type(step).__name__ for step in steps),
         target=recipe.target.value,
         out=str(recipe.out),
-        writes_bytes=row.estimate(opened, quantization_of(recipe, opened)),
+        writes_bytes=row.estimate(opened, storage_of(recipe, opened)),
         free_bytes=shutil.disk_usage(_existing(recipe.out)).free,
         memory_bytes=_memory(recipe, whole),
         seconds=_seconds(recipe, whole, touched),

@@ -58,3 +58,20 @@ class Quantization:
         if columns < block or (whole and columns % block):
             return None
         return Spec(bits, block, self.symmetric or bits == 8 or whole)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a graph's weights are stored: matrices as floats of `precision`, or as `quantization`
+    says."""
+
+    precision: str = "fp32"
+    quantization: Quantization | None = None
+
+    @property
+    def width(self) -> int:
+        """Bytes of a value of a matrix that is not quantized."""
+        return 2 if self.precision in ("fp16", "bf16") else 4
+
+
+FLOAT32 = Storage()

@@ -123,7 +123,8 @@ class Recipe(Section):
     precision: Precision = Field(
         default=Precision.AUTO,
         description="Number format of the weights; auto is fp32 for onnx and the base's own for "
-        "safetensors; int8 and int4 are made as `quantize` says.",
+        "safetensors; fp16 and bf16 halve the file, and compute in float32 on a CPU; int8 and int4 "
+        "are made as `quantize` says.",
     )
     quantize: Quantize | None = Field(
         default=None, description="For int8 and int4: how weights are rounded."

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from adaptrix_export.recipe.words import QUANTIZED, ContextMode, Precision, Word
+from adaptrix_export.recipe.words import HALVES, QUANTIZED, ContextMode, Precision, Word
 
 
 class Target(Word):
@@ -46,7 +46,7 @@ def facts_of(target: str) -> TargetFacts:
     return TARGET_FACTS[Target(target)]
 
 
-_GRAPHS = (Precision.AUTO, Precision.FP32, *QUANTIZED)
+_GRAPHS = (Precision.AUTO, Precision.FP32, *HALVES, *QUANTIZED)
 
 TARGET_FACTS: dict[Target, TargetFacts] = {
     Target.ONNX: TargetFacts(Form.GRAPH, True, tuple(ContextMode), _GRAPHS),

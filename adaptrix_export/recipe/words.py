@@ -158,6 +158,8 @@ class ParityLevel(Word):
 
 # What the section `quantize` goes with.
 QUANTIZED = (Precision.INT8, Precision.INT4)
+# Matrices of 16 bits, computed with in float32.
+HALVES = (Precision.FP16, Precision.BF16)
 
 
 class LongPrompts(Word):

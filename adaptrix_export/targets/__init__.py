@@ -16,7 +16,7 @@ from adaptrix_export.load.files.tensors import itemsize
 from adaptrix_export.merge.tuned import layers_freed
 from adaptrix_export.plan import Plan, Tensor
 from adaptrix_export.precision.estimate import graph_bytes
-from adaptrix_export.precision.settings import Quantization
+from adaptrix_export.precision.settings import FLOAT32, Storage
 from adaptrix_export.progress import Progress
 from adaptrix_export.targets.artifact import Artifact
 from adaptrix_export.targets.options import DEFAULTS, LowerOptions
@@ -36,7 +36,7 @@ class TargetRow:
     by none of the code that wrote them; None where they are no model's (an adapter's folder)."""
 
     lower: Lower
-    estimate: Callable[[Plan, Quantization | None], int]
+    estimate: Callable[[Plan, Storage], int]
     stored: Callable[[Path], StoredTensors] | None
     admit: Callable[[Plan], None] = lambda plan: None  # refuses what the target cannot express
 
@@ -66,7 +66,7 @@ def _onnx(
     with _lowering():
         return lower_merged_onnx(
             plan, stage, progress, options.frontend, options.provider, options.trial,
-            options.quantization,
+            options.storage.quantization, options.storage.precision,
         )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def _switchable(
     with _lowering():
         return lower_switchable_onnx(
             plan, stage, progress, options.frontend, options.rows, options.provider, options.trial,
-            options.quantization,
+            options.storage.quantization, options.storage.precision,
         )  # fmt: skip
 
 
@@ -104,19 +104,17 @@ def _admit_slots(plan: Plan) -> None:
     check_slots(plan)
 
 
-def _switchable_bytes(plan: Plan, quantization: Quantization | None) -> int:
+def _switchable_bytes(plan: Plan, storage: Storage) -> int:
     """The base, and the adapters with the zeros between their blocks."""
-    return graph_bytes(plan.base, quantization) + _adapter_bytes(plan)
+    return graph_bytes(plan.base, storage) + _adapter_bytes(plan)
 
 
-def _merged_graph_bytes(plan: Plan, quantization: Quantization | None) -> int:
+def _merged_graph_bytes(plan: Plan, storage: Storage) -> int:
     """Untied copies and the factors of gated sites are float32."""
-    return graph_bytes(plan.base, quantization) + sum(
-        4 * prod(tensor.shape) for tensor in _beside(plan)
-    )
+    return graph_bytes(plan.base, storage) + sum(4 * prod(tensor.shape) for tensor in _beside(plan))
 
 
-def _checkpoint_bytes(plan: Plan, quantization: Quantization | None) -> int:
+def _checkpoint_bytes(plan: Plan, storage: Storage) -> int:
     """All tensors as their base stores them, untied copies included."""
     every = (*plan.base.tensors.values(), *_beside(plan))
     return sum(prod(t.shape) * itemsize(t.dtype) for t in every)
@@ -143,7 +141,7 @@ def _peft(
     return lower_peft_folder(plan, stage, progress)
 
 
-def _adapter_bytes(plan: Plan, quantization: Quantization | None = None) -> int:
+def _adapter_bytes(plan: Plan, storage: Storage = FLOAT32) -> int:
     """Twice the adapters' values in fp32: several terms may become one."""
     return 8 * sum(adapter.parameters for adapter in plan.adapters)
 

@@ -23,8 +23,10 @@ from adaptrix_export.graph.rewrite.pooling import wire_pooling
 from adaptrix_export.graph.rewrite.portable import make_portable
 from adaptrix_export.load.files.tensors import DTYPES
 from adaptrix_export.merge.merge import merged, plain_blocks
+from adaptrix_export.merge.rounding import to_dtype
 from adaptrix_export.passes.quantize.quantizing import quantizing
 from adaptrix_export.plan import Array, Base, Plan, Tensor
+from adaptrix_export.precision.halves import HALVES, dtype_of, store_in_half
 from adaptrix_export.precision.nbits import place_views
 from adaptrix_export.precision.settings import Quantization
 from adaptrix_export.progress import Progress
@@ -45,8 +47,10 @@ def lower_merged_onnx(
     provider: str = "cpu",
     trial: Trial | None = None,
     quantization: Quantization | None = None,
+    precision: str = "fp32",
 ) -> Artifact:
-    """Write the merged graph or graphs and their weights into `stage`: float32, or quantized."""
+    """Write the merged graph or graphs and their weights into `stage`: floats of `precision`, or
+    quantized."""
     merged_plan = plan.merged()  # gated sites keep the base's weights
     graphs = _graphs(merged_plan, provider, frontend, progress, trial)
     factors: Mapping[str, Factor] = {}
@@ -64,6 +68,7 @@ def lower_merged_onnx(
     values = Values(merged_plan, factors)
     with quantizing(quantization, graphs, merged_plan, values, progress) as quantized:
         graphs = dict(quantized.graphs)
+        store_floats(graphs, merged_plan, precision)
         hashes = {DATA: write_data(values, graphs, stage / DATA, progress)}
         for file, graph in graphs.items():
             state_facts(graph.model)
@@ -73,7 +78,7 @@ def lower_merged_onnx(
     return Artifact(
         folder=stage,
         target="onnx",
-        precision=quantization.precision if quantization else "fp32",
+        precision=quantization.precision if quantization else precision,
         hashes=hashes,
         weights=dict(sorted(w for graph in graphs.values() for w in graph.weights.items())),
         quantized=quantized.entries,
@@ -85,6 +90,14 @@ def lower_merged_onnx(
         gates=plan.gates,
         gate_stats=plan.gate_stats,
     )
+
+
+def store_floats(graphs: Mapping[str, Graph], plan: Plan, precision: str) -> None:
+    """Make the graphs hold their matrices in 16 bits, if that is the precision."""
+    if precision in HALVES:
+        tensors = {*plan.base.tensors, *plan.base.tied, *plan.changes()}
+        for graph in graphs.values():
+            store_in_half(graph, precision, tensors.__contains__)
 
 
 def write_model(model: ir.Model, base: Base, path: Path) -> str:
@@ -144,7 +157,7 @@ def write_data(
     sha256. Equal expressions share their bytes, and so does a constant of several graphs."""
     uses = {(name, file): graph for file, graph in graphs.items() for name in graph.weights}
     sizes = {g.weights[n]: _size(g.model.graph.initializers[n]) for (n, _), g in uses.items()}
-    placed: dict[Expression, tuple[int, int, tuple[int, ...]]] = {}
+    placed: dict[tuple[Expression, str], tuple[int, int, tuple[int, ...]]] = {}
     with (
         HashingWriter(path) as out,
         progress.stage("weights", 4 * sum(sizes.values()), "B") as advance,
@@ -155,12 +168,13 @@ def write_data(
             return out.position, out.write_array(array), array.shape
 
         for (name, _), graph in sorted(uses.items(), key=lambda item: item[0]):
-            key = graph.weights[name]
-            if key not in placed:
-                placed[key] = write(values_of(key))
-                advance(placed[key][1])
             value = graph.model.graph.initializers[name]
-            value.const_value = _external(name, ir.DataType.FLOAT, placed[key], path)
+            key = (graph.weights[name], dtype_of(value))
+            if key not in placed:
+                placed[key] = write(values_of(*key))
+                advance(placed[key][1])
+            assert value.dtype is not None
+            value.const_value = _external(name, value.dtype, placed[key], path)
         constants: dict[int, tuple[object, tuple[int, int, tuple[int, ...]]]] = {}
         for graph in graphs.values():
             for name, value in sorted(graph.model.graph.initializers.items()):
@@ -193,7 +207,7 @@ def _size(value: ir.Value) -> int:
 
 @dataclass(frozen=True)
 class Values:
-    """Initializers in float32: moves of values that were rounded once.
+    """Initializers in float32 or 16 bits: moves of values that were rounded once.
 
     `factors` are what expressions name beside the tensors of the plan.
     """
@@ -201,10 +215,10 @@ class Values:
     plan: Plan
     factors: Mapping[str, Factor] = field(default_factory=dict)
 
-    def __call__(self, expression: Expression) -> Array:
-        """An expression that computes (a factor, a shift) is evaluated in float64, so that it is
-        still one rounding."""
-        dtype = "F64" if expression.computes else "F32"
+    def __call__(self, expression: Expression, stored: str = "F32") -> Array:
+        """Values in the dtype `stored`. An expression that computes (a factor, a shift) is
+        evaluated in float64, so that it is still one rounding."""
+        dtype = "F64" if expression.computes else stored
 
         def read(name: str) -> Array:
             if name in self.factors:
@@ -221,7 +235,15 @@ class Values:
                 return merged(change, dtype, start, stop)
             return self._stored(name).rows(start, stop).astype(DTYPES[dtype])
 
-        return expression.evaluate(read, rows).astype(np.float32, copy=False)
+        values = expression.evaluate(read, rows)
+        if values.dtype != DTYPES[stored]:
+            values = to_dtype(values, stored)
+        if stored == "F16" and not np.isfinite(values).all():
+            raise UnsupportedError(
+                next(expression.names()), "values beyond the range of fp16", "at most 65504",
+                "use precision bf16 or fp32",
+            )  # fmt: skip
+        return values
 
     def _stored(self, name: str) -> Tensor:
         return self.plan.base.tensors[self.plan.base.tied.get(name, name)]

@@ -44,6 +44,7 @@ from adaptrix_export.targets.merged_onnx import (
     MODEL,
     Values,
     note_unused,
+    store_floats,
     write_data,
     write_model,
 )
@@ -60,6 +61,7 @@ def lower_switchable_onnx(
     provider: str = "cpu",
     trial: Trial | None = None,
     quantization: Quantization | None = None,
+    precision: str = "fp32",
 ) -> Artifact:
     """Write the base graph with slots for the union of all adapters' sites, and the adapters.
 
@@ -88,6 +90,7 @@ def lower_switchable_onnx(
     read = Values(alone)
     with quantizing(quantization, graphs, alone, read, progress) as quantized:
         graphs = dict(quantized.graphs)
+        store_floats(graphs, alone, precision)
         hashes = {DATA: write_data(read, graphs, stage / DATA, progress)}
         entries = [slot.as_dict() for slot in slots]
         gates = [(gate.site.path, gate.mode, gate.tau, gate.weight) for gate in plan.gates]
@@ -117,7 +120,7 @@ def lower_switchable_onnx(
     return Artifact(
         folder=stage,
         target=TARGET,
-        precision=quantization.precision if quantization else "fp32",
+        precision=quantization.precision if quantization else precision,
         hashes=hashes,
         weights=dict(sorted(graphs[MODEL].weights.items())),
         quantized=quantized.entries,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptrix_export.precision.settings import Quantization
+from adaptrix_export.precision.settings import FLOAT32, Quantization, Storage
 from adaptrix_export.targets import TARGETS
 from tests.precision.artifacts import quantized
 
@@ -20,9 +20,8 @@ from tests.precision.artifacts import quantized
 def test_a_quantized_graph_takes_what_was_estimated(tmp_path: Path, settings: Quantization) -> None:
     made = quantized(tmp_path, settings)
     data = (made.artifact.folder / "model.onnx.data").stat().st_size
-    assert data <= 1.05 * TARGETS["onnx"].estimate(made.plan, settings) + (1 << 20)
-    assert TARGETS["onnx"].estimate(made.plan, settings) < 0.6 * TARGETS["onnx"].estimate(
-        made.plan, None
-    )
-    written = sum(entry["bytes"] for entry in made.artifact.quantized.values())
-    assert written <= TARGETS["onnx"].estimate(made.plan, settings)
+    estimate = TARGETS["onnx"].estimate
+    room = estimate(made.plan, Storage(quantization=settings))
+    assert data <= 1.05 * room + (1 << 20)
+    assert room < 0.6 * estimate(made.plan, FLOAT32)
+    assert sum(entry["bytes"] for entry in made.artifact.quantized.values()) <= room

@@ -137,7 +137,7 @@ def test_every_source_gives_a_valid_name(source: str) -> None:
             "target: 'onx', expected one of onnx, onnx-switchable, safetensors, peft; did you mean",
         ),
         ({"provider": "cuda"}, "provider: 'cuda', expected cpu"),
-        ({"precision": "bf16"}, "precision: bf16 with target onnx, expected one of auto, fp32"),
+        ({"precision": "bf16", "target": "peft"}, "bf16 with target peft, expected auto"),
         ({"quantize": {}}, "quantize: quantize with precision auto, expected precision one of"),
         ({"precision": "fp32", "target": "safetensors"}, "fp32 with target safetensors, expected"),
         ({"base": ""}, "base: '', expected a name on one line"),

@@ -9,11 +9,11 @@ from adaptrix_export.measure.calibration import AUTO, PYDOC, SELF, Calibration
 from adaptrix_export.passes.quantize.texts import has_tokenizer
 from adaptrix_export.plan import Plan
 from adaptrix_export.precision.formats import PRECISIONS
-from adaptrix_export.precision.settings import GPTQ, RTN, Quantization
+from adaptrix_export.precision.settings import GPTQ, RTN, Quantization, Storage
 from adaptrix_export.recipe import Recipe
 from adaptrix_export.recipe.quantize import Quantize
 from adaptrix_export.recipe.targets import Target
-from adaptrix_export.recipe.words import QUANTIZED, Method, Precision, Scales
+from adaptrix_export.recipe.words import HALVES, QUANTIZED, Method, Precision, Scales
 
 
 def quantization_of(recipe: Recipe, plan: Plan) -> Quantization | None:
@@ -29,6 +29,13 @@ def quantization_of(recipe: Recipe, plan: Plan) -> Quantization | None:
             "target onnx-switchable, mode blend, or none", "leave context out, or use fp32",
         )  # fmt: skip
     return quantization(recipe.precision, recipe.quantize or Quantize(), has_tokenizer(plan.base))
+
+
+def storage_of(recipe: Recipe, plan: Plan) -> Storage:
+    """How the weights of a plan's graph are to be stored."""
+    if recipe.precision in HALVES:
+        return Storage(recipe.precision.value)
+    return Storage(quantization=quantization_of(recipe, plan))
 
 
 def quantization(precision: Precision, spec: Quantize, has_tokenizer: bool) -> Quantization:
