@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptrix_export.errors import MachineError
+from adaptrix_export.graph.rewrite.facts import shares_cache
 from adaptrix_export.runtime.graph import ADAPTER_IDS
 
 GRAPH = "model.onnx"
@@ -47,6 +48,9 @@ WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "n_embed")
 # For families without a limit (ALiBi): genai insists on a number and allocates nothing from it.
 UNLIMITED_CONTEXT = 32768
 
+# Of a row's cache that genai keeps in one buffer: 8192 tokens of SmolLM2 take a third of it.
+SHARED_BYTES = 1 << 30
+
 _PAST, _PRESENT = "past_key_values.", "present."
 _CONTEXT = "context."  # how statistics of gates begin
 
@@ -61,7 +65,10 @@ def genai_config(
     `graph` lies in `folder`, which genai opens; `config` is the model's config.json, `generation`
     its generation_config.json. Input and output names come from the graph itself.
     """
-    inputs, outputs = _interface(graph)
+    model = _model(graph)
+    # Slots for adapters are inputs with a default: adapter files name them, no configuration does.
+    needed = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
+    inputs, outputs = _shapes(needed), _shapes(model.graph.outputs)
     cache_shape = inputs.get(f"{_PAST}0.key")
     if cache_shape is None or ADAPTER_IDS in inputs:  # genai cannot feed an adapter for each row
         return None
@@ -98,21 +105,25 @@ def genai_config(
             "context_length": context,
             "decoder": {key: value for key, value in decoder.items() if value is not None},
         },
-        "search": _greedy(context),
+        "search": _greedy(context, _cache_bytes(needed) if shares_cache(model) else None),
     }
 
 
-def _greedy(context: int) -> dict[str, Any]:
+def _greedy(context: int, token_bytes: int | None) -> dict[str, Any]:
+    """Options that a request may set otherwise; `token_bytes` of a cache that is updated in place.
+
+    Such a cache is one buffer, made for all of `max_length`: by default no more than SHARED_BYTES.
+    """
+    shared = token_bytes is not None
+    length = min(context, SHARED_BYTES // token_bytes) if token_bytes else context
     return {
         "do_sample": False,
         "early_stopping": True,
-        "max_length": context,
+        "max_length": length,
         "min_length": 0,
         "num_beams": 1,
         "num_return_sequences": 1,
-        # A shared buffer is allocated for max_length at once, 0.4 GB for SmolLM2's 8192 tokens,
-        # and is right only where every attention node takes its length from the mask.
-        "past_present_share_buffer": False,
+        "past_present_share_buffer": shared,
         "repetition_penalty": 1.0,
         "temperature": 1.0,
         "top_k": 1,
@@ -156,18 +167,21 @@ def _vocabulary(outputs: Mapping[str, _Shape], config: Mapping[str, Any]) -> int
     return width if isinstance(width, int) else int(config["vocab_size"])
 
 
-def _interface(graph: Path) -> tuple[dict[str, _Shape], dict[str, _Shape]]:
-    """Inputs and outputs by name with their shapes; weights stay on disk."""
+def _model(graph: Path) -> Any:
+    """The graph; weights stay on disk."""
     import onnx_ir
 
     try:
-        model = onnx_ir.load(graph)
+        return onnx_ir.load(graph)
     except Exception as error:  # protobuf's and onnx_ir's errors share no narrower base
         raise MachineError(str(graph), f"cannot be read back ({error})") from error
 
-    def shapes(values: Sequence[onnx_ir.Value]) -> dict[str, _Shape]:
-        return {value.name or "": tuple(value.shape or ()) for value in values}
 
-    # Slots for adapters are inputs with a default: adapter files name them, no configuration does.
-    needed = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
-    return shapes(needed), shapes(model.graph.outputs)
+def _shapes(values: Sequence[Any]) -> dict[str, _Shape]:
+    return {value.name or "": tuple(value.shape or ()) for value in values}
+
+
+def _cache_bytes(inputs: Sequence[Any]) -> int:
+    """Bytes that the cache has for each token of a row."""
+    past = [value for value in inputs if str(value.name).startswith(_PAST)]
+    return sum(int(v.shape[1]) * int(v.shape[3]) * int(v.dtype.itemsize) for v in past)

@@ -12,9 +12,11 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from adaptrix_export.package import write_package
+from adaptrix_export.package import genai, write_package
 from adaptrix_export.package.content import DTYPES
+from adaptrix_export.package.genai import genai_config
 from adaptrix_export.passes.wire_context import WireContext
+from adaptrix_export.runtime.layout import located
 from adaptrix_export.runtime.session import Session
 from adaptrix_export.runtime.tokenizer import TextTokenizer
 from adaptrix_export.targets.artifact import Artifact
@@ -139,6 +141,45 @@ def test_genai_config_says_what_the_graph_and_the_configs_say(tmp_path):
     assert (decoder["head_size"], decoder["hidden_size"]) == (16, 64)
     assert decoder["inputs"]["position_ids"] == "position_ids"
     assert not config["search"]["do_sample"]
+    assert config["search"]["past_present_share_buffer"] and config["search"]["max_length"] == 256
+
+
+def test_a_buffer_of_the_cache_has_a_limit_and_only_where_it_is_updated_in_place(
+    tmp_path, monkeypatch
+):
+    artifact, _ = packaged("llama", tmp_path)
+    graph = located(artifact.folder, "model.onnx")
+    files = [read(artifact.folder / name) for name in ("config.json", "generation_config.json")]
+    layers, heads, size = (
+        genai_config(artifact.folder, graph, *files)["model"]["decoder"][key]
+        for key in ("num_hidden_layers", "num_key_value_heads", "head_size")
+    )
+    monkeypatch.setattr(genai, "SHARED_BYTES", 100 * 2 * layers * heads * size * 4 + 1)
+    assert genai_config(artifact.folder, graph, *files)["search"]["max_length"] == 100
+    monkeypatch.setattr(genai, "shares_cache", lambda model: False)
+    search = genai_config(artifact.folder, graph, *files)["search"]
+    assert not search["past_present_share_buffer"] and search["max_length"] == 256
+
+
+def test_onnxruntime_genai_gives_rows_of_a_padded_batch_what_it_gives_each_alone(tmp_path):
+    """One buffer for past and present, rows of several lengths: the tokens of our runtime."""
+    og = pytest.importorskip("onnxruntime_genai")
+    artifact, _ = packaged("llama", tmp_path)
+    session, model = Session(artifact.folder), og.Model(str(artifact.folder))
+    rows = [[5, 6, 7, 8, 9, 11, 13], [17, 18], [40, 41, 42, 43]]
+    width = max(map(len, rows))
+    options = og.GeneratorParams(model)
+    options.set_search_options(max_length=width + 16, batch_size=len(rows))
+    generator = og.Generator(model, options)
+    pad = read(artifact.folder / "genai_config.json")["model"]["pad_token_id"]
+    right = [row + [pad] * (width - len(row)) for row in rows]  # the side that genai pads on
+    generator.append_tokens(np.array(right, dtype=np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    for place, row in enumerate(rows):
+        theirs = generator.get_sequence(place).tolist()[width:]
+        ours = session.generate_ids(row, 16)
+        assert theirs[: len(ours)] == ours and len(ours) > 1
 
 
 @pytest.mark.real
