@@ -137,7 +137,7 @@ _NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "Failed to allocate mem
 # What only the compiler imports, by the name of its module: an installation that just runs
 # artifacts is without it.
 _COMPILER = (
-    "accelerate filelock gguf huggingface_hub ml_dtypes mobius onnx onnx_ir onnxscript optimum "
+    "accelerate filelock gguf huggingface_hub ml_dtypes mobius onnx onnx_ir onnxscript "
     "peft pydantic regex safetensors threadpoolctl torch transformers yaml"
 ).split()
 

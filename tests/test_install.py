@@ -53,7 +53,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
     base = save_base_with_tokenizer("llama", tmp_path / "base")
     monkeypatch.setitem(sys.modules, "peft", None)
     assert CliRunner().invoke(main, ["inspect", str(base)]).exit_code == 0  # headers need no peft
-    monkeypatch.setitem(sys.modules, "optimum.utils", None)
-    told = CliRunner().invoke(main, ["inspect", str(base)])
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    told = CliRunner().invoke(main, ["inspect", "hf:someone/something"])
     assert told.exit_code == 3
     assert "pip install 'adaptrix-export[cpu]'" in told.stderr

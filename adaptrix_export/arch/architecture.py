@@ -1,14 +1,13 @@
 """The architecture of a base model: stacks of layers, sizes, and how weights are stored.
 
-Sizes come from the model's config, through optimum's `NormalizedConfigManager` if it knows the
-type; stacks come from the tensor names; the rest (Conv1D weights, names of embedding and head) is
-in `families.py`.
+Sizes come from the model's config, whose names for them differ by type; stacks come from the tensor
+names; the rest (Conv1D weights, names of embedding and head) is in `families.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adaptrix_export.arch.families import LIVE, Family, family_of
@@ -94,7 +93,7 @@ def detect(
     if skeleton is not None:
         return _of_skeleton(model_type, stacks, skeleton)
     text = config.get("text_config") or config
-    sizes = _sizes(model_type, text)
+    sizes = size_fields(text)
     for key in ("hidden_size", "num_attention_heads", "vocab_size"):
         value = getattr(sizes, key)
         if not isinstance(value, int):
@@ -116,7 +115,7 @@ def detect(
 
 def _of_skeleton(model_type: str, stacks: tuple[Stack, ...], skeleton: Skeleton) -> Architecture:
     """Sizes that the model does not have, such as a vocabulary, are 0."""
-    sizes = _size_fields(skeleton.text)
+    sizes = size_fields(skeleton.text)
     heads = _number(sizes.num_attention_heads)
     family = Family(
         prefix=skeleton.prefix,
@@ -154,7 +153,7 @@ def _stacks(names: Iterable[str]) -> tuple[Stack, ...]:
     return tuple(sorted(whole, key=lambda s: (-s.count, s.prefix)))
 
 
-# Config names that differ by family, where NormalizedConfigManager does not know the type.
+# What configs call a size, by type. A test compares with the table of optimum.
 _SPELLINGS = {
     "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
     "num_attention_heads": (
@@ -178,7 +177,7 @@ _SPELLINGS = {
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """Sizes as the config has them: unchecked values, None where it has none."""
 
     hidden_size: Any
@@ -188,33 +187,11 @@ class _Sizes:
     max_position_embeddings: Any
 
 
-def _sizes(model_type: str, config: Mapping[str, Any]) -> _Sizes:
-    from optimum.utils import NormalizedConfigManager
-
-    sizes = _size_fields(config)
-    try:
-        known = NormalizedConfigManager.get_normalized_config_class(model_type)(_Attributes(config))
-    except KeyError:
-        return sizes
-    for key in _SPELLINGS:
-        try:
-            sizes = replace(sizes, **{key: getattr(known, key)})
-        except (AttributeError, NotImplementedError):
-            continue  # optimum does not know this size of the type: keep the config's own
-    return sizes
-
-
-def _size_fields(config: Mapping[str, Any]) -> _Sizes:
-    return _Sizes(
+def size_fields(config: Mapping[str, Any]) -> Sizes:
+    """The sizes of a config.json, whatever it calls them."""
+    return Sizes(
         **{
             key: next((config[s] for s in spellings if config.get(s) is not None), None)
             for key, spellings in _SPELLINGS.items()
         }
     )
-
-
-class _Attributes:
-    """A config.json mapping read by attribute, as optimum expects of a config object."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.__dict__.update(values)

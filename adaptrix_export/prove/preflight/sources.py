@@ -13,7 +13,7 @@ from adaptrix_export import __version__
 ROOT = Path(__file__).parents[2]
 LIBRARIES = (
     "accelerate", "ml_dtypes", "mobius-onnx", "numpy", "onnx", "onnx-ir", "onnx-shape-inference",
-    "onnxruntime", "onnxruntime-gpu", "onnxscript", "optimum", "peft", "safetensors", "sympy",
+    "onnxruntime", "onnxruntime-gpu", "onnxscript", "peft", "safetensors", "sympy",
     "torch", "transformers",
 )  # fmt: skip
 
