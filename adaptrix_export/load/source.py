@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from adaptrix_export.errors import SourceError, did_you_mean
+from adaptrix_export.load.files.links import check_links
 
 FORMS = "a folder, a .gguf file, hf:org/name@revision or package:NAME/FILE"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -46,6 +47,8 @@ def resolve(spec: str) -> Source:
     if not path.exists():
         raise SourceError(spec, "nothing there", FORMS, _nearest(path))
     if path.is_dir():
+        if not spec.startswith("package:"):  # whose links are the installer's
+            check_links(spec, path)
         return Source(spec, path)
     if path.suffix == ".gguf":
         return Source(spec, path.parent, path.name)
@@ -150,4 +153,6 @@ def _from_hub(spec: str) -> Source:
     path = Path(folder, *PurePosixPath(hub.inside).parts)
     if not path.exists():
         raise SourceError(spec, f"no {hub.inside} in {hub.repo}", "a folder or .gguf of it")
+    if not file:
+        check_links(spec, path)
     return Source(spec, path.parent, path.name) if file else Source(spec, path)

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adaptrix_export.errors import SourceError, UnsupportedError
+from adaptrix_export.load.files.links import require_inside
 
 MODULES = "modules.json"
 SETTINGS = ("config_sentence_transformers.json", "sentence_*_config.json")
@@ -33,6 +34,7 @@ def copy_sentence_files(folder: Path, stage: Path) -> int:
     for place in _folders(listing):
         files += _files(folder / place)
     for path in files:
+        require_inside(folder.name, folder, path)
         target = stage / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)  # through links, as the hub's cache has them

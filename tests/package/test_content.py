@@ -61,12 +61,12 @@ def test_changed_config_keys_are_the_only_change(base, tmp_path):
 
 
 def test_links_of_a_hub_cache_are_followed(base, tmp_path):
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123abc"
     blobs.mkdir()
-    snapshot.mkdir()
+    snapshot.mkdir(parents=True)
     for path in (p for p in base.iterdir() if p.is_file()):
         (blobs / f"sha-{path.name}").write_bytes(path.read_bytes())
-        (snapshot / path.name).symlink_to(f"../blobs/sha-{path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/sha-{path.name}")
     write_package(artifact_in(tmp_path / "out", "safetensors"), plan_of(snapshot))
     copied = tmp_path / "out" / "tokenizer.json"
     assert not copied.is_symlink()
