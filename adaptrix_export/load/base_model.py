@@ -24,7 +24,7 @@ from adaptrix_export.errors import SourceError, UnsupportedError
 from adaptrix_export.load.adapters.adapter_config import adapter_config
 from adaptrix_export.load.adapters.folders import adapter_as_base
 from adaptrix_export.load.adapters.peft_keys import saved_by
-from adaptrix_export.load.config_fields import check_config, check_sizes
+from adaptrix_export.load.config_fields import check_config, check_counts, check_sizes
 from adaptrix_export.load.files.tensors import StoredTensor, read_json, read_safetensors
 from adaptrix_export.load.quantized.experts import stack_experts
 from adaptrix_export.load.quantized.quantized_base import dequantized
@@ -79,16 +79,17 @@ def _open_live(source: Source, config: Mapping[str, Any], task: str) -> Base:
     from adaptrix_export.arch.skeleton import skeleton_of
     from adaptrix_export.load.live_base import named_by_class, tied_by_class
 
+    files = weight_files(source)
+    stored = [tensor for path in files for tensor in read_safetensors(path).tensors]
+    _check_index(source, stored)
+    _check_merged(source, stored)
+    check_counts(source.spec, config, len(stored))
     skeleton = skeleton_of(source.spec, source.folder, config, task)
     if config.get("quantization_config"):
         raise UnsupportedError(
             f"{source.spec}: config.json", f"a quantized {skeleton.class_name}", "plain weights",
             "name the unquantized model as the base",
         )  # fmt: skip
-    files = weight_files(source)
-    stored = [tensor for path in files for tensor in read_safetensors(path).tensors]
-    _check_index(source, stored)
-    _check_merged(source, stored)
     named = named_by_class(source.spec, stored, skeleton)
     return Base(
         spec=source.spec,

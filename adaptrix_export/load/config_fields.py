@@ -23,6 +23,12 @@ from adaptrix_export.plan import Base
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_DEPTHS = (
+    *_LAYERS, "num_layers", "encoder_layers", "decoder_layers", "num_encoder_layers",
+    "num_decoder_layers", "depth", "num_blocks", "vision_layers",
+)  # fmt: skip
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_AT_MOST = 4096
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 CONFIG_FIELDS: dict[str, Kind] = {
     **dict.fromkeys((*_LAYERS, *_WIDTHS), SIZE),
@@ -61,6 +67,21 @@ def check_config(place: str, config: Mapping[str, Any]) -> None:
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
         check_fields(f"{place}: config.json: text_config", inner, CONFIG_FIELDS)
+
+
+def check_counts(place: str, config: Mapping[str, Any], tensors: int, depth: int = 2) -> None:
+    """Raise SourceError for more layers or experts than `tensors`, before a model of so many is
+    built without values: each has a tensor at least, but for experts that share one."""
+    for key, most in (*((k, tensors) for k in _DEPTHS), *((k, _EXPERTS_AT_MOST) for k in _EXPERTS)):
+        value = config.get(key)
+        if type(value) is int and not 0 <= value <= most:
+            raise SourceError(
+                f"{place}: config.json: {key}", str(value), f"at most {most}",
+                "config and weights belong to different models; fetch both again",
+            )  # fmt: skip
+    for inner in config.values() if depth else ():
+        if isinstance(inner, Mapping):
+            check_counts(place, inner, tensors, depth - 1)
 
 
 def check_sizes(base: Base) -> Base:

@@ -12,6 +12,7 @@ from adaptrix_export.load.adapters.folders import WEIGHTS_INDEX, nested_folder
 from adaptrix_export.load.adapters.gguf_adapter import open_gguf_adapter
 from adaptrix_export.load.adapters.mlx_adapter import WEIGHTS as MLX_WEIGHTS
 from adaptrix_export.load.adapters.mlx_adapter import open_mlx
+from adaptrix_export.load.adapters.patterns import limited_patterns
 from adaptrix_export.load.adapters.peft_adapter import PICKLED, WEIGHTS, open_peft
 from adaptrix_export.load.reading import DEFAULT, Reading
 from adaptrix_export.load.source import Source, resolve
@@ -51,6 +52,11 @@ def open_adapter(
     Raises SourceError for damage and for a folder of two formats, UnsupportedError for an
     unsupported kind, AdapterError for a tensor that belongs to no module.
     """
+    with limited_patterns():
+        return _open_adapter(spec, base, name, reading)
+
+
+def _open_adapter(spec: str, base: Base, name: str | None, reading: Reading) -> Adapter:
     source, nested = _adapter_source(resolve(spec))
     place = name or (Path(source.gguf_file).stem if source.gguf_file else "")
     place = place or source.folder.resolve().name

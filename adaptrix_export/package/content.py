@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptrix_export.arch.tasks import FEATURES
 from adaptrix_export.arch.tasks import GENERATION as GENERATES
+from adaptrix_export.load.files.tensors import read_json
 from adaptrix_export.load.tokenizer_files import PROCESSOR_FILES, TOKENIZER, TOKENIZER_CONFIG
 from adaptrix_export.package.browser import browser_config
 from adaptrix_export.package.genai import GRAPH, genai_config, token_ids
@@ -155,8 +156,7 @@ def _complete_tokenizer(folder: Path, stage: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return read_json(path)
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

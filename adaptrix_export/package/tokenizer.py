@@ -27,6 +27,7 @@ _SAVED_BY = (
     "processor_class", "tokenizer_class", "padding", "truncation", "padding_side",
 )  # fmt: skip
 MAX_BYTES = 256 << 20  # Gemma's tokenizer.json has 33 MB
+MAX_PARTS = 8_000_000  # and 3 million brackets and commas
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _facts(folder: Path) -> dict[str, Any]:
     if tokens is not None:
         facts["tokens"] = tokens
     if (folder / "tokenizer.json").is_file():
-        whole = read_json(folder / "tokenizer.json", MAX_BYTES)
+        whole = read_json(folder / "tokenizer.json", MAX_BYTES, MAX_PARTS)
         facts["added"] = sorted(
             (t.get("id"), t.get("content")) for t in whole.get("added_tokens") or ()
         )
@@ -127,7 +128,7 @@ def highest_token(folder: Path) -> int | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    whole = read_json(path, MAX_BYTES)
+    whole = read_json(path, MAX_BYTES, MAX_PARTS)
     vocabulary = (whole.get("model") or {}).get("vocab") or {}
     ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
     added = [token.get("id") for token in whole.get("added_tokens") or []]

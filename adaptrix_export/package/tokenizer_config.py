@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
+from adaptrix_export.load.files.fields import LIST, TEXT, TEXTS, Kind, check_fields
+from adaptrix_export.load.files.tensors import read_json
 from adaptrix_export.load.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -13,6 +14,9 @@ TEMPLATE_FILE = "chat_template.jinja"
 CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 # A decoder has no use for token_type_ids; optimum's generate() refuses them.
 DECODER_INPUTS = ["input_ids", "attention_mask"]
+_FIELDS: dict[str, Kind] = {
+    "chat_template": TEXT | LIST, "model_input_names": TEXTS, "tokenizer_class": TEXT,
+}  # fmt: skip
 
 
 def make_tokenizer_portable(folder: Path, decoder: bool) -> None:
@@ -20,7 +24,8 @@ def make_tokenizer_portable(folder: Path, decoder: bool) -> None:
     path = folder / TOKENIZER_CONFIG
     if not path.is_file():
         return
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
+    check_fields(TOKENIZER_CONFIG, config, _FIELDS)
     changed = dict(config)
     name = config.get("tokenizer_class")
     if name in CLASSES and (folder / TOKENIZER).is_file():

@@ -22,21 +22,22 @@ from adaptrix_export.load.files.fields import (
 )
 
 _PATHS = TEXT | TEXTS
+_FEW_PATHS = TEXT | list_of(TEXT, 1000)  # each is compared with every path of the model
 ADAPTER_FIELDS: dict[str, Kind] = {
     "alpha_pattern": map_of(NUMBER),
     "auto_mapping": OBJECT,
     "base_model_name_or_path": TEXT,
     "bias": TEXT,
-    "exclude_modules": _PATHS,
+    "exclude_modules": _FEW_PATHS,
     "fan_in_fan_out": FLAG,
     "inference_mode": FLAG,
     "layer_replication": LIST,
-    "layers_pattern": _PATHS,
+    "layers_pattern": _FEW_PATHS,
     "layers_to_transform": WHOLE | list_of(WHOLE),
     "lora_alpha": NUMBER,
     "lora_bias": FLAG,
     "lora_dropout": NUMBER,
-    "modules_to_save": _PATHS,
+    "modules_to_save": _FEW_PATHS,
     "peft_type": TEXT,
     "peft_version": TEXT,
     "r": SIZE_OR_ZERO,  # 0 in an OFT config that names the size of its blocks

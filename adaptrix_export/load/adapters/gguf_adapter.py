@@ -15,7 +15,12 @@ from adaptrix_export.load.adapters.peft_form import Factors, foreign_adapter
 from adaptrix_export.load.adapters.peft_keys import module_paths, one_site
 from adaptrix_export.load.files.gguf_header import GgufHeader, read_gguf
 from adaptrix_export.load.files.views import Transposed
-from adaptrix_export.load.quantized.gguf_base import ARCHITECTURES, DequantizedTensor, model_name
+from adaptrix_export.load.quantized.gguf_base import (
+    ARCHITECTURES,
+    DequantizedTensor,
+    check_gguf,
+    model_name,
+)
 from adaptrix_export.load.reading import Reading
 from adaptrix_export.load.source import Source
 from adaptrix_export.plan import Adapter, Base, LowRank
@@ -34,6 +39,7 @@ def open_gguf_adapter(source: Source, base: Base, place: str, reading: Reading) 
     assert source.gguf_file is not None
     path = source.folder / source.gguf_file
     header = read_gguf(path)
+    check_gguf(place, header.metadata)
     kind, alpha = _kind(place, header, base)
     factors: dict[str, dict[str, DequantizedTensor]] = {}
     modules = module_paths(base)

@@ -20,6 +20,7 @@ from adaptrix_export.load.adapters.folders import CONFIG, PICKLED, WEIGHTS, chec
 from adaptrix_export.load.adapters.new_embeddings import FILE as ROWS
 from adaptrix_export.load.adapters.new_embeddings import added_rows
 from adaptrix_export.load.adapters.parameters import RankAndScale, take_parameters
+from adaptrix_export.load.adapters.patterns import ends_with, search
 from adaptrix_export.load.adapters.peft_keys import PREFIX, read_keys, saved_by
 from adaptrix_export.load.adapters.stored_weights import OURS, stored_weights
 from adaptrix_export.load.adapters.tuned_adapter import open_tuned
@@ -41,8 +42,6 @@ from adaptrix_export.plan import (
 )
 
 __all__ = ["CONFIG", "OURS", "PICKLED", "WEIGHTS", "open_peft", "rank_and_scale"]
-LONGEST_PATTERN = 20_000  # characters; compiling takes some hundred bytes for each
-PATTERN_SECONDS = 1.0  # a rank_pattern key is a regex from a stranger
 
 # Fields of LoraConfig that the merge obeys, or that only matter while training.
 _OBEYED = {
@@ -389,17 +388,9 @@ def rank_and_scale(place: str, path: str, config: Mapping[str, Any]) -> tuple[in
 def _by_pattern(place: str, path: str, patterns: Any, default: Any) -> Any:
     """The value of the first pattern that matches `(.*\\.)?(pattern)$`, else the default."""
     for pattern, value in (patterns or {}).items():
-        if len(pattern) > LONGEST_PATTERN or "(?R" in pattern:
-            raise AdapterError(
-                f"{place}: {CONFIG}", f"a pattern of {len(pattern)} characters, or a recursive one",
-                f"at most {LONGEST_PATTERN}", "name the modules plainly",
-            )  # fmt: skip
-        try:
-            if regex.match(rf"(.*\.)?({pattern})$", path, timeout=PATTERN_SECONDS):
-                return value
-        except (regex.error, TimeoutError, RecursionError, OverflowError) as error:
-            raise AdapterError(
-                f"{place}: {CONFIG}", f"pattern {pattern!r} ({error or 'took too long'})",
-                "a regular expression", "name the modules plainly",
-            ) from error  # fmt: skip
+        matched = ends_with(pattern, path)
+        if matched is None:
+            matched = search(f"{place}: {CONFIG}", regex.match, r"(.*\.)?(%s)$", pattern, path)
+        if matched:
+            return value
     return default

@@ -12,8 +12,8 @@ from typing import Any
 
 import regex
 
-from adaptrix_export.errors import AdapterError
-from adaptrix_export.load.adapters.peft_adapter import CONFIG, LONGEST_PATTERN, PATTERN_SECONDS
+from adaptrix_export.load.adapters.folders import CONFIG
+from adaptrix_export.load.adapters.patterns import search
 from adaptrix_export.plan import Base
 
 ALL_LINEAR = "all-linear"
@@ -70,28 +70,14 @@ def _in_layers(config: Mapping[str, Any], path: str) -> bool:
 
 
 def _search(pattern: str, path: str) -> int | None:
-    match = _timed(regex.match, pattern, path)
+    match = search(CONFIG, regex.match, "%s", pattern, path)
     return int(match.group(1)) if match else None
 
 
 def _ends(path: str, names: Any) -> bool:
-    return any(path == name or path.endswith(f".{name}") for name in names)
+    words = path.split(".")
+    return any(".".join(words[start:]) in names for start in range(len(words)))
 
 
 def _matches(pattern: str, path: str, whole: bool) -> bool:
-    return bool(_timed(regex.fullmatch if whole else regex.match, pattern, path))
-
-
-def _timed(match: Any, pattern: str, path: str) -> Any:
-    if len(pattern) > LONGEST_PATTERN or "(?R" in pattern:  # seconds, and memory, to compile
-        raise AdapterError(
-            CONFIG, f"a pattern of {len(pattern)} characters, or a recursive one",
-            f"at most {LONGEST_PATTERN}", "name the modules plainly",
-        )  # fmt: skip
-    try:
-        return match(pattern, path, timeout=PATTERN_SECONDS)
-    except (regex.error, TimeoutError, RecursionError, OverflowError) as error:
-        raise AdapterError(
-            CONFIG, f"pattern {pattern!r} ({error or 'took too long'})", "a regular expression",
-            "name the modules plainly",
-        ) from error  # fmt: skip
+    return bool(search(CONFIG, regex.fullmatch if whole else regex.match, "%s", pattern, path))

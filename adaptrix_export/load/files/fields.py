@@ -15,6 +15,7 @@ from typing import Any
 from adaptrix_export.errors import SourceError
 
 LARGEST = 10**9  # of a size, a count or a token id
+MOST = 50_000  # entries of a list or an object; a LoRA on each of 6,144 experts names 37,000
 SHOWN = 60  # characters of a value in an error
 
 
@@ -33,17 +34,21 @@ def _is_number(value: Any) -> bool:
     return (type(value) is int and abs(value) < 2**63) or (type(value) is float and isfinite(value))
 
 
-def list_of(kind: Kind) -> Kind:
+def list_of(kind: Kind, most: int = MOST) -> Kind:
     return Kind(
-        f"a list of ({kind.words})",
-        lambda value: isinstance(value, list) and all(kind.fits(item) for item in value),
+        f"a list of ({kind.words}), at most {most}",
+        lambda value: isinstance(value, list) and len(value) <= most and all(map(kind.fits, value)),
     )
 
 
-def map_of(kind: Kind) -> Kind:
+def map_of(kind: Kind, most: int = MOST) -> Kind:
     return Kind(
-        f"an object of ({kind.words})",
-        lambda value: isinstance(value, Mapping) and all(kind.fits(v) for v in value.values()),
+        f"an object of ({kind.words}), at most {most}",
+        lambda value: (
+            isinstance(value, Mapping)
+            and len(value) <= most
+            and all(map(kind.fits, value.values()))
+        ),
     )
 
 
@@ -85,5 +90,7 @@ def check_fields(place: str, document: Mapping[str, Any], kinds: Mapping[str, Ki
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, (list, Mapping)) and len(value) > SHOWN:
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     text = json.dumps(value, default=str)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."

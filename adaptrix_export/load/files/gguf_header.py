@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptrix_export.errors import SourceError
+from adaptrix_export.load.files.regular import require_regular
 
 _SCALARS = {
     0: "B",
@@ -31,6 +32,10 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 MAX_DIMS = 4
+# The largest vocabularies have 262,144 tokens with as many scores and types, and twice the merges.
+MAX_ITEMS = 2_000_000  # of all arrays; readers of other libraries take microseconds for each
+MAX_ENTRIES = 200_000  # pairs and tensors
+MAX_STRING = 8 << 20  # bytes; a chat template has some thousands
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class GgufHeader:
 class _Reader:
     def __init__(self, data: mmap.mmap, place: str) -> None:
         self.data, self.at, self.place = data, 0, place
+        self.items = 0  # of arrays so far
 
     def fail(self, found: str, expected: str) -> SourceError:
         return SourceError(self.place, found, expected, "fetch the file again")
@@ -71,8 +77,16 @@ class _Reader:
             raise self.fail(f"a count of {n} at byte {self.at - 8}", "one that fits the file")
         return n
 
+    def entries(self, smallest: int) -> int:
+        n = self.count(smallest)
+        if n > MAX_ENTRIES:
+            raise self.fail(f"{n} pairs or tensors", f"at most {MAX_ENTRIES}")
+        return n
+
     def string(self) -> str:
         n = self.count(1)
+        if n > MAX_STRING:
+            raise self.fail(f"a text of {n} bytes at byte {self.at - 8}", f"at most {MAX_STRING}")
         raw = self.data[self.at : self.at + n]
         self.at += n
         return raw.decode("utf-8", errors="replace")
@@ -81,18 +95,29 @@ class _Reader:
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY and depth < 2:
-            item = self.take("I")
-            size = struct.calcsize(_SCALARS[item]) if item in _SCALARS else 8
-            return [self.value(item, depth + 1) for _ in range(self.count(size))]
+            return self.array(self.take("I"), depth)
         if kind in _SCALARS:
             return self.take(_SCALARS[kind])
         raise self.fail(f"value type {kind} at byte {self.at}", "a type of GGUF version 3")
 
+    def array(self, item: int, depth: int) -> list[Any]:
+        size = struct.calcsize("<" + _SCALARS[item]) if item in _SCALARS else 8
+        count = self.count(size)
+        self.items += count
+        if self.items > MAX_ITEMS:
+            raise self.fail(f"{self.items} values in arrays", f"at most {MAX_ITEMS}")
+        if item in _SCALARS:
+            form = f"<{count}{_SCALARS[item]}"
+            self.at += count * size
+            return list(struct.unpack_from(form, self.data, self.at - count * size))
+        return [self.value(item, depth + 1) for _ in range(count)]
+
 
 def read_gguf(path: Path) -> GgufHeader:
     """Metadata and tensor directory. Raises SourceError for an inconsistent or truncated file."""
-    if path.stat().st_size < 24:
-        raise SourceError(path.name, f"{path.stat().st_size} bytes", "a GGUF file")
+    size = require_regular(path)
+    if size < 24:
+        raise SourceError(path.name, f"{size} bytes", "a GGUF file")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         reader = _Reader(data, path.name)
         if data[:4] != b"GGUF":
@@ -101,14 +126,14 @@ def read_gguf(path: Path) -> GgufHeader:
         version = reader.take("I")
         if version not in (2, 3):
             raise reader.fail(f"GGUF version {version}", "2 or 3")
-        tensor_count, pair_count = reader.count(24), reader.count(12)
+        tensor_count, pair_count = reader.entries(24), reader.entries(12)
         metadata = {}
         for _ in range(pair_count):
             key = reader.string()
             metadata[key] = reader.value(reader.take("I"))
         entries = [_entry(reader) for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
+        if type(alignment) is not int or alignment < 1:
             raise reader.fail(f"alignment {alignment}", "a positive number")
         start = -(-reader.at // alignment) * alignment
         tensors = tuple(_placed(reader, e, start, len(data)) for e in entries)

@@ -17,6 +17,7 @@ from typing import Any
 from adaptrix_export.errors import SourceError, UnsupportedError
 
 MAX_PICKLE = 4 << 20  # bytes; a tensor takes about 200
+MAX_STEPS = 600_000  # instructions; a tensor takes about 25
 MAX_DIMS = 8
 STORAGES = {
     "torch DoubleStorage": "F64",
@@ -205,13 +206,17 @@ def describe_pickle(data: bytes, place: str) -> Any:
     """The value that `data` describes, tensors as `PickledTensor`.
 
     Raises UnsupportedError for an opcode or global that tensors in dicts do not need, SourceError
-    for a malformed program or one longer than MAX_PICKLE.
+    for a malformed program or one longer than MAX_PICKLE or MAX_STEPS.
     """
     if len(data) > MAX_PICKLE:
         raise SourceError(place, f"a pickle of {len(data)} bytes", f"at most {MAX_PICKLE}")
     machine = _Machine()
     try:
-        for operation, argument, _ in pickletools.genops(io.BytesIO(data)):
+        for step, (operation, argument, _) in enumerate(pickletools.genops(io.BytesIO(data))):
+            if step == MAX_STEPS:
+                raise SourceError(
+                    place, f"a pickle of more than {step} instructions", f"at most {MAX_STEPS}"
+                )
             if operation.name not in _STEPS:
                 raise _refused(place, f"a pickle with the instruction {operation.name}")
             if operation.name == "GLOBAL" and argument not in (*STORAGES, *_CALLS):

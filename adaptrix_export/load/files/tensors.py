@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -42,7 +43,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 FLOATS = ("F64", "F32", "F16", "BF16")  # what a delta can be added to
-MAX_HEADER = 100 << 20  # the library's own limit, in bytes
+MAX_HEADER = 32 << 20  # bytes; a LoRA on each of 6,144 experts has 6 MB
+# Brackets, braces and commas of a JSON text. Each may become an object of some 70 bytes; an index
+# has one for each tensor, a header eight.
+MOST_PARTS = 1_200_000
 MAX_DIMENSIONS = 64  # of PyTorch and numpy
 
 
@@ -119,7 +123,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
             raise SourceError(path.name, f"{size} bytes", "a whole safetensors file", damaged)
         header = file.read(length)
     try:
-        entries = json.loads(header, object_pairs_hook=_no_duplicates)
+        entries = json.loads(_few_parts(header, MOST_PARTS), object_pairs_hook=_no_duplicates)
         metadata = entries.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata that is no text")
@@ -133,11 +137,19 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     return SafetensorsFile(path, header, tuple(tensors), metadata)
 
 
+def _few_parts(text: bytes, most: int) -> bytes:
+    """The text itself. Raises ValueError for more values than a file of this kind has."""
+    parts = sum(map(text.count, (b"{", b"[", b",")))
+    if parts > most:
+        raise ValueError(f"{parts} values in lists and objects, more than {most}")
+    return text
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise ValueError(f"duplicate name {twice!r}")
     return document
 
@@ -174,13 +186,14 @@ def _check_bytes(path: Path, tensors: list[StoredTensor], start: int, size: int)
         )  # fmt: skip
 
 
-def read_json(path: Path, limit: int = 32 << 20) -> dict[str, Any]:
-    """A JSON object from a file of at most `limit` bytes; SourceError names what is wrong."""
+def read_json(path: Path, limit: int = 32 << 20, parts: int = MOST_PARTS) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit` bytes and `parts` values; SourceError names what
+    is wrong."""
     try:
         size = require_regular(path)
         if size > limit:
             raise SourceError(path.name, f"{size} bytes", f"at most {limit}")
-        value = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
+        value = json.loads(_few_parts(path.read_bytes(), parts), object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
         raise SourceError(
             str(path.parent.name), f"no {path.name}", "one", "check the folder"

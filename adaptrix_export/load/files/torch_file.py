@@ -15,11 +15,15 @@ from typing import Any
 
 from adaptrix_export.errors import SourceError, UnsupportedError
 from adaptrix_export.load.files.pickled import MAX_PICKLE, PickledTensor, describe_pickle
+from adaptrix_export.load.files.regular import require_regular
 from adaptrix_export.load.files.tensors import DTYPES, StoredTensor
 from adaptrix_export.load.files.views import Transposed
 from adaptrix_export.plan import Tensor
 
 MAX_MEMBERS = 100_000
+MAX_DIRECTORY = 8 << 20  # bytes; a member of torch.save takes about 80
+_END = struct.Struct("<12xI6x")  # end of the directory: its length
+_FAR = struct.Struct("<40xQ8x")  # the same of an archive beyond 4 GB
 _LOCAL = struct.Struct("<4s22xHH")  # magic, then the lengths of name and extra field
 _ENCRYPTED = 1
 _BAD_ZIP = (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError)
@@ -58,8 +62,9 @@ def read_torch_file(path: Path) -> Any:
 
 def check_archive(path: Path) -> dict[str, Member]:
     """Members by name. Raises SourceError for compressed, out-of-bounds or overlapping members."""
-    size = path.stat().st_size
+    size = require_regular(path)
     try:
+        _check_directory(path, size)
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
     except _BAD_ZIP as error:
@@ -79,6 +84,22 @@ def check_archive(path: Path) -> dict[str, Member]:
         members[info.filename] = Member(_start(path, info), info.file_size)
     _check_overlaps(path, members, size)
     return members
+
+
+def _check_directory(path: Path, size: int) -> None:
+    """Raise ValueError for a directory that is too long to be read into memory."""
+    with path.open("rb") as file:
+        file.seek(max(0, size - (1 << 16) - _END.size - _FAR.size))
+        tail = file.read()
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or len(tail) - at < _END.size:
+        return  # no archive, as zipfile will say
+    (length,) = _END.unpack_from(tail, at)
+    far = tail.rfind(b"PK\x06\x06", 0, at)
+    if length == 0xFFFFFFFF and far >= 0:
+        (length,) = _FAR.unpack_from(tail, far)
+    if length > MAX_DIRECTORY:
+        raise ValueError(f"a directory of {length} bytes, more than {MAX_DIRECTORY}")
 
 
 def _problem(info: zipfile.ZipInfo, size: int) -> str:

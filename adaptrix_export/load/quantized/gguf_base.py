@@ -6,6 +6,7 @@ llama.cpp renames the tensors and, for LLaMA, permutes the rows of q and k for i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,15 @@ import numpy as np
 
 from adaptrix_export.errors import SourceError, UnsupportedError
 from adaptrix_export.load.base_model import make_base
+from adaptrix_export.load.files.fields import (
+    COUNT,
+    NUMBER,
+    SIZE,
+    TEXT,
+    Kind,
+    check_fields,
+    list_of,
+)
 from adaptrix_export.load.files.gguf_header import GgufHeader, GgufTensor, read_gguf, stored_bytes
 from adaptrix_export.load.files.tensors import ByRows
 from adaptrix_export.plan import Array
@@ -110,6 +120,7 @@ def open_gguf(source: Source, file_name: str) -> Base:
     """Read the header of a GGUF base. Raises UnsupportedError for unsupported files."""
     path = source.folder / file_name
     header = read_gguf(path)
+    check_gguf(source.spec, header.metadata)
     kind = header.metadata.get("general.architecture")
     if kind not in ARCHITECTURES:
         raise UnsupportedError(
@@ -130,6 +141,15 @@ def open_gguf(source: Source, file_name: str) -> Base:
             heads = config[key]
         tensors[name] = DequantizedTensor(name, path, stored, heads)
     return make_base(source, (path,), config, tensors)
+
+
+def check_gguf(place: str, metadata: Mapping[str, Any]) -> None:
+    """Raise SourceError for a field of another type than llama.cpp's converter writes."""
+    check_fields(f"{place}: metadata", metadata, _FIELDS)
+    kind = metadata.get("general.architecture")
+    sizes = {f"{kind}.{key}": SIZE for key in (*_SIZES, *_MORE_SIZES)}
+    sizes |= {f"{kind}.{key}": NUMBER for key in _NUMBERS}
+    check_fields(f"{place}: metadata", metadata, {**sizes, f"{kind}.rope.scaling.type": TEXT})
 
 
 def model_name(spec: str, stored: str) -> tuple[str, str]:
@@ -193,3 +213,12 @@ _SIZES = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
 _IDS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+_MORE_SIZES = ("attention.head_count_kv", "attention.key_length")
+_NUMBERS = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
+_FIELDS: dict[str, Kind] = {
+    **dict.fromkeys(("general.architecture", "general.type", "adapter.type"), TEXT),
+    **{f"tokenizer.ggml.{key}_token_id": COUNT for key in _IDS.values()},
+    "adapter.lora.alpha": NUMBER,
+    "split.count": COUNT,
+    "tokenizer.ggml.tokens": list_of(TEXT, 2_000_000),
+}
