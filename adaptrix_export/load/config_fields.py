@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any
 
 from adaptrix_export.errors import SourceError
@@ -113,8 +114,20 @@ def _contradictions(base: Base) -> Iterator[tuple[str, Any, str]]:
     heads_key, heads = _first(config, _HEADS)
     if width is not None and heads is not None and not config.get("head_dim") and width % heads:
         yield heads_key, heads, f"a divisor of {width_key} {width}"
+    positions = config.get("max_position_embeddings")
+    size = config.get("head_dim") or (width // heads if width and heads else 0)
+    most = _most_positions(base, size)
+    if isinstance(positions, int) and positions > most:
+        yield "max_position_embeddings", positions, f"at most {most} for a model of this size"
     if str(config.get("model_type")) in _PLAIN and heads and width:
         yield from _projections(base, config, heads, width)
+
+
+def _most_positions(base: Base, head_size: int) -> int:
+    """A graph holds a table of sines for each position: in 32 bits, and not larger than the
+    weights, or than 100 MB."""
+    stored = sum(prod(tensor.shape) for tensor in base.tensors.values())
+    return max(25_000_000, stored) // max(1, head_size)
 
 
 def _projections(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import regex
@@ -20,17 +21,32 @@ LONGEST_PATTERN = 20_000  # characters; compiling takes some hundred bytes for e
 PATTERN_SECONDS = 1.0  # for one match
 SECONDS = 4.0  # for all of an adapter
 _PLAIN = regex.compile(r"[\w.]+")
-_remaining: ContextVar[list[float]] = ContextVar("adaptrix_pattern_seconds")
+KEPT = 64  # patterns that stay compiled: one of 50 characters can take a megabyte
+
+
+@dataclass
+class _Budget:
+    seconds: float
+    patterns: set[str] = field(default_factory=set)
+
+    def compile_another(self, pattern: str) -> None:
+        if pattern not in self.patterns and len(self.patterns) == KEPT:
+            regex.purge()
+            self.patterns.clear()
+        self.patterns.add(pattern)
+
+
+_budget: ContextVar[_Budget] = ContextVar("adaptrix_patterns")
 
 
 @contextmanager
 def limited_patterns() -> Iterator[None]:
     """All matches in the block take SECONDS together, or AdapterError is raised."""
-    token = _remaining.set([SECONDS])
+    token = _budget.set(_Budget(SECONDS))
     try:
         yield
     finally:
-        _remaining.reset(token)
+        _budget.reset(token)
 
 
 def search(place: str, form: Callable[..., Any], template: str, pattern: str, path: str) -> Any:
@@ -43,12 +59,13 @@ def search(place: str, form: Callable[..., Any], template: str, pattern: str, pa
             place, f"a pattern of {len(pattern)} characters, or a recursive one",
             f"at most {LONGEST_PATTERN}", "name the modules plainly",
         )  # fmt: skip
-    budget = _remaining.get([PATTERN_SECONDS])
+    budget = _budget.get(_Budget(PATTERN_SECONDS))
     start = time.monotonic()
     try:
-        if budget[0] <= 0:
+        budget.compile_another(pattern)
+        if budget.seconds <= 0:
             raise TimeoutError("the patterns of this adapter take too long")
-        limit = max(0.01, min(PATTERN_SECONDS, budget[0]))
+        limit = max(0.01, min(PATTERN_SECONDS, budget.seconds))
         return form(template % pattern, path, timeout=limit)
     except (regex.error, TimeoutError, RecursionError, OverflowError) as error:
         raise AdapterError(
@@ -56,7 +73,7 @@ def search(place: str, form: Callable[..., Any], template: str, pattern: str, pa
             "a regular expression", "name the modules plainly",
         ) from error  # fmt: skip
     finally:
-        budget[0] -= time.monotonic() - start
+        budget.seconds -= time.monotonic() - start
 
 
 def ends_with(pattern: str, path: str) -> bool | None:

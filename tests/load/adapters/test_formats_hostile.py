@@ -79,13 +79,13 @@ def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path, bomb):
 
 
 def test_a_pickle_that_names_one_dict_a_million_times_ends(tmp_path):
-    """Walked naively, 300 000 names of a dict of 300 000 keys are 9e10 steps."""
-    keys = [b"J" + struct.pack("<i", i) for i in range(150_000)]
+    """Walked naively, 140 000 names of a dict of 140 000 keys are 2e10 steps."""
+    keys = [b"J" + struct.pack("<i", i) for i in range(140_000)]
     inner = b"}q\x00(" + b"N".join(keys) + b"Nu"
     data = PROTO + b"}(J\xff\xff\xff\xff" + inner + b"h\x00".join([b"", *keys])[2:] + b"h\x00u."
     start = time.process_time()
     found = read_torch_file(archive(tmp_path / "a.pt", {"x/data.pkl": data}))
-    assert len(found) == 150_001 and all(value is found[-1] for value in found.values())
+    assert len(found) == 140_001 and all(value is found[-1] for value in found.values())
     assert time.process_time() - start < 20
 
 
