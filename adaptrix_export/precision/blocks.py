@@ -29,11 +29,13 @@ GRID = tuple(np.linspace(0.64, 1.0, 10).tolist())
 
 @dataclass(frozen=True)
 class Spec:
-    """How a matrix is stored. `symmetric`: the zero point is the middle code everywhere."""
+    """How a matrix is stored. `symmetric`: the zero point is the middle code everywhere; `shifted`:
+    a float is added to all values of a block."""
 
     bits: int = 4
     block: int = 32
     symmetric: bool = True
+    shifted: bool = False
 
     @property
     def top(self) -> int:
@@ -48,28 +50,29 @@ class Spec:
         return -(-columns // self.block)
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """Bytes of codes, fp16 scales and zero points."""
+        """Bytes of codes, fp16 scales, zero points and float32 shifts."""
         blocks = self.blocks(columns)
         zeros = 0 if self.symmetric else rows * -(-blocks * self.bits // 8)
-        return rows * blocks * (self.block * self.bits // 8 + 2) + zeros
+        return rows * blocks * (self.block * self.bits // 8 + (6 if self.shifted else 2)) + zeros
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A quantized matrix: `codes` (n, k), `scales` fp16 and `zeros` (n, blocks); `zeros` is None
-    where `spec` is symmetric."""
+    """A quantized matrix: `codes` (n, k), `scales` fp16, `zeros` and `shifts` float32 (n, blocks);
+    `zeros` is None where `spec` is symmetric, `shifts` where it is not shifted."""
 
     spec: Spec
     codes: Codes
     scales: NDArray[np.float16]
     zeros: Codes | None = None
+    shifts: Float | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         return (self.codes.shape[0], self.codes.shape[1])
 
     def dequantized(self) -> Float:
-        """The values, exact in float32."""
+        """The values: exact in float32, but for the sum with a shift."""
         columns = self.codes.shape[1]
         signed = self.codes.astype(np.float32)
         if self.zeros is None:
@@ -77,12 +80,14 @@ class Blocks:
         else:
             signed -= _spread(self.zeros, self.spec.block, columns)
         signed *= _spread(self.scales.astype(np.float32), self.spec.block, columns)
+        if self.shifts is not None:
+            signed += _spread(self.shifts, self.spec.block, columns)
         return signed
 
     def digest(self) -> str:
         """sha256 of codes, scales and zero points, however they are packed."""
         digest = sha256(f"{self.spec.bits} {self.spec.block} {self.shape}".encode())
-        for part in (self.codes, self.scales, self.zeros):
+        for part in (self.codes, self.scales, self.zeros, self.shifts):
             digest.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()
 
@@ -92,11 +97,13 @@ def stacked(parts: list[Blocks]) -> Blocks:
     if len(parts) == 1:
         return parts[0]
     zeros = [part.zeros for part in parts if part.zeros is not None]
+    shifts = [part.shifts for part in parts if part.shifts is not None]
     return Blocks(
         parts[0].spec,
         np.concatenate([part.codes for part in parts]),
         np.concatenate([part.scales for part in parts]),
         np.concatenate(zeros) if zeros else None,
+        np.concatenate(shifts) if shifts else None,
     )
 
 

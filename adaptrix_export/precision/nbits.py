@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from adaptrix_export.graph.expression import Expression
@@ -56,6 +57,7 @@ class Stored:
     codes: ir.TensorProtocol
     scales: ir.TensorProtocol
     zeros: ir.TensorProtocol | None
+    shifts: ir.TensorProtocol | None = None  # (blocks, n)
 
 
 def weights_of(graph: Graph, known: Callable[[str], bool]) -> tuple[list[Weight], dict[str, str]]:
@@ -168,6 +170,8 @@ def put_blocks(model: ir.Model, weight: Weight, spec: Spec, stored: Stored) -> i
                 domain=DOMAIN,
             )  # fmt: skip
         _put(model, node, made)
+        if stored.shifts is not None:
+            _add_shifts(model, made, weight, spec, stored.shifts)
     for chain in {id(n): n for reader in weight.readers for n in reader.chain}.values():
         graph.remove(chain, safe=True)
     if not any(value is codes for node in graph for value in node.inputs):
@@ -179,6 +183,48 @@ def put_blocks(model: ir.Model, weight: Weight, spec: Spec, stored: Stored) -> i
     del graph.initializers[weight.name]
     model.opset_imports.setdefault(DOMAIN, 1)
     return len(weight.readers)
+
+
+def _add_shifts(
+    model: ir.Model, made: ir.Node, weight: Weight, spec: Spec, shifts: ir.TensorProtocol
+) -> None:
+    """Add to a product what the blocks' shifts give: the sums of its inputs by block, times them.
+
+    Products that read one value share its sums.
+    """
+    graph, inputs, output = model.graph, made.inputs[0], made.outputs[0]
+    assert inputs is not None
+    name = f"{weight.name}.shifts"
+    values = graph.initializers.get(name) or _initializer(model, name, shifts)
+    members = _members(model, weight.shape[1], spec.block)
+    sums = next((n for n, i in inputs.uses() if i == 0 and n.inputs[-1] is members), None)
+    nodes = []
+    if sums is None:
+        sums = ir.node("MatMul", [inputs, members], name=f"{made.name}.block_sums")
+        sums.outputs[0].name, sums.outputs[0].type = sums.name, output.type
+        producer = inputs.producer()
+        if producer is None:
+            graph.insert_before(graph[0], [sums])
+        else:
+            graph.insert_after(producer, [sums])
+    shift = ir.node("MatMul", [sums.outputs[0], values], name=f"{made.name}.shift")
+    shift.outputs[0].name, shift.outputs[0].type = shift.name, output.type
+    total = ir.node("Add", [output, shift.outputs[0]], name=f"{made.name}.shifted")
+    total.outputs[0].shape, total.outputs[0].type = output.shape, output.type
+    nodes += [shift, total]
+    output.replace_all_uses_with(total.outputs[0], replace_graph_outputs=True)
+    total.replace_input_with(0, output)
+    total.outputs[0].name, output.name = output.name, f"{output.name}.codes"
+    graph.insert_after(made, nodes)
+
+
+def _members(model: ir.Model, columns: int, block: int) -> ir.Value:
+    """(columns, blocks): 1 where a column belongs to a block."""
+    name = f"block_members.{columns}.{block}"
+    if name not in model.graph.initializers:
+        own = np.repeat(np.eye(-(-columns // block), dtype=np.float32), block, axis=0)[:columns]
+        _initializer(model, name, ir.tensor(own))
+    return model.graph.initializers[name]
 
 
 def _put(model: ir.Model, node: ir.Node, made: ir.Node) -> None:

@@ -21,7 +21,8 @@ from adaptrix_export.plan import Array, Plan
 from adaptrix_export.precision.blocks import Blocks, Spec, nearest, stacked
 from adaptrix_export.precision.nbits import Stored, Weight, put_blocks, weights_of
 from adaptrix_export.precision.packing import packed_codes, packed_zeros
-from adaptrix_export.precision.settings import Quantization
+from adaptrix_export.precision.settings import LOSSLESS, Quantization
+from adaptrix_export.precision.stored import stored_spec
 from adaptrix_export.progress import Progress
 
 Read = Callable[[Expression], Array]
@@ -60,15 +61,18 @@ class PieceStore:
     def put(self, key: str, blocks: Blocks, method: str) -> None:
         path = self._folder / f"piece-{len(self._files)}.npz"
         parts: dict[str, Any] = {"codes": blocks.codes, "scales": blocks.scales}
-        if blocks.zeros is not None:
-            parts["zeros"] = blocks.zeros
+        parts |= {
+            name: values
+            for name, values in (("zeros", blocks.zeros), ("shifts", blocks.shifts))
+            if values is not None
+        }
         np.savez(path, **parts)
         self._files[key], self._specs[key], self.methods[key] = path, blocks.spec, method
 
     def get(self, key: str) -> Blocks:
         with np.load(self._files[key], allow_pickle=False) as parts:
-            zeros = parts.get("zeros")
-            return Blocks(self._specs[key], parts["codes"], parts["scales"], zeros)
+            zeros, shifts = parts.get("zeros"), parts.get("shifts")
+            return Blocks(self._specs[key], parts["codes"], parts["scales"], zeros, shifts)
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,8 @@ def _spec(plan: Plan, weight: Weight, settings: Quantization) -> Spec | str:
     modules = {piece.module for piece in weight.expression.stacked()}
     if any(map(settings.keeps_float, modules)):
         return "as asked for"
+    if settings.method == LOSSLESS:
+        return stored_spec(plan, weight)
     embedding = plan.base.architecture.family.embedding
     if modules & {embedding, "lm_head"}:
         if settings.embedding is None:
@@ -228,6 +234,8 @@ def _stored(
             blocks.scales.shape,
         ),
         None if zeros is None else ir.tensor(zeros),
+        # (blocks, n), as a product reads it
+        None if blocks.shifts is None else ir.tensor(np.ascontiguousarray(blocks.shifts.T)),
     )
     entry = {
         "expression": one.weight.expression.as_json(),
@@ -235,6 +243,7 @@ def _stored(
         "bits": spec.bits,
         "block": spec.block,
         "symmetric": spec.symmetric,
+        "shifted": spec.shifted,
         "methods": [store.methods[key] for key in keys],
         "sha256": blocks.digest(),
         "bytes": spec.nbytes(*one.weight.shape),

@@ -11,7 +11,7 @@ from adaptrix_export.precision.blocks import Spec
 if TYPE_CHECKING:
     from adaptrix_export.measure.calibration import Calibration
 
-GPTQ, RTN = "gptq", "rtn"
+GPTQ, RTN, LOSSLESS = "gptq", "rtn", "lossless"
 LEAST_BLOCK = 16
 MAX_KL = 0.15  # nats a token to the float model, above which nothing is published
 MIN_COSINE = 0.98  # of an encoder's answers with the float model's, likewise
@@ -21,9 +21,9 @@ MIN_COSINE = 0.98  # of an encoder's answers with the float model's, likewise
 class Quantization:
     """The options of a quantized artifact.
 
-    `method`: gptq, with calibration text, or rtn, without. `overrides`: pattern of a module's path
-    -> bits; the first that matches counts. `embedding`: bits of the embedding and the head, None
-    for float. `keep`: patterns of modules that stay float.
+    `method`: gptq, with calibration text, rtn, without, or lossless, the base's own codes.
+    `overrides`: pattern of a module's path -> bits; the first that matches counts. `embedding`:
+    bits of the embedding and the head, None for float. `keep`: patterns of modules that stay float.
     """
 
     precision: str

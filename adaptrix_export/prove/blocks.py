@@ -21,6 +21,7 @@ from adaptrix_export.targets.stored import StoredTensors
 
 NEAREST = 0.5 + 1e-4  # of a step: the quotient was taken in float32
 LEAST_COSINE = 0.8  # of a row with the live one; 4 bits leave .98 and more
+SUM_ROUNDING = 2.0**-22  # of the largest value: a code's value and its shift are added in float32
 LISTED = 10
 Live = Callable[[str], tuple[NDArray[np.float64], bool]]
 
@@ -34,15 +35,18 @@ class Read:
     zeros: NDArray[np.uint8] | None
     bits: int
     block: int
+    shifts: NDArray[np.float32] | None = None  # (n, blocks), added to all values of a block
 
     def values(self) -> NDArray[np.float32]:
         columns = self.codes.shape[1]
         values: NDArray[np.float32] = self.codes.astype(np.float32)
-        values -= self.shifts(columns)
+        values -= self.zero_points(columns)
         values *= np.repeat(self.scales.astype(np.float32), self.block, axis=1)[:, :columns]
+        if self.shifts is not None:
+            values += np.repeat(self.shifts, self.block, axis=1)[:, :columns]
         return values
 
-    def shifts(self, columns: int) -> Any:
+    def zero_points(self, columns: int) -> Any:
         if self.zeros is None:
             return np.float32(2 ** (self.bits - 1))
         return np.repeat(self.zeros.astype(np.float32), self.block, axis=1)[:, :columns]
@@ -50,7 +54,7 @@ class Read:
     def sha256(self) -> str:
         digest = hashlib.sha256(f"{self.bits} {self.block} {self.codes.shape}".encode())
         scales = self.scales.astype(np.float16)
-        for part in (self.codes, scales, self.zeros):
+        for part in (self.codes, scales, self.zeros, self.shifts):
             digest.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()
 
@@ -76,7 +80,13 @@ def read_blocks(stored: StoredTensors, name: str, entry: Mapping[str, Any]) -> R
         if f"{name}.zeros" not in stored:
             return "no zero points"
         zeros = _codes(stored.read(f"{name}.zeros").reshape(rows, -1), bits)[:, :count]
-    return Read(_codes(packed.reshape(rows, size), bits)[:, :columns], scales, zeros, bits, block)
+    shifts = None
+    if entry.get("shifted"):
+        shifts = np.array(stored.read(f"{name}.shifts")).T if f"{name}.shifts" in stored else None
+        if shifts is None or shifts.shape != (rows, count) or shifts.dtype != np.float32:
+            return "no shifts of its blocks"
+    plain = _codes(packed.reshape(rows, size), bits)[:, :columns]
+    return Read(plain, scales, zeros, bits, block, shifts)
 
 
 def _codes(packed: NDArray[Any], bits: int) -> NDArray[np.uint8]:
@@ -134,6 +144,11 @@ def _wrong(
         return "not the codes and scales that were chosen"
     if not cosine >= LEAST_COSINE:
         return f"a row that has a cosine of {cosine:.2f} with the live one"
+    if set(entry["methods"]) == {"lossless"}:
+        errors = np.abs(read.values() - live_weight)
+        count = int((errors > SUM_ROUNDING * np.abs(live_weight).max(initial=0.0)).sum())
+        if count:
+            return f"{count} values that are not the base's"
     if set(entry["methods"]) == {"rtn"}:
         off = _off_nearest(read, live_weight)
         if off:
@@ -152,7 +167,7 @@ def _off_nearest(read: Read, live_weight: NDArray[np.float64]) -> int:
             None if read.zeros is None else read.zeros[rows], read.bits, read.block,
         )  # fmt: skip
         steps = np.repeat(part.scales.astype(np.float64), read.block, axis=1)[:, :columns]
-        exact = np.clip(live_weight[rows] / steps + part.shifts(columns), 0, top)
+        exact = np.clip(live_weight[rows] / steps + part.zero_points(columns), 0, top)
         count += int((np.abs(exact - part.codes) > NEAREST).sum())
     return count
 

@@ -19,7 +19,8 @@ class Quantize(Section):
     method: Method = Field(
         default=Method.AUTO,
         description="gptq: codes chosen under the second moments of each layer's inputs on "
-        "calibration text; rtn: rounded to nearest, without any text; auto: gptq for int4, rtn for "
+        "calibration text; rtn: rounded to nearest, without any text; lossless: a GGUF base in "
+        "Q4_0, Q4_1 or Q8_0 keeps its codes, for onnx-switchable; auto: gptq for int4, rtn for "
         "int8.",
     )
     block: Literal[16, 32, 64, 128, 256] = Field(

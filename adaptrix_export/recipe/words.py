@@ -99,6 +99,7 @@ class Method(Word):
     AUTO = "auto"
     GPTQ = "gptq"
     RTN = "rtn"
+    LOSSLESS = "lossless"
 
 
 class Scales(Word):

@@ -26,6 +26,12 @@ from adaptrix_export.load.files.fields import (
 )
 from adaptrix_export.load.files.gguf_header import GgufHeader, GgufTensor, read_gguf, stored_bytes
 from adaptrix_export.load.files.tensors import ByRows
+from adaptrix_export.load.quantized.gguf_blocks import (
+    FORMATS,
+    GgufFormat,
+    StoredBlocks,
+    blocks_of,
+)
 from adaptrix_export.plan import Array
 
 if TYPE_CHECKING:
@@ -92,10 +98,30 @@ class DequantizedTensor(ByRows):
         first = int(order.min())
         return self._stored_rows(first, int(order.max()) + 1)[order - first]
 
+    @property
+    def format(self) -> GgufFormat | None:
+        """How its codes are stored; None for formats that no operator reads as they are."""
+        return FORMATS.get(self.stored.ggml_type) if len(self.shape) == 2 else None
+
+    def blocks(self) -> StoredBlocks:
+        """All rows as they are stored, in the model's order; it must have a `format`."""
+        assert self.format is not None, self.name
+        raw = self._bytes(0, self.shape[0])
+        if self.heads:
+            raw = raw[_row_order(self.shape[0], self.heads)]
+        return blocks_of(raw, self.format)
+
     def _stored_rows(self, start: int, stop: int) -> Array:
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
+        raw = self._bytes(start, stop)
+        kind = GGMLQuantizationType(self.stored.ggml_type)
+        values = dequantize(raw, kind).astype(np.float32, copy=False)
+        result: Array = values.reshape(stop - start, *self.shape[1:])
+        return result
+
+    def _bytes(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         row = stored_bytes(self.path.name, self.stored) // self.shape[0]
         raw = np.fromfile(
             self.path, np.uint8, (stop - start) * row, offset=self.stored.offset + start * row
@@ -104,10 +130,7 @@ class DequantizedTensor(ByRows):
             raise SourceError(
                 f"{self.path.name}: {self.name}", f"{raw.size} bytes", f"{(stop - start) * row}"
             )
-        kind = GGMLQuantizationType(self.stored.ggml_type)
-        values = dequantize(raw.reshape(stop - start, row), kind).astype(np.float32, copy=False)
-        result: Array = values.reshape(stop - start, *self.shape[1:])
-        return result
+        return raw.reshape(stop - start, row)
 
 
 def _row_order(rows: int, heads: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -28,7 +28,24 @@ def quantization_of(recipe: Recipe, plan: Plan) -> Quantization | None:
             f"precision {recipe.precision}", "gates that depend on the data in a merged graph",
             "target onnx-switchable, mode blend, or none", "leave context out, or use fp32",
         )  # fmt: skip
+    if recipe.quantize is not None and recipe.quantize.method is Method.LOSSLESS:
+        _check_lossless(recipe, plan)
     return quantization(recipe.precision, recipe.quantize or Quantize(), has_tokenizer(plan.base))
+
+
+def _check_lossless(recipe: Recipe, plan: Plan) -> None:
+    """Raise UnsupportedError where the artifact cannot hold the file's own codes."""
+    if plan.base.gguf_file is None:
+        raise UnsupportedError(
+            f"quantize.method lossless: {plan.base.spec}", "a base without such codes",
+            "a GGUF file in Q4_0, Q4_1 or Q8_0", "use method gptq or rtn",
+        )  # fmt: skip
+    if recipe.target is not Target.ONNX_SWITCHABLE:
+        raise UnsupportedError(
+            f"quantize.method lossless with target {recipe.target}", "adapters merged into weights",
+            "target onnx-switchable, which leaves them beside the base's codes",
+            "change the target, or use method gptq or rtn",
+        )  # fmt: skip
 
 
 def storage_of(recipe: Recipe, plan: Plan) -> Storage:

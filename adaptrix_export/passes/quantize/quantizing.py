@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from adaptrix_export.graph.graph import Graph
 from adaptrix_export.plan import Plan
-from adaptrix_export.precision.quantize import Quantized, Read, quantize
-from adaptrix_export.precision.settings import GPTQ, Quantization
+from adaptrix_export.precision.quantize import Piece, PieceStore, Quantized, Read, quantize
+from adaptrix_export.precision.settings import GPTQ, LOSSLESS, Quantization
+from adaptrix_export.precision.stored import stored_blocks
 from adaptrix_export.progress import Progress
 
 
@@ -35,4 +37,11 @@ def quantizing(
             assert settings.calibration is not None
 
             solve = Calibrated(plan, settings.calibration, progress).solve
+        elif settings.method == LOSSLESS:
+            solve = partial(_keep_stored, plan)
         yield quantize(graphs, plan, read, settings, Path(folder), progress, solve)
+
+
+def _keep_stored(plan: Plan, pieces: Sequence[Piece], store: PieceStore) -> None:
+    for piece in pieces:
+        store.put(piece.key, stored_blocks(plan, piece.expression, piece.spec), LOSSLESS)
