@@ -124,12 +124,12 @@ def read_compressed(
 def _check_format(place: str, settings: Mapping[str, Any]) -> None:
     groups = settings.get("config_groups")
     groups = groups if isinstance(groups, dict) else {}
-    found = {str(g.get("format") or settings.get("format")) for g in groups.values()
+    formats = {str(g.get("format") or settings.get("format")) for g in groups.values()
              if isinstance(g, dict)} or {str(settings.get("format"))}  # fmt: skip
     sparsity = settings.get("sparsity_config") or {}
     if sparsity.get("format", "dense") != "dense":
-        found.add(str(sparsity["format"]))
-    other = sorted(found - set(FORMATS))
+        formats.add(str(sparsity["format"]))
+    other = sorted(formats - set(FORMATS))
     if other:
         raise UnsupportedError(
             f"{place}: quantization_config", f"the format {other[0]}", ", ".join(FORMATS),
