@@ -55,7 +55,7 @@ test-versions: $(VENV)/.test
 
 # What pip takes today, so that a drift of the libraries is seen.
 test-newest: $(VENV)/.test
-	$(BIN)/python -m tests.tools.versions --only newest
+	$(BIN)/python -m tests.tools.versions --only newest --short
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

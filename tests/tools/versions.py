@@ -133,7 +133,7 @@ def lower_bounds() -> Iterator[tuple[str, str]]:
     """
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for name in DECIDING:
-        (bound,) = re.findall(rf'"{name}>=([\d.]+)', text)
+        bound = re.findall(rf'"{name}>=([\d.]+)', text)[-1]  # the runtime's own comes first
         yield name, bound if bound.count(".") > 1 else f"{bound}.*"
 
 

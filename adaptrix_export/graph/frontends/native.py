@@ -49,7 +49,7 @@ def native(plan: Plan, provider: str) -> Graph:
         raise UnsupportedError(kind, f"components {sorted(package)}", "one graph")
     model = package["model"]
     weights = {
-        name: bound[name].expression
+        name: _expression(plan, name, bound[name])
         for name, value in model.graph.initializers.items()
         if value.const_value is None and name in bound
     }
@@ -62,6 +62,18 @@ def native(plan: Plan, provider: str) -> Graph:
         wire_key_mask(model)
     read = {n for e in weights.values() for n in e.names()}
     return Graph(model, weights, "native", tuple(n for n in plan.base.tensors if n not in read))
+
+
+def _expression(plan: Plan, name: str, weight: Any) -> Expression:
+    """What mobius-onnx makes a weight of; some (alibi's slopes) it computes from no tensor."""
+    from adaptrix_export.graph.frontends.recorder import Recorded
+
+    if not isinstance(weight, Recorded):
+        raise UnsupportedError(
+            f"{plan.base.spec}: {name}", "a weight that mobius-onnx computes by itself",
+            "one that follows from the base's tensors", REMEDY,
+        )  # fmt: skip
+    return weight.expression
 
 
 def check_known(plan: Plan) -> None:

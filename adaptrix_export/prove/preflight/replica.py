@@ -20,7 +20,8 @@ _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
 # Where these equal the width, the model has no projection between the two.
 _AS_WIDE = ("word_embed_proj_dim", "embedding_size")
-_INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "hidden_dim")
+_INNER = ("intermediate_size", "intermediate_size_mlp", "n_inner", "ffn_dim", "ffn_hidden_size",
+          "d_ff", "hidden_dim")  # fmt: skip
 _AT_MOST: dict[str, int] = {
     **dict.fromkeys(_INNER, WIDTH),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), WIDTH // 2),

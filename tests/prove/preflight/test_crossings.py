@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from adaptrix_export.cli import main
 from adaptrix_export.compat import transformers_tracing
-from adaptrix_export.graph.frontends import native, traced, traced_sample
+from adaptrix_export.graph.frontends import native, traced
 from adaptrix_export.prove.preflight import preflight as module
 from adaptrix_export.prove.preflight.child import answer
 from adaptrix_export.prove.preflight.replica import shrunk
@@ -69,6 +69,10 @@ def another_pattern(config: Any) -> None:
     config.layer_types = config.layer_types[1:] + config.layer_types[:1]
 
 
+def rotated(config: Any) -> None:
+    config.no_rope_layers = [1] * len(config.no_rope_layers)
+
+
 def wide_chunks(config: Any) -> None:
     config.attention_chunk_size = 1024
 
@@ -89,6 +93,7 @@ def unscaled(config: Any) -> None:
 CONTROLS: dict[str, tuple[str, str, dict[str, Any], Callable[[Any], None], str]] = {
     "sliding window": ("native", "mistral", WINDOW, no_window, "prefill"),
     "sliding window, traced": ("traced", "mistral", WINDOW, no_window, "prefill"),
+    "layers without rotation": ("native", "smollm3", {}, rotated, "prefill"),
     "layer pattern": ("traced", "gemma3_text", {}, another_pattern, "prefill"),
     "chunked": ("traced", "llama4_text", {}, wide_chunks, "prefill"),
     "local": ("traced", "gpt_neo", {}, wide_locals, "prefill"),
@@ -120,15 +125,53 @@ def test_the_same_graph_with_its_threshold_passes(kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_positions_that_count_pads_are_refused(
+def test_learned_positions_that_forget_the_cache_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def by_place(ids: Any, mask: Any) -> Any:
-        return (mask.cumsum(1) * 0 + 1).cumsum(1)[:, -ids.shape[1] :] - 1
+    """Traced: the table is read by the place of a token among those of this call."""
+    real = traced.weightless
 
-    monkeypatch.setattr(traced_sample, "_positions", by_place)
+    def by_place(*given: Any) -> Any:
+        model = real(*given)
+        table = model.transformer.wpe
+        read = table.forward
+        table.forward = lambda ids: read((ids * 0 + 1).cumsum(1) - 1)
+        return model
+
+    monkeypatch.setattr(traced, "weightless", by_place)
     found = answer(question("gpt2", "traced"), tmp_path)
-    assert not found["passed"] and "padded batch" in found["why"]
+    assert not found["passed"] and "of a small replica is off by" in found["why"]
+
+
+@pytest.mark.slow
+def test_learned_positions_that_count_pads_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Native: without the prelude that moves pads to the right."""
+    monkeypatch.setattr(native, "needs_left_padding", lambda _: False)
+    found = answer(question("gpt2", "native"), tmp_path)
+    assert not found["passed"]
+    assert found["why"].startswith("left-padded batch of a small replica is off by")
+
+
+# Kinds that mobius-onnx 0.1.0 does not draw: nothing needs to be forgotten, the proof refuses them.
+NOT_NATIVE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "layer pattern": ("gemma3_text", {}, "prefill of a small replica is off by"),
+    "chunked": ("llama4_text", {}, "an initializer without a tensor in the base"),
+    "local": ("gpt_neo", {}, "prefill of a small replica is off by"),
+    "longrope": ("phi3", LONGROPE, "prefill across a longrope rotary embedding of 32"),
+    "dynamic": ("llama", DYNAMIC, "a small replica does not run"),
+    "alibi": ("bloom", {}, "prefill of a small replica is off by"),
+    "alibi, slopes as weights": ("mpt", {}, "a weight that mobius-onnx computes by itself"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", NOT_NATIVE)
+def test_what_the_native_front_end_draws_wrong_is_refused(kind: str, tmp_path: Path) -> None:
+    model_type, options, said = NOT_NATIVE[kind]
+    found = answer(question(model_type, "native", **options), tmp_path)
+    assert not found["passed"] and said in found["why"]
 
 
 @pytest.mark.slow
