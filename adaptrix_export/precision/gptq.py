@@ -29,10 +29,11 @@ RIDGE = 1e-6  # of a scale's own weight, for blocks whose inputs are nearly depe
 
 @dataclass(frozen=True)
 class Curvature:
-    """Second moments of a layer's inputs (k, k), damped, and their factor: upper U with
-    U^T U = H^-1, whose row j is what an error in input j asks of those after it."""
+    """Second moments of a layer's inputs (k, k), damped, their inverse, and its factor: upper U
+    with U^T U = H^-1, whose row j is what an error in input j asks of those after it."""
 
     hessian: Tensor
+    inverse: Tensor
     factor: Tensor
 
     @classmethod
@@ -40,7 +41,8 @@ class Curvature:
         damped = moments.clone()
         damped.diagonal().add_(DAMPING * float(moments.diagonal().mean()) or 1.0)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped.double()))
-        return cls(damped, torch.linalg.cholesky(inverse, upper=True).float())
+        factor = torch.linalg.cholesky(inverse, upper=True)
+        return cls(damped, inverse.float(), factor.float())
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,16 @@ def gptq(problem: Problem) -> Blocks:
         _solve_scales(state, hessian)
         _settle(state, hessian)
     return state.blocks()
+
+
+def aligned(weight: Tensor, cross: Tensor, curvature: Curvature) -> Tensor:
+    """The weight that makes of the inputs at hand what `weight` (n, k) makes of those it had in the
+    float model, by damped least squares; `cross` (k, k) is (X - X')^T X', X' being at hand.
+
+    So that a layer also makes good what the layers before it lost. The target is that of GPTAQ,
+    https://arxiv.org/abs/2504.02692.
+    """
+    return weight + (weight @ cross) @ curvature.inverse
 
 
 def loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:

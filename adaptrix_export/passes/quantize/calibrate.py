@@ -2,8 +2,9 @@
 
 The model is the merged one: the base's class with the plan's values, of which memory holds what
 lies outside of the layers, and one layer. All text goes through a layer at once: when its input
-reaches a module, the weight is quantized under the second moments of that input, and what the
-module gives is already that of the quantized weight. Nothing here knows of PEFT.
+reaches a module, the weight is quantized under the second moments of that input, towards what the
+module gives in the float model, which goes through the layer before; and what the module gives from
+then on is that of the quantized weight. Nothing here knows of PEFT.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from adaptrix_export.oracle.layered import ADAPTED, Live
 from adaptrix_export.oracle.layerwise import FLOAT, read_layer_by_layer
 from adaptrix_export.plan import Array, Base, Change, Plan
 from adaptrix_export.precision.blocks import Blocks, Spec, nearest
-from adaptrix_export.precision.gptq import Curvature, Problem, gptq
+from adaptrix_export.precision.gptq import Curvature, Problem, aligned, gptq
 from adaptrix_export.precision.quantize import Piece, PieceStore
 from adaptrix_export.precision.settings import GPTQ, RTN
 from adaptrix_export.progress import Progress
@@ -87,7 +88,6 @@ class Calibrated:
         )
         run = _Run(live, _by_module(pieces), store, torch.from_numpy(rows.fit))
         with layers_freed(), self._progress.stage("quantizing", len(live.layers), "layers") as done:
-            run.tables()
             run.enter()
             for number in range(len(live.layers)):
                 run.layer(number, f"{stacks[0].prefix}.{number}")
@@ -132,26 +132,57 @@ class _Moments:
         return keep
 
 
-class _Arriving:
-    """Calls `quantize` for each module when its first input arrives, with the input's curvature;
-    what several modules read, one after the other, is factored once."""
+@dataclass(frozen=True)
+class _Inputs:
+    """What a module reads: its curvature, and `cross` with what it read in the float model."""
 
-    def __init__(self, quantize: Callable[[str, Curvature], None]) -> None:
-        self._quantize = quantize
+    curvature: Curvature
+    cross: torch.Tensor | None
+
+
+class _Recorded:
+    """The first input of each module in the float model."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, torch.Tensor] = {}
+
+    def hook(self, name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any) -> None:
+            self.of.setdefault(name, args[0])
+
+        return keep
+
+
+class _Arriving:
+    """Calls `quantize` for each module when its first input arrives; what several modules read, one
+    after the other, is factored once."""
+
+    def __init__(
+        self,
+        quantize: Callable[[str, _Inputs], None],
+        exact: Mapping[str, torch.Tensor],
+    ) -> None:
+        self._quantize, self._exact = quantize, exact
         self._done: set[str] = set()
-        self._last: tuple[torch.Tensor, Curvature] | None = None
+        self._last: tuple[torch.Tensor, torch.Tensor | None, _Inputs] | None = None
 
     def hook(self, name: str) -> Callable[..., None]:
         def arrived(module: nn.Module, args: Any) -> None:
             if name in self._done:
                 return
             self._done.add(name)
-            if self._last is None or self._last[0] is not args[0]:
-                flat = args[0].reshape(-1, args[0].shape[-1]).float()
-                self._last = args[0], Curvature.of(flat.T @ flat)
-            self._quantize(name, self._last[1])
+            self._quantize(name, self._inputs(args[0], self._exact.get(name)))
 
         return arrived
+
+    def _inputs(self, values: torch.Tensor, exact: torch.Tensor | None) -> _Inputs:
+        if self._last is None or self._last[0] is not values or self._last[1] is not exact:
+            flat = values.reshape(-1, values.shape[-1]).float()
+            cross = None
+            if exact is not None and exact.shape == values.shape:  # experts may read other tokens
+                cross = (exact.reshape(flat.shape).float() - flat).T @ flat
+            self._last = values, exact, _Inputs(Curvature.of(flat.T @ flat), cross)
+        return self._last[2]
 
 
 class _Run:
@@ -163,7 +194,8 @@ class _Run:
         ids: torch.Tensor,
     ) -> None:
         self._live, self._pieces, self._store, self._ids = live, pieces, store, ids
-        self._hidden = torch.zeros(0)  # what enters the next layer, (rows, tokens, width)
+        # what enters the next layer, (rows, tokens, width): now, and in the float model
+        self._hidden = self._exact = torch.zeros(0)
 
     def _batches(self) -> Iterator[slice]:
         step = max(1, BATCH_TOKENS // self._ids.shape[1])
@@ -177,14 +209,22 @@ class _Run:
                 self._put(module, own, lambda values, piece: nearest(values, piece.spec), RTN)
 
     def enter(self) -> None:
+        self._exact = self._entered()
+        self.tables()
+        self._hidden = self._entered()
+
+    def _entered(self) -> torch.Tensor:
         batches = [self._live.enter(self._ids[rows], ADAPTED) for rows in self._batches()]
-        self._hidden = torch.cat(batches)
+        return torch.cat(batches)
 
     def layer(self, number: int, path: str) -> None:
         own = [module for module in self._pieces if module.startswith(f"{path}.")]
         assert self._live.reader is not None
         self._live.reader.bring(number)
-        arriving = _Arriving(self._quantize)
+        recorded = _Recorded()
+        with _hooked(self._live, own, recorded.hook), torch.no_grad():
+            self._exact = self._live.layer(ADAPTED, number, self._exact)
+        arriving = _Arriving(self._quantize, recorded.of)
         with _hooked(self._live, own, arriving.hook), torch.no_grad():
             self._hidden = self._live.layer(ADAPTED, number, self._hidden)
 
@@ -198,16 +238,19 @@ class _Run:
             for rows in self._batches():
                 self._live.leave(self._ids[rows], self._hidden[rows], ADAPTED)
         for module, of in moments.of.items():
-            self._quantize(module, Curvature.of(of))
+            self._quantize(module, _Inputs(Curvature.of(of), None))
 
-    def _quantize(self, module: str, curvature: Curvature) -> None:
+    def _quantize(self, module: str, inputs: _Inputs) -> None:
         """GPTQ of a module's pieces, in the live model and in the store."""
         by_spec: dict[Spec, list[Piece]] = {}
         for piece in self._pieces[module]:
             by_spec.setdefault(piece.spec, []).append(piece)
         for spec, members in by_spec.items():
             views = [self._view(module, piece) for piece in members]
-            blocks = gptq(Problem(torch.from_numpy(np.concatenate(views)), curvature, spec))
+            weight = torch.from_numpy(np.concatenate(views))
+            if inputs.cross is not None:
+                weight = aligned(weight, inputs.cross, inputs.curvature)
+            blocks = gptq(Problem(weight, inputs.curvature, spec))
             start = 0
             for piece, view in zip(members, views, strict=True):
                 stop = start + len(view)
