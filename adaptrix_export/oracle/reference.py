@@ -45,6 +45,7 @@ from adaptrix_export.oracle.translated import Chunks, LiveTranslator, Source
 from adaptrix_export.oracle.whole import LiveWhole, pieces_of_model
 
 WEIGHTS = "adapter_model.safetensors"
+PROMPT = "prompt_embeddings"  # what PEFT calls a learned prompt
 
 
 class Reference:
@@ -58,8 +59,13 @@ class Reference:
     def __init__(self, model: Any, gates: Sequence[GateSpec] = ()) -> None:
         self._model = model
         self._plain: Any = model  # the transformers model, its modules replaced by PEFT's
+        self._prompt = 0  # virtual tokens that have logits of their own
+        self._prompted = False
         if isinstance(model, peft.PeftModel):
             self._plain = model.get_base_model()
+            self._prompted = bool(model.active_peft_config.is_prompt_learning)
+            if self._prompted and model.active_peft_config.peft_type != "PREFIX_TUNING":
+                self._prompt = int(model.active_peft_config.num_virtual_tokens)
         switch_points = thresholds(self._plain.config.to_dict())
         self._switches = any(threshold.switching for threshold in switch_points)
         self._gates = LiveGates(self._plain, gates) if gates else None
@@ -104,9 +110,10 @@ class Reference:
 
     def prefill(self, ids: list[int]) -> Logits:
         """One forward pass over one unpadded row. Returns float32 logits (len(ids), vocabulary)."""
+        fed: dict[str, Any] = {} if self._prompted else {"use_cache": False}
         with torch.inference_mode():
-            logits = self._model(input_ids=torch.tensor([ids]), use_cache=False).logits
-        return cast(Logits, logits[0].float().numpy())
+            logits = self._model(input_ids=torch.tensor([ids]), **fed).logits
+        return cast(Logits, logits[0, self._prompt :].float().numpy())
 
     def encode(self, ids: Ids, mask: Ids, types: Ids) -> Logits:
         """Whole rows without a cache; see the function of that name."""
@@ -182,6 +189,11 @@ class Reference:
         """
         tokens: list[int] = []
         picked_from: list[Logits] = []
+        if self._prompted:  # PEFT puts the prompt before every call, a cached one too
+            for _ in range(steps):
+                picked_from.append(self.prefill([*ids, *tokens])[-1])
+                tokens.append(int(picked_from[-1].argmax()))
+            return tokens, np.stack(picked_from)
         cache, fed = None, list(ids)
         with torch.inference_mode():
             for _ in range(steps):
@@ -201,6 +213,8 @@ class Reference:
     def live(self, name: str, widen: bool = True) -> tuple[NDArray[Any], bool]:
         """`live_weight(name)`, and whether any adapter acts on it; without `widen` a parameter that
         none acts on is a view of what the model has, not a copy in fp64."""
+        if name == PROMPT:
+            return self._model.get_prompt_embedding_to_save("default").double().numpy(), True
         gated = self._gates.parameter(name) if self._gates else None
         value, changed = gated or live_parameter(self._plain, name, widen)
         return value.numpy(), changed
@@ -423,7 +437,8 @@ def with_adapters(model: Any, adapters: tuple[tuple[str, Path], ...]) -> Any:
             wrapped = peft.PeftModel.from_pretrained(model, str(folder), name, config=config)
         else:
             wrapped.load_adapter(str(folder), name, peft_config=config)
-    wrapped.base_model.set_adapter(names, inference_mode=True)
+    if not wrapped.active_peft_config.is_prompt_learning:
+        wrapped.base_model.set_adapter(names, inference_mode=True)
     for name, (title, folder) in zip(names, adapters, strict=True):
         _check_arrival(wrapped, name, title, folder)
     return wrapped

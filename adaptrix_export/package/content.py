@@ -76,7 +76,7 @@ def write_package(
         _write_generation(stage, base.config)
     _write_config(artifact, base, is_graph, portable)
     graph = located(stage, GRAPH)
-    if is_graph and graph.exists():
+    if is_graph and graph.exists() and plan.prompt is None:  # genai sizes a cache by its tokens
         genai = genai_config(stage, graph, _read(stage / CONFIG), _read(stage / GENERATION))
         if genai is not None:
             _write(stage / GENAI, genai)

@@ -1,6 +1,6 @@
 """The plan: which parameters of a base change, and how, by reference to tensors on disk."""
 
-from adaptrix_export.plan.adapter import Adapter, Adjustment, Delta, Replacement
+from adaptrix_export.plan.adapter import Adapter, Adjustment, Delta, Prompt, Replacement
 from adaptrix_export.plan.base import Base
 from adaptrix_export.plan.gate import Gate, clamp_slope
 from adaptrix_export.plan.loss import ApproximationLoss
@@ -39,6 +39,7 @@ __all__ = [
     "Part",
     "Pass",
     "Plan",
+    "Prompt",
     "Replacement",
     "Scaled",
     "Site",

@@ -47,6 +47,23 @@ class Replacement:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What an adapter learned in place of weights: a row for each virtual token.
+
+    A row has the model's width, or, with `layers` > 0, is every layer's key and value in turn,
+    of `heads` heads each.
+    """
+
+    tensor: Tensor
+    layers: int = 0
+    heads: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.tensor.shape[0]
+
+
+@dataclass(frozen=True)
 class Adapter:
     """One adapter, read from headers only."""
 
@@ -67,13 +84,14 @@ class Adapter:
     written: Mapping[str, str] = field(default_factory=dict)
     # A copy that PEFT can read, made while opening, for tuners that PEFT's layers merge.
     peft_copy: Path | None = None
+    prompt: Prompt | None = None
     shared: tuple[Tensor, ...] = ()  # tensors that many sites use, such as VeRA's projections
 
     @property
     def parameters(self) -> int:
         """Number of trained values that the adapter ships."""
         tensors = [t for d in self.deltas for term in d.terms for t in term.tensors]
-        tensors += self.shared
+        tensors += [*self.shared, *([self.prompt.tensor] if self.prompt else [])]
         return sum(prod(t.shape) for t in (*tensors, *(r.tensor for r in self.replacements)))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from adaptrix_export.plan.adapter import Adapter, Adjustment, Replacement
+from adaptrix_export.plan.adapter import Adapter, Adjustment, Prompt, Replacement
 from adaptrix_export.plan.base import Base
 from adaptrix_export.plan.composition import Composition
 from adaptrix_export.plan.gate import Gate
@@ -74,6 +74,11 @@ class Plan:
         sites = {d.site for a in self.adapters for d in a.deltas}
         sites |= {r.site for a in self.adapters for r in a.replacements}
         return tuple(sorted(sites, key=lambda s: s.order))
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """The learned prompt of the one adapter that has one (see `load.fit.invariants`)."""
+        return next((a.prompt for a in self.adapters if a.prompt is not None), None)
 
     def gated(self) -> dict[Site, Gate]:
         """The sites whose gates depend on the data, so that they cannot be merged; in order."""

@@ -97,7 +97,18 @@ def _admit_graph(plan: Plan) -> None:
         )  # fmt: skip
 
 
+def _admit_weights(plan: Plan) -> None:
+    """Refuses a learned prompt, which is no weight."""
+    if plan.prompt is not None:
+        kind = next(a.config.get("peft_type") for a in plan.adapters if a.prompt is not None)
+        raise UnsupportedError(
+            f"adapter with peft_type {kind}", "virtual tokens, and no weights",
+            "a graph to put them into", "use --target onnx, or serve it with PEFT",
+        )  # fmt: skip
+
+
 def _admit_slots(plan: Plan) -> None:
+    _admit_weights(plan)
     _admit_graph(plan)
     from adaptrix_export.graph.rewrite.slots import check_slots
 
@@ -147,8 +158,8 @@ def _adapter_bytes(plan: Plan, storage: Storage = FLOAT32) -> int:
 
 
 TARGETS: dict[str, TargetRow] = {
-    "peft": TargetRow(_peft, _adapter_bytes, None),
-    "safetensors": TargetRow(_safetensors, _checkpoint_bytes, open_safetensors),
+    "peft": TargetRow(_peft, _adapter_bytes, None, _admit_weights),
+    "safetensors": TargetRow(_safetensors, _checkpoint_bytes, open_safetensors, _admit_weights),
     "onnx": TargetRow(_onnx, _merged_graph_bytes, open_onnx, _admit_graph),
     "onnx-switchable": TargetRow(_switchable, _switchable_bytes, open_onnx, _admit_slots),
 }

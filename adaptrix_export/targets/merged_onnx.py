@@ -21,6 +21,7 @@ from adaptrix_export.graph.rewrite.gates import Factor, wire_gates
 from adaptrix_export.graph.rewrite.opset import lower_opset
 from adaptrix_export.graph.rewrite.pooling import wire_pooling
 from adaptrix_export.graph.rewrite.portable import make_portable
+from adaptrix_export.graph.rewrite.virtual_tokens import prompt_tensors, wire_prompt
 from adaptrix_export.load.files.tensors import DTYPES
 from adaptrix_export.merge.merge import merged, plain_blocks
 from adaptrix_export.merge.rounding import to_dtype
@@ -52,12 +53,17 @@ def lower_merged_onnx(
     """Write the merged graph or graphs and their weights into `stage`: floats of `precision`, or
     quantized."""
     merged_plan = plan.merged()  # gated sites keep the base's weights
+    if plan.prompt is not None:
+        frontend = _for_prompt(
+            plan, frontend, quantization.precision if quantization else precision
+        )
     graphs = _graphs(merged_plan, provider, frontend, progress, trial)
     factors: Mapping[str, Factor] = {}
     if MODEL in graphs and plan.base.skeleton is None:
         wired = wire_gates(plan, graphs[MODEL])
         graphs[MODEL] = replace(graphs[MODEL], weights=wired.weights)
         factors = wired.factors
+        graphs[MODEL] = wire_prompt(plan, graphs[MODEL])
         if plan.pooling is not None:
             wire_pooling(graphs[MODEL].model, plan.pooling)
     elif plan.gated():
@@ -65,7 +71,7 @@ def lower_merged_onnx(
             f"{plan.base.spec}: task {plan.base.task}", "context", "one graph to gate",
             "leave context out, or use mode blend",
         )  # fmt: skip
-    values = Values(merged_plan, factors)
+    values = Values(merged_plan, factors, prompt_tensors(plan))
     with quantizing(quantization, graphs, merged_plan, values, progress) as quantized:
         graphs = dict(quantized.graphs)
         store_floats(graphs, merged_plan, precision)
@@ -98,6 +104,18 @@ def store_floats(graphs: Mapping[str, Graph], plan: Plan, precision: str) -> Non
         tensors = {*plan.base.tensors, *plan.base.tied, *plan.changes()}
         for graph in graphs.values():
             store_in_half(graph, precision, tensors.__contains__)
+
+
+def _for_prompt(plan: Plan, frontend: str, precision: str) -> str:
+    """The front end whose graph takes a mask with a prompt before the pads."""
+    gates = "gates" if plan.gates else ""
+    if gates or frontend not in (AUTO, "traced") or precision != "fp32":
+        raise UnsupportedError(
+            f"{plan.base.spec}: a learned prompt",
+            gates or f"front end {frontend}, precision {precision}",
+            "a traced graph in fp32", "leave front end, precision and context to their defaults",
+        )  # fmt: skip
+    return "traced"
 
 
 def write_model(model: ir.Model, base: Base, path: Path) -> str:
@@ -209,11 +227,12 @@ def _size(value: ir.Value) -> int:
 class Values:
     """Initializers in float32 or 16 bits: moves of values that were rounded once.
 
-    `factors` are what expressions name beside the tensors of the plan.
+    `factors` and `beside` are what expressions name beside the tensors of the plan.
     """
 
     plan: Plan
     factors: Mapping[str, Factor] = field(default_factory=dict)
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, expression: Expression, stored: str = "F32") -> Array:
         """Values in the dtype `stored`. An expression that computes (a factor, a shift) is
@@ -246,4 +265,6 @@ class Values:
         return values
 
     def _stored(self, name: str) -> Tensor:
+        if name in self.beside:
+            return self.beside[name]
         return self.plan.base.tensors[self.plan.base.tied.get(name, name)]

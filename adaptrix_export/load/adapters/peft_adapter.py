@@ -22,6 +22,8 @@ from adaptrix_export.load.adapters.new_embeddings import added_rows
 from adaptrix_export.load.adapters.parameters import RankAndScale, take_parameters
 from adaptrix_export.load.adapters.patterns import ends_with, search
 from adaptrix_export.load.adapters.peft_keys import PREFIX, read_keys, saved_by
+from adaptrix_export.load.adapters.prompt_adapter import KINDS as PROMPTS
+from adaptrix_export.load.adapters.prompt_adapter import open_prompt
 from adaptrix_export.load.adapters.stored_weights import OURS, stored_weights
 from adaptrix_export.load.adapters.tuned_adapter import open_tuned
 from adaptrix_export.load.files.tensors import read_json
@@ -111,6 +113,8 @@ def open_peft(source: Source, base: Base, place: str, reading: Reading) -> Adapt
     check_adapter_config(f"{place}: {CONFIG}", config)
     check_type(place, config)
     weights = stored_weights(place, folder, reading)
+    if config.get("peft_type") in PROMPTS:
+        return open_prompt(place, source.spec, folder, config, base, weights)
     if config.get("peft_type") != "LORA":
         return open_tuned(place, source.spec, folder, config, base, weights)
     check_config(place, config)

@@ -127,10 +127,7 @@ _DECOMPOSED = (
 
 # peft_type -> (why it cannot be merged, what to do instead)
 REFUSED: dict[str, tuple[str, str]] = {
-    "PROMPT_TUNING": _PROMPT,
     "MULTITASK_PROMPT_TUNING": _PROMPT,
-    "P_TUNING": _PROMPT,
-    "PREFIX_TUNING": _PROMPT,
     "CPT": _PROMPT,
     "CARTRIDGE": ("it learns a cache, not weights", "merge is impossible; serve it with PEFT"),
     "ADAPTION_PROMPT": _PROMPT,

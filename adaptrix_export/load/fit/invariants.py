@@ -53,7 +53,7 @@ def misfits(plan: Plan) -> Iterator[Misfit]:
     """Everything that `verify` would raise, in its order."""
     fits = True
     for adapter in plan.adapters:
-        if not adapter.deltas and not adapter.replacements:
+        if not adapter.deltas and not adapter.replacements and adapter.prompt is None:
             yield Misfit(adapter.name, None, _empty(adapter))
         for delta in adapter.deltas:
             for error in _check_delta(plan.base, adapter, delta):
@@ -64,11 +64,24 @@ def misfits(plan: Plan) -> Iterator[Misfit]:
                 fits = False
                 yield Misfit(adapter.name, saved.site, error)
     checks = [_check_conflicts(plan), _check_gates(plan), _check_shared(plan), _check_heads(plan)]
+    checks.append(_check_prompts(plan))
     if fits:  # the check of the vocabulary needs valid changes
         checks.append(_check_vocabulary(plan))
     for check in checks:
         for error in check:
             yield Misfit(plan.adapters[0].name, None, error)
+
+
+def _check_prompts(plan: Plan) -> Iterator[InputError]:
+    """A learned prompt goes alone: PEFT runs it beside no other adapter, nor can it be composed."""
+    named = [adapter.name for adapter in plan.adapters if adapter.prompt is not None]
+    if not named or len(plan.adapters) == 1:
+        return
+    many = "a learned prompt each" if len(named) > 1 else f"{named[0]} is a learned prompt"
+    yield UnsupportedError(
+        " and ".join(adapter.name for adapter in plan.adapters), many,
+        "a learned prompt alone, or adapters that are merged", "build them one by one",
+    )  # fmt: skip
 
 
 def _empty(adapter: Adapter) -> InputError:

@@ -33,7 +33,7 @@ def plain(tmp_path_factory):
 @pytest.fixture
 def here(monkeypatch):
     """The proof in this process: another one would import everything again."""
-    monkeypatch.setattr(proof, "prove", lambda job, progress: child.run(job, Silent()))
+    monkeypatch.setattr(proof, "prove", lambda job, progress, **_: child.run(job, Silent()))
 
 
 def values_of(tensor) -> torch.Tensor:
