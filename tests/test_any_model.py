@@ -27,7 +27,7 @@ QUICK = ("ViTForImageClassification", "WhisperForConditionalGeneration")
 @pytest.fixture(autouse=True)
 def _here(monkeypatch):
     """The proof in this process: another one would import everything again for each type."""
-    monkeypatch.setattr(proof, "prove", lambda job, progress: child.run(job, progress))
+    monkeypatch.setattr(proof, "prove", lambda job, progress, **_: child.run(job, progress))
 
 
 def kind(name: str) -> Kind:

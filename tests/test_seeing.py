@@ -18,16 +18,14 @@ GRAPHS = ("embed_tokens.onnx", "vision_encoder.onnx", "decoder_model_merged.onnx
 
 
 def spoil(folder, file):
-    """Add to one row of a matrix of this graph."""
+    """Turn the sign of one matrix of this graph."""
     path = located(folder, file)
     initializers = sorted(ir.load(path).graph.initializers.items())
-    stored = (v.const_value for _, v in initializers if len(v.const_value.shape) == 2)
-    tensor = next(t for t in stored if isinstance(t, ir.ExternalTensor))
-    changed = tensor.numpy().copy()
-    changed[0] += 0.5
+    stored = [v.const_value for _, v in initializers if len(v.const_value.shape) == 2]
+    tensor = next(t for t in reversed(stored) if isinstance(t, ir.ExternalTensor))
     data = path.parent / tensor.location
     whole = bytearray(data.read_bytes())
-    whole[tensor.offset : tensor.offset + tensor.nbytes] = changed.tobytes()
+    whole[tensor.offset : tensor.offset + tensor.nbytes] = (-tensor.numpy()).tobytes()
     data.write_bytes(whole)
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from adaptrix_export.errors import AdapterError, UnsupportedError
 from adaptrix_export.load import open_adapter, open_base
+from adaptrix_export.load.adapters.prompt_adapter import KINDS as PROMPTS
 from adaptrix_export.load.adapters.tuners import REFUSED, TUNERS
 from adaptrix_export.load.adapters.tuners import REPLACING as REPLACING_ROWS
 from adaptrix_export.load.fit.invariants import verify
@@ -181,7 +182,7 @@ def test_the_skeleton_holds_no_weight(tmp_path, bases):
 
 
 def test_every_tuner_of_peft_has_a_row_or_a_reason():
-    known = {*TUNERS, *REPLACING_ROWS, *REFUSED, "LORA", "BONE"}
+    known = {*TUNERS, *REPLACING_ROWS, *REFUSED, *PROMPTS, "LORA", "BONE"}
     assert {t.value for t in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING} <= known
     assert {*LINEAR, *REPLACING, "BEFT"} == {*TUNERS, *REPLACING_ROWS}
 

@@ -199,9 +199,9 @@ TUNERS_REFUSED: tuple[Row, ...] = tuple(
     Row(kind, options, tuner=kind, kinds=kinds, must="refused")
     for kind, options, kinds in (
         ("POLY", {"r": 4, "target_modules": BOTH}, KINDS),
-        ("PROMPT_TUNING", {"num_virtual_tokens": 4}, KINDS),
-        ("P_TUNING", {"num_virtual_tokens": 4, "encoder_hidden_size": 8}, KINDS),
-        ("PREFIX_TUNING", {"num_virtual_tokens": 4}, LM),
+        # on decoders they are put into a graph: tests/test_learned_prompts.py
+        ("PROMPT_TUNING", {"num_virtual_tokens": 4}, ("bert",)),
+        ("P_TUNING", {"num_virtual_tokens": 4, "encoder_hidden_size": 8}, ("bert",)),
         ("ADAPTION_PROMPT", {"adapter_len": 4, "adapter_layers": 1}, ("llama",)),
         ("CPT", {"cpt_token_ids": [1, 2]}, LM),
     )
