@@ -22,6 +22,7 @@ from adaptrix_export.load.source import commit_of
 from adaptrix_export.manage.places import remember
 from adaptrix_export.measure.energy import energy
 from adaptrix_export.package import build_manifest, write_manifest, write_package
+from adaptrix_export.package.documents import ManifestDocument, ReportDocument
 from adaptrix_export.package.layout import laid_out
 from adaptrix_export.package.model_config import portability_notes
 from adaptrix_export.package.redistributed import keep_redistributed
@@ -111,8 +112,11 @@ def build(
         )
         manifest["revisions"] = revisions(opened)
         manifest["energy"] = energy(opened, plan)
+        document = ManifestDocument.of(manifest)
         if recipe.report:
-            manifest = stage_page(stage, manifest, report)
+            proof = ReportDocument.of(report) if report else None
+            document = stage_page(stage, document, proof)
+        manifest = document.as_dict()
         write_manifest(stage, manifest)
         with progress.stage("publish"):
             publish(stage, recipe.out)

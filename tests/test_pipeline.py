@@ -49,7 +49,7 @@ def test_a_right_build_is_published_whole(tmp_path, llama, target):
     cases = {case["name"] for case in outcome.report["cases"]}
     padded = {"chunked prefill", "left-padded batch", "right-padded batch"}
     assert cases == {"prefill", "greedy decode"} | (padded if target == "onnx" else set())
-    manifest = read_manifest(tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out").as_dict()
     assert manifest == outcome.manifest and manifest["parity"]["verdict"] == "proved"
     files = (p for p in (tmp_path / "out").rglob("*") if p.is_file())
     names = {p.relative_to(tmp_path / "out").as_posix() for p in files}

@@ -88,6 +88,7 @@ def _add_several(
     artifact: Path, sources: list[str], base: str | None, level: str, as_json: bool
 ) -> None:
     from adaptrix_export.manage.add_adapters import add_adapters
+    from adaptrix_export.package.documents import ReportDocument
     from adaptrix_export.prove.report import summary
     from adaptrix_export.show.terminal import progress
     from adaptrix_export.show.write import renew_page
@@ -106,7 +107,11 @@ def _add_several(
         })  # fmt: skip
     else:
         for added in outcome.added:
-            how = summary(added.report) if added.report else "UNVERIFIED: parity was off"
+            how = (
+                summary(ReportDocument.of(added.report))
+                if added.report
+                else "UNVERIFIED: parity was off"
+            )
             click.echo(f"added {added.name}: {how}")
         for left in outcome.left_out:
             click.echo(f"left out {left.name}: {left.error}", err=True)

@@ -99,8 +99,8 @@ def build_cell(label: str, document: Mapping[str, Any]) -> Result:
         )  # fmt: skip
     return Result(
         label, str(recipe.out), state, time.monotonic() - start,
-        sum(entry["bytes"] for entry in manifest["outputs"].values()),
-        _worst(recipe.out), manifest["parity"]["verdict"],
+        sum(file.bytes for file in manifest.outputs.values()),
+        _worst(recipe.out), manifest.parity.verdict,
     )  # fmt: skip
 
 
@@ -108,11 +108,14 @@ def _worst(out: Path) -> float | None:
     """The largest difference of logits in an artifact's report."""
     import json
 
+    from adaptrix_export.package.documents import ReportDocument, parse_document
+
     path = out / "report.json"
     if not path.is_file():
         return None
-    cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
-    return max((case["max_abs"] for case in cases), default=None)
+    report = json.loads(path.read_text(encoding="utf-8"))
+    cases = parse_document(ReportDocument, report, str(path)).cases
+    return max((case.max_abs for case in cases if case.max_abs is not None), default=None)
 
 
 def _remembered(path: Path) -> Any:

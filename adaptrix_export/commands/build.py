@@ -124,9 +124,11 @@ def build(
         )
         return
     if "conflicts" in outcome.measured:
+        from adaptrix_export.package.documents import ConflictsEntry, parse_document
         from adaptrix_export.show.conflict_tables import pair_table
 
-        show(pair_table(outcome.measured["conflicts"]))
+        conflicts = outcome.measured["conflicts"]
+        show(pair_table(parse_document(ConflictsEntry, conflicts, "conflicts")))
     if "choice" in outcome.measured:
         click.echo(f"compose: auto chose {outcome.manifest['history'][-1]}")
     if outcome.report is None:

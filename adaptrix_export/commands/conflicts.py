@@ -25,6 +25,7 @@ def conflicts(base: str, adapters: tuple[str, ...], as_json: bool) -> None:
     values with opposed signs, overlap of their output and input spaces.
     """
     from adaptrix_export.measure.conflicts import conflicts_between
+    from adaptrix_export.package.documents import ConflictsEntry, parse_document
     from adaptrix_export.show.conflict_tables import pair_table, site_table
     from adaptrix_export.show.terminal import progress, show
 
@@ -33,5 +34,6 @@ def conflicts(base: str, adapters: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         failures.print_json(report)
         return
-    show(pair_table(report))
-    show(site_table(report))
+    document = parse_document(ConflictsEntry, report, "conflicts")
+    show(pair_table(document))
+    show(site_table(document))

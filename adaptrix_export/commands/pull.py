@@ -25,6 +25,6 @@ def pull(source: str, out: Path, as_json: bool) -> None:
     with progress() as telling:
         manifest = fetch(source, out, telling)
     if as_json:
-        failures.print_json({"out": str(out), "files": len(manifest["outputs"]) + 1})
+        failures.print_json({"out": str(out), "files": len(manifest.outputs) + 1})
         return
-    click.echo(f"pulled {len(manifest['outputs']) + 1} files to {out}")
+    click.echo(f"pulled {len(manifest.outputs) + 1} files to {out}")

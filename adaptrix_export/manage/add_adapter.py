@@ -30,6 +30,13 @@ from adaptrix_export.package import (
     read_manifest,
     write_manifest,
 )
+from adaptrix_export.package.documents import (
+    EnergyEntry,
+    File,
+    Input,
+    ManifestDocument,
+    SwitchableEntry,
+)
 from adaptrix_export.plan import Base, Plan
 from adaptrix_export.progress import Progress, Silent
 from adaptrix_export.prove.proof import ProofRequest, gates_of, proof_of, require_passed
@@ -42,7 +49,7 @@ from adaptrix_export.targets.switchable_onnx import TARGET, add_adapter_file
 
 # Writes the page of an artifact: (where to, the artifact, its manifest) -> the manifest with the
 # page among its outputs, and the page's file, if the artifact has one.
-PageWriter = Callable[[Path, Path, dict[str, Any]], tuple[dict[str, Any], list[str]]]
+PageWriter = Callable[[Path, Path, ManifestDocument], tuple[ManifestDocument, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -90,15 +97,15 @@ def _added(
     manifest = read_manifest(folder)
     switchable = switchable_part(folder, manifest)
     spec = AdapterSpec.model_validate({"source": adapter, **({"name": name} if name else {})})
-    if spec.name in switchable["adapters"]:
+    if spec.name in switchable.adapters:
         raise OutputError(
             f"{folder}: adapter {spec.name}", "exists", "a new name", "choose another --name"
         )
     check_artifact(folder, progress)
     plan = plan_with(manifest, open_base_of(manifest, base), spec)
-    slots = [Slot.from_dict(entry) for entry in switchable["slots"]]
+    slots = [Slot.from_dict(entry) for entry in switchable.slots]
     shares = {gate.site: gate.weight for gate in gates_of(manifest) if gate.weight is not None}
-    version = switchable["model_version"]
+    version = switchable.model_version
     check_finite(plan, progress)
     inputs = input_entries(manifest, plan, progress)
     (stage / FOLDER).mkdir()
@@ -109,24 +116,24 @@ def _added(
     if report:
         names.append(f"{FOLDER}/{spec.name}.report.json")
         save(report, stage / names[-1])
-    outputs = {file: hash_file(stage / file).as_dict() for file in names}
+    outputs = {file: file_entry(stage / file) for file in names}
     changed = extended(manifest, spec, plan, entry, outputs, inputs)
     if page is not None:
         changed, pages = page(stage, folder, changed)
         names += pages
-    write_manifest(stage, changed)
+    write_manifest(stage, changed.as_dict())
     install(stage, folder, [*names, MANIFEST])
     return Added(spec.name, folder / entry["file"], entry, report)
 
 
-def switchable_part(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    if manifest["target"] != TARGET:
+def switchable_part(folder: Path, manifest: ManifestDocument) -> SwitchableEntry:
+    switchable = manifest.switchable
+    if manifest.target != TARGET or switchable is None:
         raise UnsupportedError(
-            str(folder), f"target {manifest['target']}", TARGET,
+            str(folder), f"target {manifest.target}", TARGET,
             "its adapters are merged in; build again with both",
         )  # fmt: skip
-    switchable: dict[str, Any] = manifest["switchable"]
-    if switchable["rows"]:
+    if switchable.rows:
         raise UnsupportedError(
             str(folder), "adapters inside the graph (rows)", "slots",
             "build again with this adapter, or without `rows: true`",
@@ -145,9 +152,9 @@ def check_artifact(folder: Path, progress: Progress) -> None:
         )  # fmt: skip
 
 
-def open_base_of(manifest: Mapping[str, Any], base: str | None) -> Base:
+def open_base_of(manifest: ManifestDocument, base: str | None) -> Base:
     """The base that the artifact was built from, by the recipe or where `base` says it is now."""
-    recipe = manifest["recipe"]
+    recipe = manifest.recipe
     opened, _ = open_bases(
         base or recipe["base"],
         recipe.get("base_weights", AUTO),
@@ -158,9 +165,9 @@ def open_base_of(manifest: Mapping[str, Any], base: str | None) -> Base:
     return opened
 
 
-def plan_with(manifest: Mapping[str, Any], base: Base, spec: AdapterSpec) -> Plan:
+def plan_with(manifest: ManifestDocument, base: Base, spec: AdapterSpec) -> Plan:
     """The base of the artifact with the new adapter alone."""
-    recipe = manifest["recipe"]
+    recipe = manifest.recipe
     reading = Reading(recipe.get("allow_pickle", False), recipe["adaptrix_scaling"])
     adapter = open_adapter(spec.source, base, spec.name, reading)
     plan = verify(fitted(Plan(base, (adapter,)), recipe.get("on_mismatch", "error")))
@@ -168,23 +175,31 @@ def plan_with(manifest: Mapping[str, Any], base: Base, spec: AdapterSpec) -> Pla
     return plan
 
 
-def _with_energy(manifest: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+def file_entry(path: Path) -> File:
+    """A file as the manifest lists it."""
+    written = hash_file(path)
+    return File(bytes=written.bytes, sha256=written.sha256)
+
+
+def _with_energy(manifest: ManifestDocument, plan: Plan) -> EnergyEntry:
     """The energies of the artifact's adapters and of the new one."""
-    own = energy(plan, plan)
-    known = manifest.get("energy") or {"before": {}, "after": None}
-    return {**own, **known, "before": {**known["before"], **own["before"]}}
+    own = EnergyEntry.model_validate(energy(plan, plan))
+    known = manifest.energy
+    if known is None:
+        return own
+    return known.model_copy(update={"before": {**known.before, **own.before}})
 
 
 def input_entries(
-    manifest: Mapping[str, Any],
+    manifest: ManifestDocument,
     plan: Plan,
     progress: Progress,
     hasher: Callable[[Path], FileHash] = hash_file,
-) -> list[dict[str, object]]:
+) -> list[Input]:
     """The adapter's files, hashed; the base's must be those that the artifact was built from."""
     with progress.stage("originals"):
         files = InputHashes(plan, hasher).result()
-    known = {(entry["file"], entry["sha256"]) for entry in manifest["inputs"]}
+    known = {(entry.file, entry.sha256) for entry in manifest.inputs}
     for item in files:
         if item.spec == plan.base.spec and (item.file, item.hash.sha256) not in known:
             raise VerificationError(
@@ -192,7 +207,12 @@ def input_entries(
                 "name the base with --base",
             )  # fmt: skip
     return [
-        {"spec": without_machine_paths(i.spec), "file": i.file, **i.hash.as_dict()}
+        Input(
+            spec=without_machine_paths(i.spec),
+            file=i.file,
+            bytes=i.hash.bytes,
+            sha256=i.hash.sha256,
+        )
         for i in files
         if i.spec != plan.base.spec
     ]
@@ -201,7 +221,7 @@ def input_entries(
 def _prove(
     folder: Path,
     stage: Path,
-    manifest: Mapping[str, Any],
+    manifest: ManifestDocument,
     plan: Plan,
     level: str,
     progress: Progress,
@@ -216,7 +236,7 @@ def _prove(
 
 
 def proof_request(
-    folder: Path, stage: Path, manifest: Mapping[str, Any], level: str
+    folder: Path, stage: Path, manifest: ManifestDocument, level: str
 ) -> ProofRequest:
     """What is to be proved of adapters whose files are in `stage`."""
     return replace(
@@ -228,23 +248,23 @@ def proof_request(
 
 
 def extended(
-    manifest: Mapping[str, Any],
+    manifest: ManifestDocument,
     spec: AdapterSpec,
     plan: Plan,
     entry: Mapping[str, Any],
-    outputs: Mapping[str, Any],
-    inputs: list[dict[str, object]],
-) -> dict[str, Any]:
+    outputs: Mapping[str, File],
+    inputs: list[Input],
+) -> ManifestDocument:
     """The manifest with the adapter in it, as if the build had had it."""
-    recipe, switchable = dict(manifest["recipe"]), dict(manifest["switchable"])
+    assert manifest.switchable is not None
     added = {"name": spec.name, "source": without_machine_paths(spec.source)}
-    recipe["adapters"] = [*recipe["adapters"], added]
-    switchable["adapters"] = {**switchable["adapters"], spec.name: dict(entry)}
-    return {
-        **manifest,
-        "recipe": recipe,
-        "switchable": switchable,
-        "inputs": [*manifest["inputs"], *inputs],
-        "outputs": {**manifest["outputs"], **outputs},
-        "energy": _with_energy(manifest, plan),
-    }
+    adapters = {**manifest.switchable.adapters, spec.name: dict(entry)}
+    return manifest.model_copy(
+        update={
+            "recipe": {**manifest.recipe, "adapters": [*manifest.recipe["adapters"], added]},
+            "switchable": manifest.switchable.model_copy(update={"adapters": adapters}),
+            "inputs": [*manifest.inputs, *inputs],
+            "outputs": {**manifest.outputs, **outputs},
+            "energy": _with_energy(manifest, plan),
+        }
+    )

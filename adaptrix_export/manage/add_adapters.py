@@ -8,7 +8,7 @@ there already are left out when the same list is given again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -32,6 +32,7 @@ from adaptrix_export.manage.add_adapter import (
     PageWriter,
     check_artifact,
     extended,
+    file_entry,
     input_entries,
     open_base_of,
     plan_with,
@@ -47,6 +48,7 @@ from adaptrix_export.package import (
     read_manifest,
     write_manifest,
 )
+from adaptrix_export.package.documents import Input, ManifestDocument, ReportDocument
 from adaptrix_export.plan import Base, Plan
 from adaptrix_export.progress import Progress, Silent
 from adaptrix_export.prove.each import prove_each
@@ -84,7 +86,7 @@ class _Candidate:
     plan: Plan
     folders: OracleFolders
     entry: dict[str, Any]
-    inputs: list[dict[str, object]]
+    inputs: list[Input]
     report: dict[str, Any] | None = None
 
 
@@ -141,7 +143,7 @@ def _written(
     folder: Path,
     stage: Path,
     stack: ExitStack,
-    manifest: Mapping[str, Any],
+    manifest: ManifestDocument,
     base: Base,
     group: Sequence[str],
     outcome: Several,
@@ -150,9 +152,9 @@ def _written(
 ) -> Iterator[_Candidate]:
     """Every adapter of a group that can be written, in the staging folder."""
     switchable = switchable_part(folder, manifest)
-    slots = [Slot.from_dict(entry) for entry in switchable["slots"]]
+    slots = [Slot.from_dict(entry) for entry in switchable.slots]
     shares = {gate.site: gate.weight for gate in gates_of(manifest) if gate.weight is not None}
-    names_in_use = set(switchable["adapters"])
+    names_in_use = set(switchable.adapters)
     (stage / FOLDER).mkdir()
     with progress.stage("writing adapters", len(group), "adapters") as advance:
         for source in group:
@@ -169,7 +171,7 @@ def _written(
                 check_finite(plan, Silent())
                 inputs = input_entries(manifest, plan, Silent(), hasher)
                 folders = stack.enter_context(oracle_folders(plan))
-                version = switchable["model_version"]
+                version = switchable.model_version
                 entry, _ = add_adapter_file(stage, slots, plan.adapters[0], version, shares)
                 names_in_use.add(name)
                 yield _Candidate(spec, plan, folders, entry, inputs)
@@ -194,7 +196,7 @@ def _named(source: str) -> AdapterSpec:
 def _proved(
     folder: Path,
     stage: Path,
-    manifest: Mapping[str, Any],
+    manifest: ManifestDocument,
     made: Sequence[_Candidate],
     level: str,
     outcome: Several,
@@ -221,19 +223,21 @@ def _failure(folder: Path, report: dict[str, Any]) -> AdaptrixError | None:
     if "error" in report:
         parts = report["error"]
         kind = getattr(errors, parts["error"])
-        revived: AdaptrixError = kind(*(parts[k] for k in ("place", "found", "expected", "remedy")))
-        return revived
+        error: AdaptrixError = kind(*(parts[k] for k in ("place", "found", "expected", "remedy")))
+        return error
     if report["passed"]:
         return None
-    error = ParityError(str(folder), summary(report), "parity", "it was left out")
-    error.report = report
-    return error
+    failure = ParityError(
+        str(folder), summary(ReportDocument.of(report)), "parity", "it was left out"
+    )
+    failure.report = report
+    return failure
 
 
 def _publish(
     folder: Path,
     stage: Path,
-    manifest: Mapping[str, Any],
+    manifest: ManifestDocument,
     proved: Sequence[_Candidate],
     outcome: Several,
     page: PageWriter | None,
@@ -247,15 +251,14 @@ def _publish(
         if one.report:
             own.append(f"{FOLDER}/{one.spec.name}.report.json")
             save(one.report, stage / own[-1])
-        outputs = {file: hash_file(stage / file).as_dict() for file in own}
+        outputs = {file: file_entry(stage / file) for file in own}
         manifest = extended(manifest, one.spec, one.plan, one.entry, outputs, one.inputs)
         files += own
         added.append(Added(one.spec.name, folder / one.entry["file"], one.entry, one.report))
     if added:
-        changed = dict(manifest)
         if page is not None:
-            changed, pages = page(stage, folder, changed)
+            manifest, pages = page(stage, folder, manifest)
             files += pages
-        write_manifest(stage, changed)
+        write_manifest(stage, manifest.as_dict())
         install(stage, folder, [*files, MANIFEST])
         outcome.added += added

@@ -117,14 +117,15 @@ def is_current(recipe: Recipe, plan: Plan, hasher: Callable[[Path], FileHash]) -
     manifest = read_manifest(recipe.out)
     document = recipe.model_dump(mode="json", exclude={"out"})
     same = (
-        manifest["tool"].get("version") == __version__
-        and manifest["versions"] == library_versions()
-        and manifest["recipe"] == without_machine_paths(document)
+        manifest.tool.version == __version__
+        and manifest.versions == library_versions()
+        and manifest.recipe == without_machine_paths(document)
     )
     if not same:
         return False
     inputs = [
-        {"spec": without_machine_paths(i.spec), "file": i.file, **i.hash.as_dict()}
+        (without_machine_paths(i.spec), i.file, i.hash.bytes, i.hash.sha256)
         for i in InputHashes(plan, hasher).result()
     ]
-    return bool(manifest["inputs"] == inputs) and not check_hashes(recipe.out)
+    known = [(i.spec, i.file, i.bytes, i.sha256) for i in manifest.inputs]
+    return known == inputs and not check_hashes(recipe.out)

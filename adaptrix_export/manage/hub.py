@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from adaptrix_export.compat.huggingface_hub import ignored, transport_errors
 from adaptrix_export.errors import InputError, MachineError, OutputError, SourceError
 from adaptrix_export.load.source import HubName, hub_name
+from adaptrix_export.package.documents import ManifestDocument
 from adaptrix_export.package.manifest import check_hashes, read_manifest
 from adaptrix_export.progress import Progress, Silent
 from adaptrix_export.runtime.files import MANIFEST
@@ -61,7 +61,7 @@ def push(
             "build it again; nothing was sent",
         )  # fmt: skip
     api = HfApi()
-    names = [*sorted(manifest["outputs"]), MANIFEST]
+    names = [*sorted(manifest.outputs), MANIFEST]
     with _refusals(f"hf:{repo}"), progress.stage("push", len(names) + 1, "files") as advance:
         api.create_repo(repo, private=private, exist_ok=True)
         if revision is not None and not pull_request:
@@ -73,7 +73,7 @@ def push(
         made = api.create_commit(
             repo,
             operations,
-            commit_message=f"adaptrix-export: {manifest['target']}",
+            commit_message=f"adaptrix-export: {manifest.target}",
             revision=revision,
             create_pr=pull_request,
         )
@@ -87,7 +87,7 @@ def push(
     return Pushed(repo, str(made.pr_url or made.commit_url), len(operations))
 
 
-def pull(spec: str, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+def pull(spec: str, out: Path, progress: Progress | None = None) -> ManifestDocument:
     """Fetch an artifact into the new folder `out`; returns its manifest.
 
     Only what the manifest lists is fetched, and every byte is checked against it before the folder
@@ -100,15 +100,15 @@ def pull(spec: str, out: Path, progress: Progress | None = None) -> dict[str, An
         manifest_path = _fetch(source, MANIFEST)
         shutil.copyfile(manifest_path, Path(scratch, MANIFEST))
         manifest = read_manifest(Path(scratch))
-    size = sum(int(entry["bytes"]) for entry in manifest["outputs"].values())
+    size = sum(file.bytes for file in manifest.outputs.values())
     with staging(out, size) as stage, _refusals(spec):
         shutil.copyfile(manifest_path, stage / MANIFEST)
         with progress.stage("pull", size, "B") as advance:
-            for name, entry in manifest["outputs"].items():
+            for name, file in manifest.outputs.items():
                 place = stage / name
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(_fetch(source, name), place)
-                advance(int(entry["bytes"]))
+                advance(file.bytes)
         problems = check_hashes(stage)
         if problems:
             raise SourceError(

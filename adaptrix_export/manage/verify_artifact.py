@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from adaptrix_export.load.fit.mismatch import fitted
 from adaptrix_export.load.text import read_text
 from adaptrix_export.manage.places import found_again
 from adaptrix_export.package import InputHashes, check_hashes, read_manifest
+from adaptrix_export.package.documents import ManifestDocument
 from adaptrix_export.package.redistributed import kept_plan, of_peft_folder
 from adaptrix_export.passes.approximate import Approximate
 from adaptrix_export.passes.context import pass_context
@@ -52,9 +53,9 @@ def verify_artifact(
             f"{folder}: {first.file}", first.found, first.expected,
             f"{more} more such files; build it again" if more else "build it again",
         )  # fmt: skip
-    proved_once = manifest["parity"]["verdict"] == "proved"
+    proved_once = manifest.parity.verdict == "proved"
     result: dict[str, Any] = {
-        "files": len(manifest["outputs"]), "proof": HASHES_ONLY if proved_once else NEVER_PROVED,
+        "files": len(manifest.outputs), "proof": HASHES_ONLY if proved_once else NEVER_PROVED,
         "parity": None, "note": None,
     }  # fmt: skip
     try:
@@ -65,9 +66,9 @@ def verify_artifact(
         return {**result, "note": f"parity was not checked again: {error}"}
     _check_inputs(manifest, plan, progress)
     as_published = kept_plan(plan, folder)
-    if facts_of(manifest["target"]).form is Form.ADAPTER:
+    if facts_of(manifest.target).form is Form.ADAPTER:
         as_published = of_peft_folder(plan, manifest, folder)
-    slots = manifest["recipe"].get("slots") or {}
+    slots = manifest.recipe.get("slots") or {}
     request = ProofRequest.of_manifest(folder, manifest, _text(manifest))
     with pass_context(progress) as context:
         reference = reference_plan(
@@ -78,18 +79,18 @@ def verify_artifact(
     return {**result, "proof": REPROVED, "parity": report}
 
 
-def _text(manifest: Mapping[str, Any]) -> str | None:
+def _text(manifest: ManifestDocument) -> str | None:
     """The recipe's own text for the proof, where its file still is; else the built-in one."""
-    place = manifest["recipe"]["parity"].get("text")
+    place = manifest.recipe["parity"].get("text")
     if place is None or not Path(place).is_file():
         return None
     return read_text(place, "parity.text")
 
 
 def _originals(
-    manifest: dict[str, Any], base: str | None, adapters: Sequence[str], folder: Path
+    manifest: ManifestDocument, base: str | None, adapters: Sequence[str], folder: Path
 ) -> Plan:
-    recipe = found_again(manifest["recipe"], folder)
+    recipe = found_again(manifest.recipe, folder)
     named = [(a["name"], a["source"]) for a in recipe["adapters"]]
     if adapters:
         if len(adapters) != len(named):
@@ -113,11 +114,11 @@ def _originals(
     return fitted(Plan(opened, loaded, alternative=other), recipe.get("on_mismatch", "error"))
 
 
-def _check_inputs(manifest: dict[str, Any], plan: Plan, progress: Progress) -> None:
+def _check_inputs(manifest: ManifestDocument, plan: Plan, progress: Progress) -> None:
     """The originals at hand must be those that the artifact was made from."""
     with progress.stage("originals"):
         files = [(i.file, i.hash.sha256) for i in InputHashes(plan).result()]
-    expected = [(i["file"], i["sha256"]) for i in manifest["inputs"]]
+    expected = [(i.file, i.sha256) for i in manifest.inputs]
     if files != expected:
         wrong = next((f for f, e in zip(files, expected, strict=False) if f != e), ("files", ""))
         raise VerificationError(

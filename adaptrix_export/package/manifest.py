@@ -17,7 +17,7 @@ from adaptrix_export import __version__
 from adaptrix_export.errors import MachineError, SourceError, VerificationError
 from adaptrix_export.load.base_weights import weights_record
 from adaptrix_export.load.files.regular import require_regular
-from adaptrix_export.package.documents import MANIFEST_FORMAT, ManifestDocument, check_document
+from adaptrix_export.package.documents import MANIFEST_FORMAT, ManifestDocument, parse_document
 from adaptrix_export.runtime.files import CHECKSUM, MANIFEST, manifest_text
 from adaptrix_export.save.hashes import (
     FileHash,
@@ -131,14 +131,12 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> ManifestDocument:
     """The manifest of a published artifact, its fields of the types that they should have.
 
     Raises SourceError if there is none that we know, VerificationError for one that was edited.
     """
-    manifest = _read_known(folder)
-    check_document(ManifestDocument, manifest, str(folder / MANIFEST))
-    return manifest
+    return parse_document(ManifestDocument, _read_known(folder), str(folder / MANIFEST))
 
 
 def _read_known(folder: Path) -> dict[str, Any]:

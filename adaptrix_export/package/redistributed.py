@@ -7,12 +7,11 @@ adapter is published with the artifact; `verify` proves the artifact against it 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from adaptrix_export.load import open_adapter
+from adaptrix_export.package.documents import ManifestDocument
 from adaptrix_export.plan import Plan
 from adaptrix_export.recipe.targets import Form, facts_of
 from adaptrix_export.targets.artifact import Artifact
@@ -43,9 +42,9 @@ def kept_plan(original: Plan, folder: Path) -> Plan:
     return replace(original, adapters=adapters, adjustments=(), redistributed=True)
 
 
-def of_peft_folder(original: Plan, manifest: Mapping[str, Any], folder: Path) -> Plan:
+def of_peft_folder(original: Plan, manifest: ManifestDocument, folder: Path) -> Plan:
     """The same for target peft: a redistributed artifact is its own adapter."""
-    if not manifest["recipe"].get("redistribute"):
+    if not manifest.recipe.get("redistribute"):
         return original
     adapter = open_adapter(str(folder), original.base, original.adapters[0].name)
     return replace(original, adapters=(adapter,), adjustments=(), redistributed=True)

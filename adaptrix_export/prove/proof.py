@@ -18,6 +18,7 @@ from adaptrix_export.load.text import read_text
 from adaptrix_export.oracle.job import GateSpec, Job, gate_specs
 from adaptrix_export.oracle.naming import OracleFacts
 from adaptrix_export.oracle.peft_folders import OracleFolders, oracle_folders
+from adaptrix_export.package.documents import ManifestDocument, ReportDocument
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress
 from adaptrix_export.prove.bases import other_base
@@ -78,28 +79,28 @@ class ProofRequest:
 
     @classmethod
     def of_manifest(
-        cls, folder: Path, manifest: Mapping[str, Any], text: str | None = None
+        cls, folder: Path, manifest: ManifestDocument, text: str | None = None
     ) -> ProofRequest:
         """A published artifact, asked as hard as when it was built, on `text` if that is at hand.
 
         One that was never proved is asked in full.
         """
-        recipe = manifest["recipe"]
+        recipe = manifest.recipe
         parity, pooling = recipe["parity"], recipe.get("pooling", NO_POOLING)
         level = parity.get("level", "full")
         return cls(
-            target=manifest["target"],
+            target=manifest.target,
             folder=folder,
-            precision=manifest["precision"],
-            weights=expressions_of(manifest["weights"], "manifest.json: weights"),
+            precision=manifest.precision,
+            weights=expressions_of(manifest.weights, "manifest.json: weights"),
             gates=gates_of(manifest),
-            gate_stats=bool((manifest.get("context") or {}).get("stats")),
-            composition=manifest.get("composition"),
+            gate_stats=manifest.context is not None and manifest.context.stats,
+            composition=manifest.composition,
             pooling=None if pooling == NO_POOLING else pooling,
             level="full" if level == "off" else level,
             decode_steps=parity["decode_steps"],
             text=text,
-            quantized=manifest.get("quantized", {}),
+            quantized=manifest.quantized,
             long=parity.get("long", LONG),
         )
 
@@ -164,12 +165,12 @@ def with_plan(report: dict[str, Any], plan: Plan) -> dict[str, Any]:
 def require_passed(report: dict[str, Any], place: str, remedy: str) -> None:
     """Raise ParityError, with the report, for a proof that failed."""
     if not report["passed"]:
-        error = ParityError(place, summary(report), "parity", remedy)
+        error = ParityError(place, summary(ReportDocument.of(report)), "parity", remedy)
         error.report = report
         raise error
 
 
-def gates_of(manifest: Mapping[str, Any]) -> tuple[GateSpec, ...]:
+def gates_of(manifest: ManifestDocument) -> tuple[GateSpec, ...]:
     """The gates of a published artifact, in the order of its statistics."""
-    gates = (manifest.get("context") or {}).get("gates", ())
-    return tuple(GateSpec(**gate) for gate in gates)
+    gates = manifest.context.gates if manifest.context else ()
+    return tuple(GateSpec(g.site, g.mode, tau=g.tau, weight=g.weight) for g in gates)

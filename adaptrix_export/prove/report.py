@@ -7,47 +7,43 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adaptrix_export.package.documents import REPORT_FORMAT
+from adaptrix_export.package.documents import REPORT_FORMAT, ReportDocument
 
 
-def summary(report: Mapping[str, Any]) -> str:
+def summary(report: ReportDocument) -> str:
     """One line: the verdict, and either the largest errors or what failed."""
-    replay = report["replay"]
-    if report["passed"]:
-        worst = max((case["max_abs"] for case in report["cases"]), default=0.0)
+    replay = report.replay
+    if report.passed:
+        worst = max((case.max_abs or 0.0 for case in report.cases), default=0.0)
         return (
-            f"parity passed: {len(report['cases'])} cases within {worst:.1e}, "
-            f"{replay['tensors']} tensors within {shown_number(replay['worst']['ulps'])} ulp"
+            f"parity passed: {len(report.cases)} cases within {worst:.1e}, "
+            f"{replay.tensors} tensors within {shown_number(replay.worst.ulps)} ulp"
         )
     failed = [
-        f"{case['name']} (max abs {shown_number(case['max_abs'])})"
-        for case in report["cases"]
-        if not case["passed"]
+        f"{case.name} (max abs {shown_number(case.max_abs)})"
+        for case in report.cases
+        if not case.passed
     ]
+    checks = report.context.checks if report.context else ()
+    failed += [f"gates: {check.name}" for check in checks if not check.passed]
+    if not replay.passed:
+        sites = ", ".join(replay.failures[0].sites)
+        failed.append(f"weight replay of {replay.failed} tensors, first at {sites}")
     failed += [
-        f"gates: {check['name']}"
-        for check in report.get("context", {}).get("checks", ())
-        if not check["passed"]
+        f"factors of {name}, first at {adapter.failures[0]}"
+        for name, adapter in report.adapters.items()
+        if not adapter.passed
     ]
-    if not replay["passed"]:
-        first = replay["failures"][0]
-        sites = ", ".join(first["sites"])
-        failed.append(f"weight replay of {replay['failed']} tensors, first at {sites}")
-    failed += [
-        f"factors of {name}, first at {adapter['failures'][0]}"
-        for name, adapter in report.get("adapters", {}).items()
-        if not adapter["passed"]
-    ]
-    loss = report.get("loss", {})
-    if not loss.get("passed", True) and "cosine" in loss:
+    loss = report.loss
+    if loss is not None and not loss.passed and loss.cosine is not None:
         failed.append(
-            f"a cosine of {loss['least_cosine']} with the float model's answers, below "
-            f"quantize.min_cosine {loss['min_cosine']}"
+            f"a cosine of {loss.least_cosine} with the float model's answers, below "
+            f"quantize.min_cosine {loss.min_cosine}"
         )
-    elif not loss.get("passed", True):
+    elif loss is not None and not loss.passed:
         failed.append(
-            f"a loss of {shown_number(loss.get('mean_kl'))} nats a token against the float model, "
-            f"above quantize.max_kl {loss.get('max_kl')}"
+            f"a loss of {shown_number(loss.mean_kl)} nats a token against the float model, "
+            f"above quantize.max_kl {loss.max_kl}"
         )
     return "parity failed: " + "; ".join(failed)
 

@@ -14,34 +14,33 @@ if TYPE_CHECKING:
 
 def _worst(facts: Facts) -> str:
     case = facts.worst_case
-    return "" if case is None else f"{number(case['max_abs'])} of {case['tolerance']['max_abs']:g}"
+    return "" if case is None else f"{number(case.max_abs)} of {case.tolerance.max_abs:g}"
 
 
 def _case(facts: Facts) -> str:
-    return "" if facts.worst_case is None else str(facts.worst_case["name"])
+    return "" if facts.worst_case is None else facts.worst_case.name
 
 
 def _top1(facts: Facts) -> str:
-    found = [case["top1"] for case in facts.cases if case.get("top1") is not None]
-    return f"{100 * min(found):.2f}%" if found else ""
+    shares = [case.top1 for case in facts.cases if case.top1 is not None]
+    return f"{100 * min(shares):.2f}%" if shares else ""
 
 
 def _kl(facts: Facts) -> str:
-    found = [case["mean_kl"] for case in facts.cases if case.get("mean_kl") is not None]
-    return number(max(found)) if found else ""
+    divergences = [case.mean_kl for case in facts.cases if case.mean_kl is not None]
+    return number(max(divergences)) if divergences else ""
 
 
 def _retained(facts: Facts) -> str:
-    told = facts.section("fidelity") or {}
-    return ", ".join(f"{100 * one['retained']:.1f}%" for one in told.values())
+    return ", ".join(f"{100 * entry.retained:.1f}%" for entry in facts.fidelity.values())
 
 
 def _gates(facts: Facts) -> str:
-    context = facts.manifest.get("context")
-    if not context:
+    context = facts.manifest.context
+    if context is None:
         return ""
-    taus = sorted({gate["tau"] for gate in context["gates"] if gate["tau"] is not None})
-    return f"{len(context['gates'])}" + (f", tau {taus[0]:g} to {taus[-1]:g}" if taus else "")
+    taus = sorted({gate.tau for gate in context.gates if gate.tau is not None})
+    return f"{len(context.gates)}" + (f", tau {taus[0]:g} to {taus[-1]:g}" if taus else "")
 
 
 def _weights_file(facts: Facts) -> str:
@@ -50,27 +49,25 @@ def _weights_file(facts: Facts) -> str:
 
 
 def _base_hash(facts: Facts) -> str:
-    inputs = facts.manifest["inputs"]
-    spec = facts.manifest["recipe"]["base"]
-    found = [str(i["sha256"])[:12] for i in inputs if i["spec"] == spec]
-    return found[0] if found else ""
+    spec = facts.manifest.recipe["base"]
+    return next((i.sha256[:12] for i in facts.manifest.inputs if i.spec == spec), "")
 
 
 def _versions(facts: Facts) -> str:
-    found = facts.manifest["versions"]
-    return ", ".join(f"{n} {found[n]}" for n in ("onnxruntime", "torch", "peft") if n in found)
+    installed, names = facts.manifest.versions, ("onnxruntime", "torch", "peft")
+    return ", ".join(f"{name} {installed[name]}" for name in names if name in installed)
 
 
 FIGURES: tuple[tuple[str, Callable[[Facts], str]], ...] = (
-    ("verdict", lambda f: str(f.manifest["parity"]["verdict"])),
+    ("verdict", lambda f: f.manifest.parity.verdict),
     ("target", lambda f: f.target),
-    ("precision", lambda f: str(f.manifest.get("precision") or "")),
-    ("graph from", lambda f: str(f.manifest.get("frontend") or "")),
+    ("precision", lambda f: f.manifest.precision),
+    ("graph from", lambda f: f.manifest.frontend or ""),
     ("size", lambda f: size(f.total_bytes)),
     ("largest file", _weights_file),
     ("base, first file's sha256", _base_hash),
     ("adapters", lambda f: ", ".join(f.adapters)),
-    ("adapted sites", lambda f: str(len(f.manifest["sites"]))),
+    ("adapted sites", lambda f: str(len(f.manifest.sites))),
     ("cases", lambda f: str(len(f.cases)) if f.report else ""),
     ("largest difference", _worst),
     ("in case", _case),
@@ -85,8 +82,8 @@ FIGURES: tuple[tuple[str, Callable[[Facts], str]], ...] = (
 def compared(artifacts: Sequence[Facts]) -> Sheet:
     """Every figure that at least one of the artifacts has."""
     rows = ((title, *(of(facts) for facts in artifacts)) for title, of in FIGURES)
-    kept = tuple(row for row in rows if any(row[1:]))
-    return Sheet("Figures", ("figure", *(facts.name for facts in artifacts)), kept)
+    filled = tuple(row for row in rows if any(row[1:]))
+    return Sheet("Figures", ("figure", *(facts.name for facts in artifacts)), filled)
 
 
 def compared_table(artifacts: Sequence[Facts]) -> Table:
@@ -111,20 +108,17 @@ def compared_json(artifacts: Sequence[Facts]) -> dict[str, Any]:
             {
                 "name": facts.name,
                 "target": facts.target,
-                "precision": facts.manifest.get("precision"),
-                "verdict": facts.manifest["parity"]["verdict"],
+                "precision": facts.manifest.precision,
+                "verdict": facts.manifest.parity.verdict,
                 "bytes": facts.total_bytes,
                 "adapters": facts.adapters,
-                "sites": len(facts.manifest["sites"]),
+                "sites": len(facts.manifest.sites),
                 "cases": len(facts.cases),
-                "worst_case": None if facts.worst_case is None else dict(facts.worst_case),
+                "worst_case": None if facts.worst_case is None else facts.worst_case.as_dict(),
                 "worst_share_of_bound": None
                 if facts.worst_case is None
                 else bound_share(facts.worst_case),
-                "retained": {
-                    name: told["retained"]
-                    for name, told in (facts.section("fidelity") or {}).items()
-                },
+                "retained": {name: entry.retained for name, entry in facts.fidelity.items()},
             }
             for facts in artifacts
         ]

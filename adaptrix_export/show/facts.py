@@ -11,6 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from adaptrix_export.errors import SourceError
+from adaptrix_export.package.documents import (
+    CaseEntry,
+    ConflictsEntry,
+    EffectEntry,
+    FidelityEntry,
+    ManifestDocument,
+    ReportDocument,
+    parse_document,
+)
 from adaptrix_export.package.manifest import read_manifest
 
 REPORT = "report.json"
@@ -47,36 +56,36 @@ class Facts:
     """
 
     name: str
-    manifest: Mapping[str, Any]
-    report: Mapping[str, Any] | None
+    manifest: ManifestDocument
+    report: ReportDocument | None
     timings: Mapping[str, Any] | None = field(default=None)
 
     @property
     def title(self) -> str:
         """What it is, by its inputs: the same wherever the artifact lies."""
         names = self.adapters if len(self.adapters) <= 3 else [f"{len(self.adapters)} adapters"]
-        return f"{', '.join(names)} on {_last_part(str(self.manifest['recipe']['base']))}"
+        return f"{', '.join(names)} on {_last_part(str(self.manifest.recipe['base']))}"
 
     @property
     def target(self) -> str:
-        return str(self.manifest["target"])
+        return self.manifest.target
 
     @property
     def task(self) -> str:
         """The task of the proof, or what the recipe says where there was none."""
         if self.report is not None:
-            return str(self.report.get("task", "text-generation"))
-        asked = str(self.manifest["recipe"].get("task", "auto"))
-        return "text-generation" if asked == "auto" else asked
+            return self.report.task
+        task = str(self.manifest.recipe.get("task", "auto"))
+        return "text-generation" if task == "auto" else task
 
     @property
     def proved(self) -> bool:
-        return bool(self.manifest["parity"]["verdict"] == "proved")
+        return self.manifest.parity.verdict == "proved"
 
     @property
     def outputs(self) -> dict[str, int]:
         """File name -> bytes, largest first."""
-        sizes = {name: int(entry["bytes"]) for name, entry in self.manifest["outputs"].items()}
+        sizes = {name: file.bytes for name, file in self.manifest.outputs.items()}
         return dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0])))
 
     @property
@@ -85,7 +94,7 @@ class Facts:
 
     @property
     def adapters(self) -> list[str]:
-        return [str(adapter["name"]) for adapter in self.manifest["recipe"]["adapters"]]
+        return [str(adapter["name"]) for adapter in self.manifest.recipe["adapters"]]
 
     @property
     def switchable(self) -> bool:
@@ -95,25 +104,33 @@ class Facts:
     def graph(self) -> str | None:
         """The graph that a client opens; None where the artifact has no graph."""
         names = [n for n in self.outputs if n.endswith(".onnx")]
-        wanted = (
+        usual = (
             "onnx/model.onnx", "model.onnx", "onnx/decoder_model_merged.onnx",
             "decoder_model_merged.onnx",
         )  # fmt: skip
-        return next((name for name in wanted if name in names), names[0] if names else None)
+        return next((name for name in usual if name in names), names[0] if names else None)
 
     @cached_property
-    def cases(self) -> list[Mapping[str, Any]]:
-        return list(self.report["cases"]) if self.report else []
+    def cases(self) -> list[CaseEntry]:
+        return self.report.cases if self.report else []
 
     @cached_property
-    def worst_case(self) -> Mapping[str, Any] | None:
+    def worst_case(self) -> CaseEntry | None:
         """The case that came nearest to its bound."""
         return max(self.cases, key=bound_share, default=None)
 
-    def section(self, name: str) -> Any:
-        """A section that a pass or a check measured, from the report or else from the manifest."""
-        found = (self.report or {}).get(name)
-        return self.manifest.get(name) if found is None else found
+    @property
+    def fidelity(self) -> dict[str, FidelityEntry]:
+        """What redistributed adapters kept; in the manifest alone where parity was off."""
+        return (self.report.fidelity if self.report else {}) or self.manifest.fidelity
+
+    @property
+    def effect(self) -> EffectEntry | None:
+        return self.report.effect if self.report else None
+
+    @property
+    def conflicts(self) -> ConflictsEntry | None:
+        return self.report.conflicts if self.report else None
 
 
 def _last_part(spec: str) -> str:
@@ -122,12 +139,12 @@ def _last_part(spec: str) -> str:
     return tail.partition("@")[0].rstrip("/").rpartition("/")[2].removesuffix(".gguf")
 
 
-def bound_share(case: Mapping[str, Any]) -> float:
+def bound_share(case: CaseEntry) -> float:
     """The largest difference as a share of what is allowed; infinite where it is not finite."""
-    found, allowed = case["max_abs"], case["tolerance"]["max_abs"]
-    if found is None:
+    allowed = case.tolerance.max_abs
+    if case.max_abs is None:
         return float("inf")
-    return float(found) / float(allowed) if allowed else (0.0 if found == 0 else float("inf"))
+    return case.max_abs / allowed if allowed else (0.0 if case.max_abs == 0 else float("inf"))
 
 
 def read_facts(folder: Path, timings: Mapping[str, Any] | None = None) -> Facts:
@@ -137,9 +154,10 @@ def read_facts(folder: Path, timings: Mapping[str, Any] | None = None) -> Facts:
     report = None
     if path.is_file():
         try:
-            report = json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise SourceError(
                 str(path), f"not JSON ({error})", "a parity report", "build again"
             ) from error
+        report = parse_document(ReportDocument, document, str(path))
     return Facts(folder.resolve().name, manifest, report, timings)

@@ -56,26 +56,33 @@ def print_json(document: Any) -> None:
 
 def print_table(report: Mapping[str, Any]) -> None:
     """A report's tables on stdout: what a redistribution and gates kept, parity, and gates."""
+    from adaptrix_export.package.documents import (
+        EffectEntry,
+        FidelityEntry,
+        ReportDocument,
+        parse_document,
+    )
     from adaptrix_export.show.fidelity_tables import effect_table, fidelity_table
     from adaptrix_export.show.parity_tables import gates_table, table
     from adaptrix_export.show.terminal import show
 
     for name, figures in report.get("fidelity", {}).items():
-        show(fidelity_table(name, figures))
+        show(fidelity_table(name, parse_document(FidelityEntry, figures, f"fidelity of {name}")))
     if "effect" in report:
-        show(effect_table(report["effect"]))
+        show(effect_table(parse_document(EffectEntry, report["effect"], "effect")))
     if "cases" not in report:
         return
-    show(table(report))
-    gates = gates_table(report)
+    document = ReportDocument.of(report)
+    show(table(document))
+    gates = gates_table(document)
     if gates is not None:
         show(gates)
 
 
 def _internal(error: BaseException) -> MachineError:
     """A fault of this program: it has the exit code of a crash."""
-    found = f"{type(error).__name__}: {error}"
-    return MachineError("internal error", found, remedy="run again with -v and report what it says")
+    what = f"{type(error).__name__}: {error}"
+    return MachineError("internal error", what, remedy="run again with -v and report what it says")
 
 
 def _one_line(error: AdaptrixError) -> str:

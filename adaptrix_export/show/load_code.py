@@ -87,7 +87,7 @@ def _onnxruntime(facts: Facts, place: str) -> str:
         f'session = ort.InferenceSession("{place}/{facts.graph}")\n'
         "print([(i.name, i.shape) for i in session.get_inputs()])\n"
     )
-    if facts.switchable and not facts.manifest["recipe"].get("rows"):
+    if facts.switchable and not facts.manifest.recipe.get("rows"):
         code += (
             "\nadapter = ort.LoraAdapter()\n"
             f'adapter.Load("{place}/adapters/{facts.adapters[0]}.onnx_adapter")\n'
@@ -119,8 +119,8 @@ def _transformers_js(facts: Facts, place: str) -> str:
             f'{head}const generate = await pipeline("text-generation", "{place}");\n'
             'console.log(await generate("Hello", { max_new_tokens: 32 }));\n'
         )
-    made = f'const run = await pipeline("{facts.task}", "{place}");'
-    return f'{head}{made}\nconsole.log(await run("Hello"));\n'
+    call = f'const run = await pipeline("{facts.task}", "{place}");'
+    return f'{head}{call}\nconsole.log(await run("Hello"));\n'
 
 
 def _optimum(facts: Facts, place: str) -> str:
@@ -173,12 +173,12 @@ CLIENTS = (
     ),
     Client(
         "transformers.js", "js",
-        lambda f: _in_hub_layout(f) and not f.manifest["recipe"].get("rows"), _transformers_js,
+        lambda f: _in_hub_layout(f) and not f.manifest.recipe.get("rows"), _transformers_js,
     ),
     Client(
         "Optimum", "python",
         lambda f: _is_graph(f) and f.task in _OPTIMUM_CLASS
-        and not f.manifest["recipe"].get("rows"), _optimum,
+        and not f.manifest.recipe.get("rows"), _optimum,
     ),
     Client(
         "Sentence Transformers", "python", lambda f: "modules.json" in f.outputs, _sentence,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import log10, sqrt
-from typing import Any
 
+from adaptrix_export.package.documents import GatedSite
 from adaptrix_export.show.facts import Facts, Place
 
 DECADES = 2.0  # norms from the largest down to a hundredth of it have a colour of their own
@@ -53,47 +53,44 @@ class Picture:
 
 def energy_pictures(facts: Facts) -> list[Picture]:
     """For each adapter the norms of its deltas as they came and, if moved, as they are now."""
-    told = facts.section("energy")
-    if not told:
+    energy, context = facts.manifest.energy, facts.manifest.context
+    if energy is None:
         return []
-    stages = [("as it came", told["before"]), ("as it is now", told["after"] or {})]
-    now = told["before"] if told["after"] is None else told["after"]
-    counts: Mapping[str, int] = told["layers"]
-    gated = {
-        Place.of(gate["site"]) for gate in (facts.manifest.get("context") or {}).get("gates", ())
-    }
+    after = energy.after or {}
+    stages = [("as it came", energy.before), ("as it is now", after)]
+    now = energy.before if energy.after is None else energy.after
+    gated = {Place.of(gate.site) for gate in (context.gates if context else ())}
     pictures: list[Picture] = []
-    for name in list(told["before"])[:MOST_ADAPTERS]:
+    for name in list(energy.before)[:MOST_ADAPTERS]:
         norms = {stage: _by_place(energies[name]) for stage, energies in stages if name in energies}
-        pictures += _of_adapter(name, norms, gated if name in now else set(), counts)
-    composed = [name for name in told["after"] or {} if name not in told["before"]]
+        pictures += _of_adapter(name, norms, gated if name in now else set(), energy.layers)
+    composed = [name for name in after if name not in energy.before]
     for name in composed[:MOST_ADAPTERS]:
-        pictures += _of_adapter(name, {"composed": _by_place(told["after"][name])}, gated, counts)
+        norms = {"composed": _by_place(after[name])}
+        pictures += _of_adapter(name, norms, gated, energy.layers)
     return pictures
 
 
 def gate_pictures(facts: Facts) -> list[Picture]:
     """For each adapter how far its gates were open in the proof, 1 being fully open."""
-    lines = (facts.section("context") or {}).get("sites", ()) if facts.report else ()
-    by_adapter: dict[str, dict[Place, Mapping[str, Any]]] = {}
-    for line in lines:
-        if "gate_mean" in line:
-            by_adapter.setdefault(line.get("adapter", ""), {})[Place.of(line["site"])] = line
-    counts = (facts.section("energy") or {}).get("layers", {})
+    context = facts.report.context if facts.report else None
+    by_adapter: dict[str, dict[Place, Cell]] = {}
+    for line in context.sites if context else ():
+        if line.gate_mean is not None:
+            cells = by_adapter.setdefault(line.adapter or "", {})
+            cells[Place.of(line.site)] = _gate_cell(line, line.gate_mean)
+    counts = facts.manifest.energy.layers if facts.manifest.energy else {}
     pictures = []
-    for name, found in list(by_adapter.items())[:MOST_ADAPTERS]:
+    for name, cells in list(by_adapter.items())[:MOST_ADAPTERS]:
         title = f"{name}: mean gate" if name else "mean gate"
-        cells = {
-            place: Cell(
-                float(line["gate_mean"]),
-                f"{line['site']}: gate mean {line['gate_mean']:.3f}, least {line['gate_min']:.3f}, "
-                f"{100 * line['clamped']:.0f}% of tokens clamped",
-            )
-            for place, line in found.items()
-        }
         legend = "pale: the adapter is held back; full colour: it acts in full"
         pictures += _pictures(title, "gate", cells, legend, counts)
     return pictures
+
+
+def _gate_cell(line: GatedSite, mean: float) -> Cell:
+    text = f"{line.site}: gate mean {mean:.3f}, least {line.gate_min or 0.0:.3f}, "
+    return Cell(mean, text + f"{100 * (line.clamped or 0.0):.0f}% of tokens clamped")
 
 
 def _of_adapter(
@@ -129,12 +126,12 @@ def _pictures(
     title: str, hue: str, cells: Mapping[Place, Cell], legend: str, counts: Mapping[str, int]
 ) -> list[Picture]:
     """One picture a stack; what lies outside of the layers is a picture of one column."""
-    found = []
+    pictures = []
     for stack in sorted({place.stack for place in cells}):
         inside = {place: cell for place, cell in cells.items() if place.stack == stack}
         numbers = [place.layer for place in inside if place.layer is not None]
-        seen = max(numbers) + 1 if numbers else 0
-        layers = tuple(range(max(seen, counts.get(stack, 0)) if numbers else 0))
+        deepest = max(numbers) + 1 if numbers else 0
+        layers = tuple(range(max(deepest, counts.get(stack, 0)) if numbers else 0))
         columns: tuple[int | None, ...] = layers or (None,)
         rows = tuple(
             Row(
@@ -147,8 +144,8 @@ def _pictures(
             for module in _modules(place.module for place in inside)
         )
         where = f"{title}, {stack}" if stack else f"{title}, outside of the layers"
-        found.append(Picture(where, hue, layers, rows, legend))
-    return found
+        pictures.append(Picture(where, hue, layers, rows, legend))
+    return pictures
 
 
 def _modules(names: Iterable[str]) -> list[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isinf, log10
-from typing import Any
 
+from adaptrix_export.package.documents import EffectEntry, EffectModel, FidelityEntry
 from adaptrix_export.show.facts import Facts, bound_share
 
 BAR_DECADES = 6  # a bar is empty at a millionth of its bound and full at the bound
@@ -38,7 +38,7 @@ class Check:
 
     name: str
     positions: int
-    found: str
+    difference: str
     bound: str
     kl: str
     top1: str
@@ -65,9 +65,9 @@ def verdict(facts: Facts) -> Verdict:
             "Parity was off: nothing was compared with PyTorch. `adaptrix-export verify` does it "
             "later, while base and adapters are at hand.",
         )  # fmt: skip
-    oracle = str(report["oracle"])
-    if not report["passed"]:
-        failed = [case["name"] for case in facts.cases if not case["passed"]]
+    oracle = report.oracle
+    if not report.passed:
+        failed = [case.name for case in facts.cases if not case.passed]
         return Verdict(
             "bad", "Does not agree", f"With {oracle}: {', '.join(failed) or 'see below'}."
         )
@@ -78,47 +78,51 @@ def verdict(facts: Facts) -> Verdict:
     return Verdict(
         "good", "Proved",
         f"{len(facts.cases)} of {len(facts.cases)} cases agree with {oracle}. The case nearest to "
-        f"its bound, {worst['name']}, differs by {number(worst['max_abs'])} at most: {below}.",
+        f"its bound, {worst.name}, differs by {number(worst.max_abs)} at most: {below}.",
     )  # fmt: skip
 
 
 def tiles(facts: Facts) -> list[Tile]:
     """The figures that people ask for first."""
-    manifest, found = facts.manifest, []
-    found.append(Tile("Target", facts.target, str(manifest.get("precision") or "")))
-    found.append(Tile("Size", size(facts.total_bytes), f"{len(facts.outputs)} files"))
+    manifest = facts.manifest
+    figures = [Tile("Target", facts.target, manifest.precision)]
+    figures.append(Tile("Size", size(facts.total_bytes), f"{len(facts.outputs)} files"))
     names = ", ".join(facts.adapters[:3]) + (", ..." if len(facts.adapters) > 3 else "")
-    found.append(Tile("Adapters", str(len(facts.adapters)), names))
-    found.append(Tile("Adapted sites", str(len(manifest["sites"]))))
-    top1 = [case["top1"] for case in facts.cases if case.get("top1") is not None]
+    figures.append(Tile("Adapters", str(len(facts.adapters)), names))
+    figures.append(Tile("Adapted sites", str(len(manifest.sites))))
+    top1 = [case.top1 for case in facts.cases if case.top1 is not None]
     if top1:
-        found.append(Tile("Same first choice", f"{100 * min(top1):.4g}%", "of tokens, worst case"))
-    retained = [told["retained"] for told in (facts.section("fidelity") or {}).values()]
+        figures.append(
+            Tile("Same first choice", f"{100 * min(top1):.4g}%", "of tokens, worst case")
+        )
+    retained = [entry.retained for entry in facts.fidelity.values()]
     if retained:
-        found.append(Tile("Retained", f"{100 * min(retained):.1f}%", "of the adapter's behaviour"))
-    if manifest.get("frontend"):
-        found.append(Tile("Graph from", str(manifest["frontend"]), str(manifest.get("provider"))))
-    return found
+        figures.append(
+            Tile("Retained", f"{100 * min(retained):.1f}%", "of the adapter's behaviour")
+        )
+    if manifest.frontend:
+        figures.append(Tile("Graph from", manifest.frontend, str(manifest.provider)))
+    return figures
 
 
 def checks(facts: Facts) -> list[Check]:
     """Every case, in the order of the proof."""
-    found = []
+    entries = []
     for case in facts.cases:
-        limit = case["tolerance"]
-        found.append(
+        limit = case.tolerance
+        entries.append(
             Check(
-                name=case["name"],
-                positions=case["positions"],
-                found=number(case["max_abs"]),
-                bound=f"{limit['max_abs']:g}",
-                kl="" if limit["mean_kl"] is None else number(case["mean_kl"]),
-                top1="" if case.get("top1") is None else f"{100 * case['top1']:.2f}%",
+                name=case.name,
+                positions=case.positions,
+                difference=number(case.max_abs),
+                bound=f"{limit.max_abs:g}",
+                kl="" if limit.mean_kl is None else number(case.mean_kl),
+                top1="" if case.top1 is None else f"{100 * case.top1:.2f}%",
                 fill=_fill(bound_share(case)),
-                passed=bool(case["passed"]),
+                passed=case.passed,
             )
         )
-    return found
+    return entries
 
 
 def proof_sheets(facts: Facts) -> list[Sheet]:
@@ -126,33 +130,33 @@ def proof_sheets(facts: Facts) -> list[Sheet]:
     report = facts.report
     if report is None:
         return []
-    replay = report["replay"]
+    replay = report.replay
     rows = [
-        ("weights computed again in fp64", f"{replay['tensors']}", f"{replay['changed']} changed, "
-         f"worst {number(replay['worst']['ulps'])} ulp", _passed(replay["passed"])),
+        ("weights computed again in fp64", f"{replay.tensors}", f"{replay.changed} changed, "
+         f"worst {number(replay.worst.ulps)} ulp", _passed(replay.passed)),
     ]  # fmt: skip
     rows += [
-        (f"factors of {name}", f"{told['slots']}", f"worst {number(told['worst'])} of a rounding",
-         _passed(told["passed"]))
-        for name, told in report.get("adapters", {}).items()
+        (f"factors of {name}", f"{factors.slots}", f"worst {number(factors.worst)} of a rounding",
+         _passed(factors.passed))
+        for name, factors in report.adapters.items()
     ]  # fmt: skip
     rows += [
-        (f"gates: {told['name']}", str(told.get("tokens", told.get("count", ""))),
-         f"max {number(told['max_abs'])}" if "max_abs" in told else "", _passed(told["passed"]))
-        for told in report.get("context", {}).get("checks", ())
+        (f"gates: {check.name}", str(check.count if check.tokens is None else check.tokens),
+         f"max {number(check.max_abs)}" if check.compares_values else "", _passed(check.passed))
+        for check in (report.context.checks if report.context else ())
     ]  # fmt: skip
     sheets = [Sheet("Beside the logits", ("check", "of", "found", "result"), tuple(rows))]
-    if report.get("approximated"):
+    if report.approximated:
         lost = tuple(
-            (name, str(told["rank"]), f"{100 * told['error']:.2g}%", f"{100 * told['worst']:.2g}%")
-            for name, told in report["approximated"].items()
+            (name, str(loss.rank), f"{100 * loss.error:.2g}%", f"{100 * loss.worst:.2g}%")
+            for name, loss in report.approximated.items()
         )
         columns = ("adapter", "rank", "of the delta lost", "at worst")
         sheets.append(Sheet("Approximated adapters", columns, lost))
-    if "base_weights" in report:
-        told = report["base_weights"]
-        other = (str(told["merged_into"]), str(told["compared_with"]), number(told["max_abs"]),
-                number(told["mean_kl"]), _percent(told["top1"]))  # fmt: skip
+    if report.base_weights is not None:
+        bases = report.base_weights
+        other = (bases.merged_into, bases.compared_with, number(bases.max_abs),
+                number(bases.mean_kl), _percent(bases.top1))  # fmt: skip
         heads = ("merged into", "compared with", "max abs", "mean KL", "top-1")
         sheets.append(Sheet("The other base", heads, (other,), "For information, not a check."))
     return sheets
@@ -160,18 +164,14 @@ def proof_sheets(facts: Facts) -> list[Sheet]:
 
 def behaviour_sheets(facts: Facts) -> list[Sheet]:
     """Fidelity of a redistribution, what gates do, and how adapters get in each other's way."""
-    sheets = []
-    for name, told in (facts.section("fidelity") or {}).items():
-        sheets.append(_fidelity(name, told))
-    effect = facts.section("effect")
-    if effect:
-        sheets.append(_effect(effect))
-    conflicts = facts.section("conflicts")
-    if conflicts:
+    sheets = [_fidelity(name, entry) for name, entry in facts.fidelity.items()]
+    if facts.effect is not None:
+        sheets.append(_effect(facts.effect))
+    if facts.conflicts is not None:
         pairs = tuple(
-            (", ".join(pair["adapters"]), f"{pair['conflict']:.3f}", f"{pair['cosine']:+.3f}",
-             f"{100 * pair['sign_disagreement']:.1f}%", str(pair["shared_sites"]))
-            for pair in conflicts["pairs"]
+            (", ".join(pair.adapters), f"{pair.conflict:.3f}", f"{pair.cosine:+.3f}",
+             f"{100 * pair.sign_disagreement:.1f}%", str(pair.shared_sites))
+            for pair in facts.conflicts.pairs
         )  # fmt: skip
         heads = ("adapters", "conflict", "cosine", "signs differ", "shared sites")
         text = "Conflict: 0 none, about 0.29 for unrelated adapters of one size, 1 all cancels."
@@ -180,16 +180,13 @@ def behaviour_sheets(facts: Facts) -> list[Sheet]:
 
 
 def input_sheet(facts: Facts) -> Sheet:
-    rows = tuple(
-        (str(i["spec"]), str(i["file"]), size(i["bytes"]), str(i["sha256"]))
-        for i in facts.manifest["inputs"]
-    )
+    rows = tuple((i.spec, i.file, size(i.bytes), i.sha256) for i in facts.manifest.inputs)
     return Sheet("Inputs", ("source", "file", "size", "sha256"), rows)
 
 
 def output_sheet(facts: Facts) -> Sheet:
-    entries = facts.manifest["outputs"]
-    rows = tuple((name, size(n), str(entries[name]["sha256"])) for name, n in facts.outputs.items())
+    entries = facts.manifest.outputs
+    rows = tuple((name, size(n), entries[name].sha256) for name, n in facts.outputs.items())
     return Sheet("Files", ("file", "size", "sha256"), rows)
 
 
@@ -210,69 +207,69 @@ def stage_sheet(facts: Facts) -> Sheet | None:
 def notes(facts: Facts) -> list[str]:
     """What was read or written otherwise than one might think."""
     manifest = facts.manifest
-    found = [f"{a['adapter']}: {a['place']}: {a['text']}" for a in manifest["adjustments"]]
-    if manifest.get("frontend_reason"):
-        found.append(f"front end {manifest['frontend']}: {manifest['frontend_reason']}")
-    if manifest["base_weights"].get("simulated"):
-        found.append(f"base weights: rounded as {manifest['base_weights']['simulated']} first")
-    return found + [f"{name} has weights of its own now" for name in manifest["untied"]]
+    lines = [f"{a.adapter}: {a.place}: {a.text}" for a in manifest.adjustments]
+    if manifest.frontend_reason:
+        lines.append(f"front end {manifest.frontend}: {manifest.frontend_reason}")
+    if manifest.base_weights.get("simulated"):
+        lines.append(f"base weights: rounded as {manifest.base_weights['simulated']} first")
+    return lines + [f"{name} has weights of its own now" for name in manifest.untied]
 
 
 def passes(facts: Facts) -> list[str]:
-    return [str(line) for line in facts.manifest["history"]]
+    return facts.manifest.history
 
 
 def versions(facts: Facts) -> Sheet:
-    found = {**facts.manifest["versions"], **((facts.report or {}).get("versions") or {})}
-    own = {facts.manifest["tool"]["name"]: facts.manifest["tool"]["version"]}
-    rows = tuple((str(k), str(v)) for k, v in {**own, **dict(sorted(found.items()))}.items())
+    tool = facts.manifest.tool
+    libraries = {**facts.manifest.versions, **(facts.report.versions if facts.report else {})}
+    rows = tuple({tool.name: tool.version, **dict(sorted(libraries.items()))}.items())
     return Sheet("Versions", ("package", "version"), rows)
 
 
-def _fidelity(name: str, told: Mapping[str, Any]) -> Sheet:
-    agreement = "top1" if "top1" in told else "cosine"
+def _fidelity(name: str, entry: FidelityEntry) -> Sheet:
+    agreement, of_base, of_adapter = entry.agreement
     rows = [
-        ("retained", "0", f"{told['retained']:.3f}"),
-        (str(told["measure"]), f"{told['kl_base']:.5f}", f"{told['kl']:.5f}"),
-        (agreement, f"{told[f'{agreement}_base']:.3f}", f"{told[agreement]:.3f}"),
+        ("retained", "0", f"{entry.retained:.3f}"),
+        (entry.measure, f"{entry.kl_base:.5f}", f"{entry.kl:.5f}"),
+        (agreement, f"{of_base:.3f}", f"{of_adapter:.3f}"),
     ]
-    if told.get("gain") is not None:
-        rows.insert(1, ("gain", "0", f"{told['gain']:.3f}"))
-    for layer in _ends(told["layers"], len(told["residual_after"]) - 1):
-        before, after = told["residual_before"][layer], told["residual_after"][layer]
+    if entry.gain is not None:
+        rows.insert(1, ("gain", "0", f"{entry.gain:.3f}"))
+    for layer in _ends(entry.layers, len(entry.residual_after) - 1):
+        before, after = entry.residual_before[layer], entry.residual_after[layer]
         rows.append((f"residual after layer {layer}", f"{before:.4f}", f"{after:.4f}"))
     text = (
-        f"{told['strategy']} onto layers {', '.join(map(str, told['layers']))} of "
-        f"{told['of_layers']}; {told['sites_before']} sites became {told['sites_after']}; measured "
-        f"on {told['tokens']:,} tokens ({told['calibration']['text']})."
+        f"{entry.strategy} onto layers {', '.join(map(str, entry.layers))} of "
+        f"{entry.of_layers}; {entry.sites_before} sites became {entry.sites_after}; measured "
+        f"on {entry.tokens:,} tokens ({entry.calibration.text})."
     )
     heads = ("figure", "without adapter", "redistributed")
     return Sheet(f"Redistribution of {name}", heads, tuple(rows), text)
 
 
-def _effect(told: Mapping[str, Any]) -> Sheet:
-    models = {name: told["models"][name] for name in MODELS if name in told["models"]}
+def _effect(effect: EffectEntry) -> Sheet:
+    models = {name: effect.models[name] for name in MODELS if name in effect.models}
 
     def row(title: str, values: Iterable[str]) -> tuple[str, ...]:
         return (title, *values)
 
-    def drift(model: Mapping[str, Any], which: str) -> str:
-        if "drift" not in model:
+    def drift(model: EffectModel, which: str) -> str:
+        if model.drift is None:
             return ""
-        value = model["drift"][which]
+        value = model.drift.median if which == "median" else model.drift.max
         return "unbounded" if value is None else f"{value:.3f}"
 
     rows = (
-        row("retained", (_three(m["retained"]) for m in models.values())),
-        row("gain", (_three(m["gain"]) for m in models.values())),
-        row(f"{told['measure']} to it", (f"{m['kl']:.5f}" for m in models.values())),
-        row(f"{told['agreement']} with it", (_three(m["agreement"]) for m in models.values())),
-        row("adapted modules", (str(m["sites"]) for m in models.values())),
+        row("retained", (_three(m.retained) for m in models.values())),
+        row("gain", (_three(m.gain) for m in models.values())),
+        row(f"{effect.measure} to it", (f"{m.kl:.5f}" for m in models.values())),
+        row(f"{effect.agreement} with it", (_three(m.agreement) for m in models.values())),
+        row("adapted modules", (str(m.sites) for m in models.values())),
         row("drift, median token", (drift(m, "median") for m in models.values())),
         row("drift, largest", (drift(m, "max") for m in models.values())),
     )
     heads = ("figure", *(MODELS[name] for name in models))
-    text = f"Measured on {told['tokens']:,} tokens: {told['text']}."
+    text = f"Measured on {effect.tokens:,} tokens: {effect.text}."
     return Sheet("Beside the plain merge", heads, rows, text)
 
 

@@ -120,8 +120,8 @@ def kept_timings(artifact: Path) -> dict[str, Any] | None:
     path = _folder() / f"{_key(artifact)}.json"
     if not path.is_file():
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    timings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return timings
 
 
 def _key(artifact: Path) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import webbrowser
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from adaptrix_export.errors import OutputError
+from adaptrix_export.package.documents import File, ManifestDocument, ReportDocument
 from adaptrix_export.save.hashes import hash_file
 from adaptrix_export.show.facts import Facts, read_facts
 from adaptrix_export.show.page import PAGE, report_page
@@ -16,28 +15,29 @@ ARTIFACT = "artifact"  # in the code to copy: the page must not depend on where 
 
 
 def stage_page(
-    folder: Path, manifest: Mapping[str, Any], report: Mapping[str, Any] | None
-) -> dict[str, Any]:
+    folder: Path, manifest: ManifestDocument, report: ReportDocument | None
+) -> ManifestDocument:
     """Write the page of a staged artifact; returns the manifest with the page among its outputs.
 
     The page lists every file but itself.
     """
-    others = {k: v for k, v in manifest["outputs"].items() if k != PAGE}
-    facts = Facts(ARTIFACT, {**manifest, "outputs": others}, report)
+    others = {name: file for name, file in manifest.outputs.items() if name != PAGE}
+    facts = Facts(ARTIFACT, manifest.model_copy(update={"outputs": others}), report)
     path = folder / PAGE
     path.write_text(report_page(facts), encoding="utf-8", newline="\n")
-    outputs = {**others, PAGE: hash_file(path).as_dict()}
-    return {**manifest, "outputs": dict(sorted(outputs.items()))}
+    written = hash_file(path)
+    outputs = {**others, PAGE: File(bytes=written.bytes, sha256=written.sha256)}
+    return manifest.model_copy(update={"outputs": dict(sorted(outputs.items()))})
 
 
 def renew_page(
-    stage: Path, folder: Path, manifest: dict[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
+    stage: Path, folder: Path, manifest: ManifestDocument
+) -> tuple[ManifestDocument, list[str]]:
     """The page of an artifact whose manifest is about to change, staged; see `add_adapter`.
 
     An artifact that was built without one stays without.
     """
-    if PAGE not in manifest["outputs"]:
+    if PAGE not in manifest.outputs:
         return manifest, []
     return stage_page(stage, manifest, read_facts(folder).report), [PAGE]
 

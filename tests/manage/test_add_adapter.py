@@ -23,6 +23,7 @@ from adaptrix_export.manage.verify_artifact import verify_artifact
 from adaptrix_export.package import check_hashes
 from adaptrix_export.pipeline import build
 from adaptrix_export.prove import proof
+from adaptrix_export.prove.switched import nothing_replayed
 from adaptrix_export.runtime import Session
 from adaptrix_export.runtime.layout import located
 from tests.artifacts import save_base_with_tokenizer
@@ -129,8 +130,10 @@ def test_another_base_or_a_damaged_artifact_is_refused(built, out, tmp_path):
 def test_a_failed_proof_adds_nothing(built, out, monkeypatch):
     base, late, _ = built
     before, manifest = listing(out), (out / "manifest.json").read_bytes()
-    failing = {"passed": False, "cases": [], "adapters": {}, "replay": {"passed": True}}
-    monkeypatch.setattr(proof, "prove", lambda job, progress: {"oracle": "", **failing})
+    words = ("oracle", "target", "level", "precision", "tolerance", "task", "tokens")
+    failing = {**dict.fromkeys(words, ""), "passed": False, "cases": [], "adapters": {}}
+    failing |= {"replay": nothing_replayed(), "versions": {}}
+    monkeypatch.setattr(proof, "prove", lambda job, progress, **_: failing)
     with pytest.raises(ParityError):
         add_adapter(out, str(late), "late", base=str(base))
     assert listing(out) == before and (out / "manifest.json").read_bytes() == manifest

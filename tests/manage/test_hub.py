@@ -19,6 +19,7 @@ import yaml
 
 from adaptrix_export.errors import SourceError
 from adaptrix_export.load.source import HubName, commit_of, hub_name, resolve
+from adaptrix_export.package.documents import ManifestDocument
 from adaptrix_export.save.hashes import hash_file
 from adaptrix_export.show.card import model_card
 from adaptrix_export.show.facts import read_facts
@@ -206,16 +207,16 @@ def test_what_is_not_as_the_manifest_says_is_refused(
 
 def test_the_card_tells_base_method_and_proof() -> None:
     facts = read_facts(DATA)
-    manifest = json.loads(json.dumps(facts.manifest))
+    manifest = facts.manifest.as_dict()
     manifest["recipe"]["base"] = "hf:org/base@main"
     manifest["revisions"] = {"hf:org/base@main": COMMIT}
-    card = model_card(type(facts)("x", manifest, facts.report), REPO)
+    card = model_card(type(facts)("x", ManifestDocument.of(manifest), facts.report), REPO)
     told = yaml.safe_load(card.split("---")[1])
     assert told["base_model"] == ["org/base"]
     assert told["base_model_relation"] == "merge"
     assert "license" not in told
     assert COMMIT in card
-    assert all(f"| {case['name']} |" in card for case in facts.cases)
+    assert all(f"| {case.name} |" in card for case in facts.cases)
     assert f'Session("{REPO}")' in card
 
 

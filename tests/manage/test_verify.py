@@ -47,7 +47,7 @@ def artifact(built: Path, tmp_path: Path) -> Path:
 
 def test_originals_of_absolute_paths_are_found_again(built: Path) -> None:
     """The manifest holds no path; the machine remembers."""
-    assert read_manifest(built)["recipe"]["base"] == "path:base"
+    assert read_manifest(built).recipe["base"] == "path:base"
     done = invoke("verify", built, "--json", "--require-parity")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)

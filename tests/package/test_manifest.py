@@ -209,7 +209,7 @@ def test_a_folder_that_is_no_artifact_is_refused(tmp_path, content, message):
 def test_a_manifest_reads_back_as_written(staged, sources):
     manifest = manifest_of(staged, sources)
     write_manifest(staged.folder, manifest)
-    assert read_manifest(staged.folder) == json.loads(json.dumps(manifest))
+    assert read_manifest(staged.folder).as_dict() == json.loads(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(

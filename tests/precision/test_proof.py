@@ -15,6 +15,7 @@ from adaptrix_export.oracle.dequantized import dequantized
 from adaptrix_export.oracle.job import tolerance_of
 from adaptrix_export.oracle.prompts import choose_prompts
 from adaptrix_export.oracle.reference import Reference
+from adaptrix_export.package.documents import ReportDocument
 from adaptrix_export.precision.settings import GPTQ, RTN, Quantization
 from adaptrix_export.progress import Silent
 from adaptrix_export.prove.blocks import read_blocks, replay_blocks, values_of
@@ -51,7 +52,7 @@ def test_both_proofs_hold_and_the_loss_is_reported(rounded: Made) -> None:
     assert report["loss"]["perplexity"]["float"] > 200  # a random model of 300 tokens
     limited = run_quantized(replace(rounded.job, max_kl=1e-7, level="fast"), Silent())
     assert not limited["loss"]["passed"] and not limited["passed"]
-    assert "above quantize.max_kl 1e-07" in summary(limited)
+    assert "above quantize.max_kl 1e-07" in summary(ReportDocument.of(limited))
     assert table(report).row_count == len(report["cases"]) + 2  # the replay, and the loss
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from adaptrix_export.measure.effect import measure
+from adaptrix_export.package.documents import EffectEntry, parse_document
 from adaptrix_export.passes.compose.compose import Compose
 from adaptrix_export.passes.context import pass_context
 from adaptrix_export.passes.redistribute.redistribute import Redistribute
@@ -119,7 +120,7 @@ def test_a_redistributed_adapter_stands_between(
     assert models["gated"]["retained"] < models["redistributed"]["retained"] < 1
     console = Console(width=120)
     with console.capture() as shown:
-        console.print(effect_table(told))
+        console.print(effect_table(parse_document(EffectEntry, told, "effect")))
     text = shown.get()
     for heading in ("plain merge", "redistributed", "with gates", "drift, largest"):
         assert heading in text

@@ -19,6 +19,7 @@ from adaptrix_export.graph.rewrite.gate_functions import DOMAIN, FLOOR
 from adaptrix_export.load.fit.invariants import verify
 from adaptrix_export.oracle.gated import compare_statistics
 from adaptrix_export.oracle.job import GateSpec, Job, gate_specs
+from adaptrix_export.package.documents import ReportDocument
 from adaptrix_export.passes.wire_context import WireContext
 from adaptrix_export.progress import Silent
 from adaptrix_export.prove.child import run
@@ -159,7 +160,8 @@ def test_statistics_that_the_graph_should_give_and_does_not_fail(
 def test_the_report_shows_every_site(right: Job) -> None:
     report = run(right, Silent())
     shown = Console(width=140, record=True, file=StringIO())
-    for made in (gates_table(report), table(report)):
+    document = ReportDocument.of(report)
+    for made in (gates_table(document), table(document)):
         shown.print(made)
     text = shown.export_text()
     for gate, line in zip(right.gates, report["context"]["sites"], strict=True):

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from adaptrix_export.errors import CheckerError, ParityError
+from adaptrix_export.package.documents import ReportDocument
 from adaptrix_export.progress import Silent
 from adaptrix_export.prove.child import run
 from adaptrix_export.prove.parity import prove
@@ -56,13 +57,13 @@ def test_a_native_graph_is_right_except_on_left_padding(
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_merged_checkpoint_passes(bench: Callable[[str], Bench], kind: str) -> None:
     report = run(bench(kind).job("safetensors"), Silent())
-    assert report["passed"], summary(report)
+    assert report["passed"], summary(ReportDocument.of(report))
     assert [c["name"] for c in report["cases"]] == ["prefill", "greedy decode"]
 
 
 def test_a_fast_run_is_three_checks(bench: Callable[[str], Bench]) -> None:
     report = run(bench("llama").job(level="fast"), Silent())
-    assert report["passed"], summary(report)
+    assert report["passed"], summary(ReportDocument.of(report))
     assert {c["name"]: c["positions"] for c in report["cases"]} == {
         "prefill": 128,
         "greedy decode": 8,

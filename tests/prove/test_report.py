@@ -19,6 +19,7 @@ from adaptrix_export.graph.expression import TensorRef
 from adaptrix_export.oracle.compare import distance
 from adaptrix_export.oracle.job import TOLERANCES, Job
 from adaptrix_export.oracle.prompts import CACHED, choose_prompts
+from adaptrix_export.package.documents import ReportDocument
 from adaptrix_export.prove.cases import CASES, Answer, compare
 from adaptrix_export.prove.report import save, summary
 from adaptrix_export.prove.subject import TransformersSubject
@@ -88,21 +89,25 @@ def a_report(**changed: Any) -> dict[str, Any]:
     entry = compare(still, Any, Any, Answer(logits), FP32)  # type: ignore[arg-type]
     replay = {"tensors": 2, "elements": 8, "changed": 1, "worst": {"tensor": "w", "ulps": 0.5}}
     replay |= {"failed": 0, "failures": [], "unmapped": [], "passed": True}
-    whole = {"oracle": "it", "level": "full", "precision": "fp32", "cases": [entry]}
+    whole: dict[str, Any] = {"oracle": "it", "level": "full", "precision": "fp32", "cases": [entry]}
+    whole |= {"target": "onnx", "tolerance": "fp32", "task": "text-generation", "tokens": "some"}
+    whole |= {"versions": {}}
     return whole | {"replay": replay, "passed": True} | changed
 
 
 def text_of(report: dict[str, Any]) -> str:
     console = Console(width=140, record=True, file=None, force_terminal=False)
     with console.capture() as capture:
-        console.print(table(report))
+        console.print(table(ReportDocument.of(report)))
     return capture.get()
 
 
 def test_table_and_summary_of_a_pass() -> None:
     report = a_report()
     assert text_of(report).count("passed") == 2
-    assert summary(report).startswith("parity passed: 1 cases within 0.0e+00, 2 tensors")
+    assert summary(ReportDocument.of(report)).startswith(
+        "parity passed: 1 cases within 0.0e+00, 2 tensors"
+    )
 
 
 def test_table_and_summary_of_a_failure_name_what_failed() -> None:
@@ -112,7 +117,7 @@ def test_table_and_summary_of_a_failure_name_what_failed() -> None:
     report = a_report(replay=replay, cases=[case], passed=False)
     shown = text_of(report)
     assert "passed" not in shown and "x[0].weight" in shown and "[1] of 8" in shown
-    assert summary(report) == (
+    assert summary(ReportDocument.of(report)) == (
         "parity failed: prefill (max abs not finite); weight replay of 1 tensors, first at x[0]"
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from adaptrix_export.package.documents import ManifestDocument, ReportDocument
 from adaptrix_export.show.compare import compared, compared_json
 from adaptrix_export.show.facts import Facts, Place, read_facts
 from adaptrix_export.show.page import compare_page, report_page
@@ -30,8 +30,8 @@ def facts(name: str = "moved_and_gated") -> Facts:
 
 def altered(found: Facts, **changed: Any) -> Facts:
     """The same artifact with other keys in its report."""
-    report = copy.deepcopy(dict(found.report or {}))
-    report.update(changed)
+    assert found.report is not None
+    report = ReportDocument.of({**found.report.as_dict(), **changed})
     return Facts(found.name, found.manifest, report)
 
 
@@ -79,7 +79,7 @@ def test_the_page_depends_on_nothing_but_the_facts(tmp_path: Path) -> None:
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
         manifest = stage_page(tmp_path / place, found.manifest, found.report)
-        assert manifest["outputs"]["report.html"]["bytes"] > 10_000
+        assert manifest.outputs["report.html"].bytes > 10_000
         # made anew, it does not list itself
         assert stage_page(tmp_path / place, manifest, found.report) == manifest
     one, two = ((tmp_path / p / "report.html").read_bytes() for p in ("one", "two"))
@@ -89,20 +89,21 @@ def test_the_page_depends_on_nothing_but_the_facts(tmp_path: Path) -> None:
 def test_figures_on_the_page_are_those_of_the_report() -> None:
     text = report_page(facts())
     for case in facts().cases:
-        assert f"{case['max_abs']:.1e}" in text
-        assert case["name"] in text
-    for entry in facts().manifest["inputs"]:
-        assert entry["sha256"] in text
+        assert f"{case.max_abs:.1e}" in text
+        assert case.name in text
+    for entry in facts().manifest.inputs:
+        assert entry.sha256 in text
 
 
 def test_the_verdict_comes_from_the_cases() -> None:
     found = facts()
     assert verdict(found).kind == "good"
     assert found.worst_case is not None
-    share = found.worst_case["max_abs"] / found.worst_case["tolerance"]["max_abs"]
+    assert found.worst_case.max_abs is not None
+    share = found.worst_case.max_abs / found.worst_case.tolerance.max_abs
     assert f"{1 / share:,.0f} times below" in verdict(found).text
-    cases = copy.deepcopy(found.cases)
-    cases[1]["max_abs"], cases[1]["passed"] = None, False  # type: ignore[index]
+    cases = [case.as_dict() for case in found.cases]
+    cases[1] |= {"max_abs": None, "passed": False}
     bad = altered(found, cases=cases, passed=False)
     assert verdict(bad).kind == "bad"
     assert cases[1]["name"] in verdict(bad).text
@@ -114,7 +115,8 @@ def test_the_verdict_comes_from_the_cases() -> None:
 
 def test_a_name_in_a_manifest_is_text_and_never_markup() -> None:
     found = facts()
-    manifest = json.loads(json.dumps(found.manifest).replace("path:base", "<script>x</script>"))
+    whole = json.dumps(found.manifest.as_dict()).replace("path:base", "<script>x</script>")
+    manifest = ManifestDocument.of(json.loads(whole))
     text = report_page(Facts("<b>n</b>", manifest, found.report))
     assert "<script>x" not in text
     assert "&lt;script&gt;x" in text
@@ -129,18 +131,19 @@ def test_a_picture_has_a_cell_for_each_layer_and_module() -> None:
         assert picture.layers == (0, 1, 2, 3)
         assert all(len(row.cells) == 4 for row in picture.rows)
     before, _, after = pictures
-    told = facts().manifest["energy"]
+    energy = facts().manifest.energy
+    assert energy is not None and energy.after is not None
     changed = {
         (row.module, layer)
         for row in after.rows
         for layer, cell in enumerate(row.cells)
         if cell.share is not None
     }
-    places = {Place.of(name) for name in told["after"]["all+att"]}
+    places = {Place.of(name) for name in energy.after["all+att"]}
     assert changed == {(place.module, place.layer) for place in places}
     assert not any(cell.gated for row in before.rows for cell in row.cells)
     assert all(cell.gated for row in after.rows for cell in row.cells if cell.share is not None)
-    darkest = max(told["before"]["all"], key=lambda name: told["before"]["all"][name])
+    darkest = max(energy.before["all"], key=lambda name: energy.before["all"][name] or 0.0)
     place = Place.of(darkest)
     row = next(row for row in before.rows if row.module == place.module)
     assert place.layer is not None
@@ -148,12 +151,13 @@ def test_a_picture_has_a_cell_for_each_layer_and_module() -> None:
 
 
 def test_gates_are_shown_as_the_oracle_saw_them() -> None:
-    sites = facts().section("context")["sites"]
+    report = facts().report
+    assert report is not None and report.context is not None
     cells = [
         c for p in gate_pictures(facts()) for r in p.rows for c in r.cells if c.share is not None
     ]
     assert sorted(c.share for c in cells if c.share is not None) == sorted(
-        s["gate_mean"] for s in sites
+        s.gate_mean for s in report.context.sites if s.gate_mean is not None
     )
     assert len(gate_pictures(facts("switchable"))) == 3
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 from adaptrix_export.errors import RecipeError, UnsupportedError
+from adaptrix_export.package.documents import ReportDocument
 from adaptrix_export.pipeline import build
 from adaptrix_export.prove.report import summary
 from adaptrix_export.runtime.graph import SLOTLESS
@@ -130,7 +131,7 @@ def test_the_proof_covers_every_adapter_and_the_base(tmp_path, kind):
 
 def test_the_artifact_as_it_is_passes(llama):
     report = llama.proof()
-    assert report["passed"], summary(report)
+    assert report["passed"], summary(ReportDocument.of(report))
     assert len(report["cases"]) == (4 + 1) * 2  # the base twice: with slots and without
 
 
@@ -180,7 +181,7 @@ def test_a_wrong_adapter_file_fails_the_proof(llama, tmp_path, monkeypatch, faul
     made = build(recipe(llama.base, only, tmp_path / "out", **off))
     report = replace(llama, adapters=only, out=tmp_path / "out", outcome=made).proof()
     assert not report["passed"] and not report["adapters"]["attention"]["passed"]
-    assert "factors of attention, first at model.layers.0" in summary(report)
+    assert "factors of attention, first at model.layers.0" in summary(ReportDocument.of(report))
     base = [c for c in report["cases"] if c["name"].startswith("base alone")]
     assert all(c["passed"] for c in base) and report["replay"]["passed"]
 

@@ -20,6 +20,7 @@ from adaptrix_export.manage.add_adapter import add_adapter
 from adaptrix_export.manage.verify_artifact import verify_artifact
 from adaptrix_export.oracle.job import Job
 from adaptrix_export.oracle.reference import Reference
+from adaptrix_export.package.documents import ManifestDocument, ReportDocument
 from adaptrix_export.pipeline import build
 from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Silent
@@ -44,12 +45,12 @@ def gated(tmp_path_factory):
 
 
 def proof(made, **changed):
-    return made.proof(**{"gates": gates_of(made.outcome.manifest), **changed})
+    return made.proof(**{"gates": gates_of(ManifestDocument.of(made.outcome.manifest)), **changed})
 
 
 def test_every_adapter_is_proved_through_its_gates(gated):
     report = proof(gated)
-    assert report["passed"], summary(report)
+    assert report["passed"], summary(ReportDocument.of(report))
     assert "each adapter by itself, with the plan's gates" in report["oracle"]
     names = {check["name"] for check in report["context"]["checks"]}
     sides = ("prefill", "left-padded", "right-padded")
@@ -66,7 +67,7 @@ def test_every_adapter_is_proved_through_its_gates(gated):
 
 @pytest.mark.parametrize("fault", ["none", "loose", "one"])
 def test_other_gates_than_those_of_the_plan_fail_the_proof(gated, fault):
-    gates = gates_of(gated.outcome.manifest)
+    gates = gates_of(ManifestDocument.of(gated.outcome.manifest))
     wrong = {
         "none": (),
         "loose": tuple(replace(gate, tau=gate.tau * 1.05) for gate in gates),
@@ -81,7 +82,7 @@ def test_other_gates_than_those_of_the_plan_fail_the_proof(gated, fault):
     if fault != "one":
         assert failed == {"attention", "all", "mlp"}
     else:
-        assert "gates: function nodes" in summary(report)
+        assert "gates: function nodes" in summary(ReportDocument.of(report))
 
 
 def test_the_base_alone_is_the_base_graph_bit_for_bit(gated, tmp_path):
@@ -128,7 +129,7 @@ def test_a_mix_is_clamped_as_one_contribution(gated):
     pair = tuple((name, gated.adapters[name]) for name in ("attention", "mlp"))
     job = Job("onnx-switchable", gated.out, gated.base, "fp32", weights={}, adapters=pair)
     oracle = Reference.open(job)
-    own = oracle.put_gates(gates_of(gated.outcome.manifest))
+    own = oracle.put_gates(gates_of(ManifestDocument.of(gated.outcome.manifest)))
     assert len(own) == 8 + 4
     session = Session(gated.out, threads=1)
     found = session.logits(IDS, adapter={"attention": 1.0, "mlp": 1.0})
@@ -147,7 +148,7 @@ def test_other_modes(gated, tmp_path, mode):
         outcome=build(recipe(gated.base, only, tmp_path / "out", context=context, **OFF)),
     )  # fmt: skip
     report = proof(made)
-    assert report["passed"], summary(report)
+    assert report["passed"], summary(ReportDocument.of(report))
     plain = proof(made, gates=())
     assert plain["adapters"]["mlp"]["passed"] == (mode == "mask")
     assert plain["passed"] == (mode == "mask")  # which without padding lets all through
@@ -169,7 +170,7 @@ def test_what_cannot_be_gated_is_refused_or_left_as_it_is(gated, tmp_path):
     assert len(outcome.manifest["context"]["gates"]) == 4
     made = replace(gated, base=base, adapters={"head": head}, out=tmp_path / "out", outcome=outcome)
     report = proof(made)
-    assert report["passed"], summary(report)
+    assert report["passed"], summary(ReportDocument.of(report))
     with pytest.raises(AdapterError, match="layer 9: no site of an adapter"):
         build(recipe(gated.base, gated.adapters, tmp_path / "no", context={"tau": {9: 0.1}}, **OFF))
 
