@@ -54,6 +54,10 @@ log = logging.getLogger("adaptrix_export.run")
 @click.option("--top-k", default=0, help="Draw from the K likeliest tokens; 0 is all.")
 @click.option("--top-p", default=1.0, help="Draw from the tokens that hold this probability.")
 @click.option("--repetition-penalty", default=1.0, help="Above 1: what was said becomes unlikely.")
+@click.option(
+    "--lookup", default=0, show_default=True, type=click.IntRange(0), metavar="N",
+    help="Guess up to N tokens a step from the text so far; the same tokens, sooner.",
+)  # fmt: skip
 @click.option("--seed", type=int, help="The same seed draws the same tokens.")
 @click.option(
     "--provider", default="auto", show_default=True, metavar="auto|cpu|cuda",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from adaptrix_export.errors import MachineError
-from adaptrix_export.graph.rewrite.facts import shares_cache
 from adaptrix_export.runtime.graph import ADAPTER_IDS
 
 GRAPH = "model.onnx"
@@ -65,6 +64,8 @@ def genai_config(
     `graph` lies in `folder`, which genai opens; `config` is the model's config.json, `generation`
     its generation_config.json. Input and output names come from the graph itself.
     """
+    from adaptrix_export.graph.rewrite.facts import shares_cache  # needs onnx_ir
+
     model = _model(graph)
     # Slots for adapters are inputs with a default: adapter files name them, no configuration does.
     needed = [v for v in model.graph.inputs if v.name not in model.graph.initializers]

@@ -81,6 +81,10 @@ class Run:
         self.length = mask.shape[1]
         return self._collect()
 
+    def forget(self, length: int) -> None:
+        """Go back to the first `length` tokens: the next step writes over the others."""
+        self.length = length
+
     def _expect_logits(self, tokens: int) -> None:
         """A buffer for the logits, kept while its size fits; ONNX Runtime's own if unknown."""
         if self._graph.vocabulary is None:

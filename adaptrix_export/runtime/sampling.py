@@ -25,6 +25,8 @@ class Sampling:
 
     `repetition_penalty` > 1 makes tokens of the prompt and of the answer less likely; it holds
     for greedy choice, too. The same `seed` gives the same tokens; None draws a new one.
+    `lookup` > 0: so many tokens at most are guessed from the text so far, and checked in one step;
+    for one prompt, chosen greedily, whose tokens it does not change (see `lookup.py`).
     Raises SourceError for values out of range.
     """
 
@@ -33,11 +35,13 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    lookup: int = 0
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "repetition_penalty"):
             number(name, getattr(self, name))
         whole_number("top_k", self.top_k)
+        whole_number("lookup", self.lookup)
         if self.seed is not None:
             whole_number("seed", self.seed)
         for name, value, right, expected in (
@@ -45,6 +49,9 @@ class Sampling:
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", self.repetition_penalty,
              self.repetition_penalty > 0, "above 0"),
+            ("lookup", self.lookup,
+             not self.lookup or (self.temperature == 0 and self.repetition_penalty == 1),
+             "0, or a temperature of 0 and a repetition_penalty of 1"),
         ):  # fmt: skip
             if not right:
                 raise SourceError(name, repr(value), expected)

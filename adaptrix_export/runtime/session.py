@@ -26,6 +26,7 @@ from adaptrix_export.runtime.adapters import SUFFIX, AdapterStore, listed
 from adaptrix_export.runtime.context import SiteStatistics, context_statistics
 from adaptrix_export.runtime.files import ArtifactFiles
 from adaptrix_export.runtime.graph import GRAPH, SLOTLESS, DecoderGraph, Ids
+from adaptrix_export.runtime.guided import guided
 from adaptrix_export.runtime.layout import located
 from adaptrix_export.runtime.padding import padded
 from adaptrix_export.runtime.providers import AUTO
@@ -292,10 +293,28 @@ class Session:
         longest = max(len(row) for row in rows)
         if self.context_length is not None:
             count = min(count, self.context_length - longest)
+        if sampling.lookup and (len(rows) > 1 or not self._graph.shares_cache):
+            raise SourceError(
+                "lookup", f"{len(rows)} prompts" if len(rows) > 1 else "a cache of another kind",
+                "one prompt, and a graph that updates its cache in place", "leave lookup out",
+            )  # fmt: skip
         ids, mask, last = padded(rows, side, max(count, 0))
         run, label = self._start(self._chosen(adapter), len(rows), mask.shape[1])
         samplers = [Sampler(sampling, row, place) for place, row in enumerate(rows)]
+        if sampling.lookup:
+            tokens = guided(run, rows[0], samplers[0], sampling.lookup, count, ends)
+            return self._counted(label, tokens)
         return self._steps(run, label, (ids, mask, last), samplers, count, ends)
+
+    def _counted(self, label: str, tokens: Iterator[int]) -> Iterator[list[int | None]]:
+        """The tokens of one row, counted in the statistics."""
+        made = 0
+        try:
+            for token in tokens:
+                made += 1
+                yield [token]
+        finally:
+            self._statistics.tokens(label, made)
 
     def _steps(
         self,

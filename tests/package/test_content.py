@@ -156,7 +156,7 @@ def test_a_buffer_of_the_cache_has_a_limit_and_only_where_it_is_updated_in_place
     )
     monkeypatch.setattr(genai, "SHARED_BYTES", 100 * 2 * layers * heads * size * 4 + 1)
     assert genai_config(artifact.folder, graph, *files)["search"]["max_length"] == 100
-    monkeypatch.setattr(genai, "shares_cache", lambda model: False)
+    monkeypatch.setattr("adaptrix_export.graph.rewrite.facts.shares_cache", lambda model: False)
     search = genai_config(artifact.folder, graph, *files)["search"]
     assert not search["past_present_share_buffer"] and search["max_length"] == 256
 
