@@ -89,3 +89,18 @@ def test_integers_in_a_checkpoint_stay_out_of_the_weights(tmp_path: Path) -> Non
     graph = traced(plan, "cpu", Silent())
     assert not [name for name in graph.weights if "position_ids" in name]
     check_structure(graph.model, graph.weights, plan, "traced")
+
+
+@pytest.mark.parametrize("file", ["base/config.json", "adapter/adapter_config.json"])
+def test_a_byte_order_mark_is_named_by_validate_and_by_build(
+    inputs: Inputs, tmp_path: Path, file: str
+) -> None:
+    """Neither transformers nor PEFT reads such a file, so nothing could be proved against them."""
+    folder = changed(inputs, tmp_path, file)
+    rewrite(folder / file, lambda old: b"\xef\xbb\xbf" + old)
+    originals = [str(folder / "base"), str(folder / "adapter")]
+    checked = CliRunner().invoke(main, ["validate", *originals, "--json"])
+    for done in (checked, build(folder)):
+        assert done.exit_code == 2
+        assert Path(file).name in done.output and "a byte order mark" in done.output
+    assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from abc import ABC, abstractmethod
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -193,7 +194,13 @@ def read_json(path: Path, limit: int = 32 << 20, parts: int = MOST_PARTS) -> dic
         size = require_regular(path)
         if size > limit:
             raise SourceError(path.name, f"{size} bytes", f"at most {limit}")
-        value = json.loads(_few_parts(path.read_bytes(), parts), object_pairs_hook=_no_duplicates)
+        raw = path.read_bytes()
+        if raw.startswith(BOM_UTF8):
+            raise SourceError(
+                path.name, "a byte order mark, at which transformers and PEFT stop", "plain UTF-8",
+                "save it again as UTF-8 without a byte order mark",
+            )  # fmt: skip
+        value = json.loads(_few_parts(raw, parts), object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
         raise SourceError(
             str(path.parent.name), f"no {path.name}", "one", "check the folder"

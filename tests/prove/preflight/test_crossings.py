@@ -73,10 +73,6 @@ def rotated(config: Any) -> None:
     config.no_rope_layers = [1] * len(config.no_rope_layers)
 
 
-def wide_chunks(config: Any) -> None:
-    config.attention_chunk_size = 1024
-
-
 def wide_locals(config: Any) -> None:
     config.window_size = 1024
 
@@ -95,7 +91,6 @@ CONTROLS: dict[str, tuple[str, str, dict[str, Any], Callable[[Any], None], str]]
     "sliding window, traced": ("traced", "mistral", WINDOW, no_window, "prefill"),
     "layers without rotation": ("native", "smollm3", {}, rotated, "prefill"),
     "layer pattern": ("traced", "gemma3_text", {}, another_pattern, "prefill"),
-    "chunked": ("traced", "llama4_text", {}, wide_chunks, "prefill"),
     "local": ("traced", "gpt_neo", {}, wide_locals, "prefill"),
     "longrope": ("traced", "phi3", LONGROPE, short_alone, "across a longrope"),
     "dynamic": ("traced", "llama", DYNAMIC, unscaled, "across a dynamic"),
@@ -117,7 +112,7 @@ def test_a_graph_without_its_threshold_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [n for n in CONTROLS if n != "chunked"])
+@pytest.mark.parametrize("kind", CONTROLS)
 def test_the_same_graph_with_its_threshold_passes(kind: str, tmp_path: Path) -> None:
     frontend, model_type, options, *_ = CONTROLS[kind]
     found = answer(question(model_type, frontend, **options), tmp_path)
@@ -154,6 +149,8 @@ def test_learned_positions_that_count_pads_are_refused(
     assert found["why"].startswith("left-padded batch of a small replica is off by")
 
 
+# Chunked attention is of Llama 4 alone, whose trace cannot be turned into ONNX (ConversionError,
+# torch 2.13, transformers 5.24): neither front end draws it.
 # Kinds that mobius-onnx 0.1.0 does not draw: nothing needs to be forgotten, the proof refuses them.
 NOT_NATIVE: dict[str, tuple[str, dict[str, Any], str]] = {
     "layer pattern": ("gemma3_text", {}, "prefill of a small replica is off by"),
