@@ -214,7 +214,8 @@ class Reference:
         """`live_weight(name)`, and whether any adapter acts on it; without `widen` a parameter that
         none acts on is a view of what the model has, not a copy in fp64."""
         if name == PROMPT:
-            return self._model.get_prompt_embedding_to_save("default").double().numpy(), True
+            learned = self._model.prompt_encoder["default"].embedding.weight
+            return learned.detach().double().numpy(), True
         gated = self._gates.parameter(name) if self._gates else None
         value, changed = gated or live_parameter(self._plain, name, widen)
         return value.numpy(), changed
