@@ -88,8 +88,8 @@ class Served:
 
 def expected(base, adapter, row):
     """Live PEFT on one row: the logits of its own tokens, and six more tokens, each of a call with
-    the whole row. (PEFT 0.21's cached `generate` gives other tokens than its own forward pass: it
-    counts positions without the prompt.)"""
+    the whole row. (On GPT-2, the cached `generate` of PEFT 0.21 gives other tokens than its own
+    forward pass, so it is no reference.)"""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, adapter).eval()
 
