@@ -7,6 +7,7 @@
 #   make docs      the pages of docs/ into build/docs, every warning an error
 #   make zoo       a random replica of every model type, built and compared
 #   make trust     malformed inputs, mutations, flipped bits: what was tried against the promises
+#   make clients   our folders in the tools that people have, in a table
 #   make test-all  everything                                      make clean
 #   make test-versions  with the oldest and newest libraries, and the runtime on each Python
 
@@ -30,7 +31,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/byte-code
 
 .PHONY: demo test test-slow test-all lint type docs bench matrix fidelity zoo gates trust \
-        test-versions test-newest clean
+        test-versions test-newest clients clean
 .NOTPARALLEL:
 
 # First the plain merge; then the whole pipeline: the same adapter on five layers, with gates.
@@ -88,6 +89,12 @@ zoo: $(VENV)/.test
 # What was tried to break the promises, and how often it succeeded.
 trust: $(VENV)/.test
 	$(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m tests.trust.table
+
+# Our folders in other people's tools; needs node, and the package registries.
+clients: $(VENV)/.test
+	$(QUIET_ENV) ADAPTRIX_CLIENTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.tools.clients \
+	    --table docs/pages/measured/clients.md
+	ADAPTRIX_CLIENTS=1 $(PYTEST) -m slow tests/web
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
