@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from adaptrix_export.arch.tasks import FEATURES, GENERATION
+from adaptrix_export.arch.tasks import FEATURES, GENERATION, SEQ2SEQ
+from adaptrix_export.errors import ParityError
 from adaptrix_export.graph.rewrite.portable import make_portable
 from adaptrix_export.package.browser import browser_config
 from adaptrix_export.package.layout import FLAT, HUB, laid_out
@@ -20,6 +22,7 @@ from adaptrix_export.package.tokenizer_config import make_tokenizer_portable
 from adaptrix_export.runtime.layout import located
 from adaptrix_export.save.hashes import hash_file
 from adaptrix_export.targets.artifact import Artifact
+from adaptrix_export.targets.stored import open_onnx
 from tests.artifacts import packaged
 
 
@@ -82,6 +85,45 @@ def test_features_are_one_file(flat: Artifact, tmp_path: Path) -> None:
     assert set(hub.hashes) == {"onnx/model.onnx"}
     told = browser_config(hub.folder)["transformers.js_config"]
     assert told["use_external_data_format"] is False
+
+
+def in_parts(flat: Artifact, folder: Path) -> Artifact:
+    """The graph twice, as two parts of a model over one data file."""
+    parts = copy(flat, folder)
+    graph = folder / "model.onnx"
+    model = onnx.load(graph, load_external_data=False)
+    onnx.save(model, folder / "encoder_model.onnx")
+    graph.rename(folder / "decoder_model_merged.onnx")
+    names = {"encoder_model.onnx", "decoder_model_merged.onnx"}
+    hashes = {name: hash_file(folder / name).sha256 for name in names}
+    return replace(parts, hashes={**hashes, "model.onnx.data": flat.hashes["model.onnx.data"]})
+
+
+def test_every_part_has_a_data_file_of_its_name(flat: Artifact, tmp_path: Path) -> None:
+    """As transformers.js asks for; optimum and ONNX Runtime read what the graph names."""
+    hub = laid_out(in_parts(flat, tmp_path / "parts"), HUB, SEQ2SEQ)
+    files = {path.name for path in (hub.folder / "onnx").iterdir()}
+    stems = {"encoder_model", "decoder_model_merged"}
+    assert files == {f"{stem}{end}" for stem in stems for end in (".onnx", ".onnx_data")}
+    assert all(hash_file(hub.folder / name).sha256 == h for name, h in hub.hashes.items())
+    stored, before = open_onnx(hub.folder), open_onnx(flat.folder)
+    assert list(stored.names()) == list(before.names())
+    assert all(np.array_equal(stored.read(name), before.read(name)) for name in stored.names())
+    settings = browser_config(hub.folder)["transformers.js_config"]
+    assert settings["use_external_data_format"] is True
+
+
+def test_a_shared_tensor_that_differs_between_parts_is_noticed(
+    flat: Artifact, tmp_path: Path
+) -> None:
+    """Negative control: the replay reads one of the copies, so both must be the same bytes."""
+    hub = laid_out(in_parts(flat, tmp_path / "parts"), HUB, SEQ2SEQ)
+    path = hub.folder / "onnx" / "encoder_model.onnx_data"
+    data = bytearray(path.read_bytes())
+    data[10] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ParityError, match="another initializer"):
+        open_onnx(hub.folder)
 
 
 def test_sizes_have_the_names_that_clients_fill(flat: Artifact) -> None:

@@ -120,7 +120,8 @@ def test_a_split_adapter_on_a_fused_base(tmp_path, twins, options):
     assert difference(live(split, adapter), tmp_path / "out") < 5e-6
     assert outcome.report is not None and outcome.report["replay"]["changed"] == 6
     assert "adapters as adjusted" in outcome.report["oracle"]
-    assert len(outcome.manifest["adjustments"]) == len(outcome.notes) == 8
+    notes = [f"{a['adapter']}: {a['place']}: {a['text']}" for a in outcome.manifest["adjustments"]]
+    assert len(notes) == 8 and set(notes) <= set(outcome.notes)
     again = verify_artifact(tmp_path / "out", base=str(fused), adapters=[str(adapter)])
     assert again["parity"]["passed"] and again["parity"]["adjustments"]
 
