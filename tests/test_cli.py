@@ -19,7 +19,7 @@ from adaptrix_export.errors import AdapterError, ParityError, VerificationError
 from adaptrix_export.pipeline import Outcome
 from adaptrix_export.recipe import recipe
 from adaptrix_export.recipe import words as recipe_words
-from adaptrix_export.recipe.targets import TARGET_FACTS
+from adaptrix_export.recipe.targets import TARGET_FACTS, Target
 from adaptrix_export.show import terminal
 from tests.tiny import save_adapter, save_base
 
@@ -118,7 +118,7 @@ def test_each_command_is_documented(name: str) -> None:
 def test_each_flag_of_build_tells_the_words_it_takes() -> None:
     shown = {param.name: param.metavar or "" for param in build_command.params}
     kinds = (
-        ("target", recipe_words.Target),
+        ("target", Target),
         ("frontend", recipe_words.Frontend),
         ("task", recipe_words.Task),
         ("layout", recipe_words.Layout),

@@ -106,7 +106,7 @@ ORIGINAL = composed._composed
         *(
             pytest.param(method, fault, marks=SLOW)
             for method, fault in (
-                ("dare_ties", "drawn"),
+                ("dare_ties", "random_mask"),
                 ("knots", "_composed"),
                 ("svd", "_composed"),
                 ("tsv", "_composed"),
@@ -116,10 +116,10 @@ ORIGINAL = composed._composed
     ],
 )
 def test_a_fault_in_the_lowering_is_caught(tmp_path, llama, monkeypatch, method, fault):
-    drawn = composed.drawn
+    random_mask = composed.random_mask
     faults = {
         "elected": other_election,
-        "drawn": lambda seed, *rest: drawn(seed + 1, *rest),
+        "random_mask": lambda seed, *rest: random_mask(seed + 1, *rest),
         "_composed": one_off,
     }
     monkeypatch.setattr(composed, fault, faults[fault])

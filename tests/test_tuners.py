@@ -84,7 +84,7 @@ def test_merged_logits_are_those_of_the_live_model(tmp_path, bases, model, kind)
     assert difference(ours, theirs) < 1e-5
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     assert difference(theirs, logits(plain)) > 1e-3  # or the line above would prove nothing
-    assert not tuned._kept  # the skeleton is gone
+    assert not tuned._skeletons  # the skeleton is gone
 
 
 @pytest.mark.parametrize("kind", ["BEFT", "GLORA", "IA3", "ROAD"])
