@@ -142,7 +142,7 @@ def build(
     click.echo(f"published {outcome.out}")
 
 
-def _dry_run(wanted: Recipe, as_json: bool) -> None:
+def _dry_run(recipe: Recipe, as_json: bool) -> None:
     """The forecast of a recipe; what opening and the target refuse is raised as in a build."""
     from adaptrix_export import pipeline
     from adaptrix_export.load.fit.invariants import verify
@@ -151,7 +151,7 @@ def _dry_run(wanted: Recipe, as_json: bool) -> None:
     from adaptrix_export.show.terminal import progress, show
 
     with progress() as telling:
-        expected = forecast(wanted, verify(pipeline.open_plan(wanted)), telling)
+        expected = forecast(recipe, verify(pipeline.open_plan(recipe)), telling)
     if as_json:
         failures.print_json(expected.as_dict())
     else:

@@ -32,11 +32,11 @@ def packed_state(stored: State, settings: Mapping[str, Any], dtype: torch.dtype)
 
 def _field(words: torch.Tensor, bits: int, number: int) -> torch.Tensor:
     """Number `number` of each row of a bit stream in int32 words (words, columns)."""
-    found = torch.zeros(words.shape[1], dtype=torch.int64)
+    field = torch.zeros(words.shape[1], dtype=torch.int64)
     for bit in range(bits):
         word, shift = divmod(number * bits + bit, 32)
-        found |= ((words[word].long() >> shift) & 1) << bit
-    return found
+        field |= ((words[word].long() >> shift) & 1) << bit
+    return field
 
 
 def _stream(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:

@@ -168,18 +168,18 @@ def _solve_scales(state: _State, hessian: Tensor) -> None:
     normal = torch.empty(count, count, rows)
     for block, span in state.spans():
         normal[block] = state.block_sums((hessian[:, span] @ centred[span]).mul_(centred))
-    wanted = state.block_sums((hessian @ state.weight).mul_(centred))
+    target = state.block_sums((hessian @ state.weight).mul_(centred))
     normal = normal.permute(2, 0, 1).contiguous()
     diagonal = normal.diagonal(dim1=1, dim2=2)
     room = RIDGE * diagonal + 1e-12
     # a block of zeros has no say: its scale stays
-    wanted = wanted.T + room * state.scales.T
+    target = target.T + room * state.scales.T
     diagonal.add_(room)
-    solved = torch.linalg.solve(normal.double(), wanted.double()).float().T
+    solved = torch.linalg.solve(normal.double(), target.double()).float().T
     usable = torch.isfinite(solved) & (solved.abs() > 0.25 * state.scales.abs())
     usable &= solved.abs() < 4 * state.scales.abs()
-    kept = torch.where(usable, solved, state.scales)
-    state.scales = torch.from_numpy(fp16_scales(kept.numpy()).astype(np.float32))
+    scales = torch.where(usable, solved, state.scales)
+    state.scales = torch.from_numpy(fp16_scales(scales.numpy()).astype(np.float32))
 
 
 def _settle(state: _State, hessian: Tensor) -> None:
@@ -190,9 +190,9 @@ def _settle(state: _State, hessian: Tensor) -> None:
         scale = state.scales[block]
         own, inner = pull[span], hessian[span, span]
         moved = torch.empty_like(own)
-        for column, wanted in enumerate(own):
+        for column, change in enumerate(own):
             codes = state.codes[span.start + column]
-            step = wanted / (diagonal[span.start + column] * scale)
+            step = change / (diagonal[span.start + column] * scale)
             new = step.add_(codes).round_().clamp_(0, state.spec.top)
             moved[column] = (new - codes) * scale
             state.codes[span.start + column] = new

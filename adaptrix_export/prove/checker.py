@@ -34,13 +34,13 @@ ROOM = 1 << 16  # bytes: with less in the temporary folder a report cannot be wr
 
 
 def ask(
-    work: str, text: str, progress: Progress, timeout_s: float, checker: Checker | None = None
+    kind: str, text: str, progress: Progress, timeout_s: float, checker: Checker | None = None
 ) -> dict[str, Any]:
     """`checker.ask`; without a checker, of one that is started for this question alone."""
     if checker is not None:
-        return checker.ask(work, text, progress, timeout_s)
+        return checker.ask(kind, text, progress, timeout_s)
     with Checker() as own:
-        return own.ask(work, text, progress, timeout_s)
+        return own.ask(kind, text, progress, timeout_s)
 
 
 class Checker:
@@ -86,8 +86,8 @@ class Checker:
                 encoding="utf-8",
             )
 
-    def ask(self, work: str, text: str, progress: Progress, timeout_s: float) -> dict[str, Any]:
-        """The report that a kind of `work` (a row of `serve.WORK`) makes of `text`.
+    def ask(self, kind: str, text: str, progress: Progress, timeout_s: float) -> dict[str, Any]:
+        """The report that a kind of job (a row of `serve.RUNNERS`) makes of `text`.
 
         Raises the process's own error, and CheckerError when it left neither: it crashed, was
         killed, or ran past `timeout_s`.
@@ -97,7 +97,7 @@ class Checker:
             (folder / "job.json").write_text(text, encoding="utf-8")
             self.start()
             late = self._answered(
-                json.dumps({"work": work, "folder": scratch}), progress, timeout_s
+                json.dumps({"kind": kind, "folder": scratch}), progress, timeout_s
             )
             report = folder / "report.json"
             if late or not report.is_file():

@@ -37,24 +37,24 @@ def _preflight(text: str, folder: Path, progress: Progress) -> dict[str, Any]:
 
 
 # (the job, its own folder, a progress) -> the report
-Work = Callable[[str, Path, Progress], dict[str, Any]]
-WORK: Mapping[str, Work] = {"proof": _proof, "each": _each, "preflight": _preflight}
+Runner = Callable[[str, Path, Progress], dict[str, Any]]
+RUNNERS: Mapping[str, Runner] = {"proof": _proof, "each": _each, "preflight": _preflight}
 
 
 def serve(questions: TextIO, lines: TextIO) -> None:
     """Answers one question after the other, until there are no more."""
     reset = import_libraries()
     for question in questions:
-        asked = json.loads(question)
+        request = json.loads(question)
         reset()
-        _answer(WORK[asked["work"]], Path(asked["folder"]), Lines(lines))
+        _answer(RUNNERS[request["kind"]], Path(request["folder"]), Lines(lines))
         gc.collect()  # models are full of circles
         lines.write(json.dumps({"event": "done"}) + "\n")
         lines.flush()
 
 
 def import_libraries() -> Callable[[], None]:
-    """Import what the oracle needs, seconds of it, while the parent is at work; returns what
+    """Import what the oracle needs, seconds of it, while the parent is busy; returns what
     undoes the settings of a question, for the next."""
     import torch
 
@@ -64,11 +64,11 @@ def import_libraries() -> Callable[[], None]:
     return lambda: torch.set_num_threads(threads)
 
 
-def _answer(work: Work, folder: Path, progress: Progress) -> None:
-    """Does the work, and leaves its report or the parts of its error."""
+def _answer(runner: Runner, folder: Path, progress: Progress) -> None:
+    """Run one job; write its report, or the parts of its error, into its folder."""
     text = (folder / "job.json").read_text(encoding="utf-8")
     try:
-        document = {"report": work(text, folder, progress)}
+        document = {"report": runner(text, folder, progress)}
     except Exception as error:
         failure = known(error)  # no memory, a full disk: said as such
         if failure is None:

@@ -93,8 +93,8 @@ class ArtifactFiles:
             return path  # whoever wants it says that it is not there
         actual = f"sha256 {digest_of(path)[1]}" if path.is_file() else "no file"
         if expected is None or actual != f"sha256 {expected}":
-            wanted = f"sha256 {expected}" if expected else "no such file"
-            raise SourceError(str(path), actual, f"{wanted} as in the manifest", _CHANGED)
+            expected_text = f"sha256 {expected}" if expected else "no such file"
+            raise SourceError(str(path), actual, f"{expected_text} as in the manifest", _CHANGED)
         with self._lock:
             self._same.add(path)
         return path

@@ -28,7 +28,7 @@ def work(text, folder, progress):
     counts.append(len(asked))
     return {"pid": os.getpid(), "asked": len(counts), "kept": counts[-1], "stdin": sys.stdin.read()}
 asked, counts = [], []
-serve.WORK = {"echo": work}
+serve.RUNNERS = {"echo": work}
 serve.import_libraries = lambda: asked.clear
 serve.main()
 """
