@@ -30,8 +30,8 @@ PROMPT := "The with statement is used to"
 export PYTHONDONTWRITEBYTECODE :=
 export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/byte-code
 
-.PHONY: demo test test-slow test-all lint type docs bench matrix fidelity zoo gates trust \
-        test-versions test-newest clients clean
+.PHONY: demo test test-slow test-all lint type docs bench bench-precision matrix fidelity zoo gates \
+        trust test-versions test-newest clients clean
 .NOTPARALLEL:
 
 # First the plain merge; then the whole pipeline: the same adapter on five layers, with gates.
@@ -73,6 +73,10 @@ bench: $(VENV)/.test
 	$(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.switching
 	$(QUIET_ENV) $(BIN)/python -m tests.bench.gates
 	$(QUIET_ENV) $(BIN)/python -m tests.bench.redistribution
+
+# Each precision beside float32 and beside genai's int4; most of an hour.
+bench-precision: $(VENV)/.test
+	$(QUIET_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.precision
 
 gates: $(VENV)/.test
 	$(QUIET_ENV) $(BIN)/python -m tests.tools.gate_table

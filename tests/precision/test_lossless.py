@@ -164,4 +164,4 @@ def test_smollm2_keeps_its_codes_under_an_adapter(tmp_path: Path) -> None:
     assert made.report is not None and made.report["passed"]
     methods = [m for e in made.manifest["quantized"].values() for m in e["methods"]]
     assert set(methods) == {"lossless"} and len(methods) == 211
-    assert (tmp_path / "out/onnx/model.onnx_data").stat().st_size < 106e6
+    assert (tmp_path / "out/onnx/model.onnx_data").stat().st_size < 107e6
