@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import onnx_ir as ir
@@ -222,9 +223,14 @@ def _members(model: ir.Model, columns: int, block: int) -> ir.Value:
     """(columns, blocks): 1 where a column belongs to a block."""
     name = f"block_members.{columns}.{block}"
     if name not in model.graph.initializers:
-        own = np.repeat(np.eye(-(-columns // block), dtype=np.float32), block, axis=0)[:columns]
-        _initializer(model, name, ir.tensor(own))
+        _initializer(model, name, _member_values(columns, block))
     return model.graph.initializers[name]
+
+
+@lru_cache(maxsize=16)  # one tensor for all graphs, which then share its bytes in the data file
+def _member_values(columns: int, block: int) -> ir.TensorProtocol:
+    own = np.repeat(np.eye(-(-columns // block), dtype=np.float32), block, axis=0)[:columns]
+    return ir.tensor(own)
 
 
 def _put(model: ir.Model, node: ir.Node, made: ir.Node) -> None:

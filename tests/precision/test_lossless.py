@@ -79,10 +79,7 @@ def products(count: int) -> Graph:
     return Graph(ir.Model(graph, ir_version=10), expressions, "native", ())
 
 
-def test_shifts_are_added_once_for_each_product_and_sums_are_shared(tmp_path: Path) -> None:
-    graph = products(2)
-    blocks = [as_blocks(blocks_of(file_rows(3, ROWS), FORMATS[3]), 4) for _ in range(2)]
-    blocks[1] = Blocks(blocks[1].spec, blocks[1].codes[::-1].copy(), *_rest(blocks[1]))
+def blocked(graph: Graph, blocks: list[Blocks]) -> ir.Model:
     found, _ = weights_of(graph, lambda name: True)
     for weight, one in zip(found, blocks, strict=True):
         assert one.shifts is not None
@@ -91,6 +88,23 @@ def test_shifts_are_added_once_for_each_product_and_sums_are_shared(tmp_path: Pa
             ir.tensor(np.ascontiguousarray(one.shifts.T)),
         )  # fmt: skip
         put_blocks(graph.model, weight, one.spec, stored)
+    return graph.model
+
+
+def test_graphs_over_one_data_file_share_the_constant_of_the_sums() -> None:
+    one = [as_blocks(blocks_of(file_rows(3), FORMATS[3]), 4)]
+    constants = [
+        blocked(products(1), one).graph.initializers[f"block_members.{COLUMNS}.32"].const_value
+        for _ in range(2)
+    ]
+    assert constants[0] is constants[1]
+
+
+def test_shifts_are_added_once_for_each_product_and_sums_are_shared(tmp_path: Path) -> None:
+    graph = products(2)
+    blocks = [as_blocks(blocks_of(file_rows(3, ROWS), FORMATS[3]), 4) for _ in range(2)]
+    blocks[1] = Blocks(blocks[1].spec, blocks[1].codes[::-1].copy(), *_rest(blocks[1]))
+    blocked(graph, blocks)
     kinds = [node.op_type for node in graph.model.graph]
     assert kinds.count("MatMulNBits") == 2 and kinds.count("Add") == 2
     assert kinds.count("MatMul") == 3  # the sums of the blocks once, a shift for each product
