@@ -129,7 +129,7 @@ def compiler(folder: Path, lowest: bool, short: bool) -> str:
 def lower_bounds() -> Iterator[tuple[str, str]]:
     """The lower bound in pyproject.toml of each library whose version decides a graph.
 
-    A bound with two numbers is the first release of that series.
+    A bound with two numbers stands for the last release of that series.
     """
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for name in DECIDING:
