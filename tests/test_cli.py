@@ -29,15 +29,20 @@ FLAGS = ["--base", "b", "--adapter", "a", "--target", "onnx", "--out", "o"]
 TOLERANCE = {"max_abs": 1e-3, "mean_kl": 1e-4, "top1": 0.99}
 REPORT: dict[str, Any] = {
     "oracle": "PyTorch + PEFT on the original files",
+    "target": "onnx",
+    "task": "text-generation",
+    "tolerance": "fp32",
+    "tokens": "a prompt",
+    "versions": {},
     "level": "full",
     "precision": "fp32",
     "passed": True,
     "cases": [
         {"name": "prefill", "positions": 128, "max_abs": 1e-6, "mean_kl": 1e-9, "top1": 1.0}
-        | {"passed": True, "tolerance": TOLERANCE, "note": ""}
+        | {"passed": True, "tolerance": TOLERANCE, "note": "", "finite": True}
     ],
-    "replay": {"sites": 4, "tensors": 9, "changed": 4, "failed": 0, "failures": []}
-    | {"worst": {"ulps": 0.5, "tensor": "x"}, "passed": True},
+    "replay": {"tensors": 9, "elements": 90, "changed": 4, "failed": 0, "failures": []}
+    | {"worst": {"ulps": 0.5, "tensor": "x"}, "unmapped": [], "passed": True},
 }
 
 
@@ -91,6 +96,7 @@ def test_the_commands_are_these() -> None:
         "batch",
         "build",
         "compare",
+        "completion",
         "conflicts",
         "convert",
         "drift",
@@ -240,6 +246,16 @@ def test_a_failed_proof_shows_its_report(monkeypatch: pytest.MonkeyPatch, as_jso
         assert done.stderr.endswith("error: o: prefill, expected parity\n")
 
 
+def test_a_report_that_has_no_table_hides_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = ParityError("o", "prefill", "parity")
+    error.report = {"cases": [{"name": "prefill"}]}
+    build_raises(monkeypatch, error)
+    done = invoke("build", *FLAGS)
+    assert done.exit_code == 1
+    assert "note: no table of what was measured" in done.stderr
+    assert done.stderr.endswith("error: o: prefill, expected parity\n")
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
@@ -313,7 +329,7 @@ def test_verify_fails_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
 class FakeSession:
     """What `run` needs of a Session: a word is a token."""
 
-    def __init__(self, folder: Path, provider: str) -> None:
+    def __init__(self, folder: Path, provider: str, check: bool = True) -> None:
         self.tokenizer, self.used, self.provider = self, None, provider
 
     def use(self, adapter: dict[str, float]) -> None:
@@ -455,7 +471,7 @@ def test_bars_on_a_terminal() -> None:
 class Talker:
     """A session that answers with the prompt, backwards."""
 
-    def __init__(self, folder: object, provider: str = "auto") -> None:
+    def __init__(self, folder: object, provider: str = "auto", check: bool = True) -> None:
         self.made = 0
 
     def use(self, chosen: object) -> None:

@@ -29,7 +29,7 @@ MIXED = {"dora": 0.7, "lora": {1: 0.5, 2: 0.0}}
 def _in_process(monkeypatch):
     """The proof in this process: the same code without a second start of PyTorch."""
 
-    def here(job, progress):
+    def here(job, progress, **options):
         return run(Job.from_json(job.to_json()), progress)
 
     monkeypatch.setattr("adaptrix_export.prove.proof.prove", here)

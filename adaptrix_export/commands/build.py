@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 @word_option("--pooling", "none|auto|mean|cls|lasttoken|...", "One vector a text, for encoders.")
 @word_option("--layout", "hub|flat", "Where the graphs lie in the folder.")
 @click.option("--provider", metavar="cpu", help="Execution provider that the graph is made for.")
-@word_option("--precision", "auto|fp32|int8|int4", "Number format of the weights.")
+@word_option("--precision", "auto|fp32|fp16|bf16|int8|int4", "Number format of the weights.")
 @word_option("--base-weights", "auto|dequantized|original", "Of a quantized base, which.")
 @word_option("--simulate", "nf4|nf4-double", "Quantize a plain base and back first.")
 @click.option("--original-base", metavar="SOURCE", help="The unquantized model of a quantized one.")
@@ -54,6 +54,10 @@ if TYPE_CHECKING:
 @click.option(
     "--adaptrix-scaling", metavar="alpha_over_rank|stored|one",
     help="The scale of an original Adaptrix folder.",
+)  # fmt: skip
+@click.option(
+    "--portable", is_flag=True, default=None,
+    help="safetensors: a config that transformers 4 reads, too.",
 )  # fmt: skip
 @word_option("--layers", "auto|5|7,15,22", "Move the adapters onto these layers.")
 @word_option("--strategy", "select|fold|fit|distill", "How they are moved there.")

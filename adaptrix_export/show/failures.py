@@ -32,7 +32,7 @@ def report(error: BaseException, as_json: bool, verbose: bool) -> int:
         written = _written(lambda: print_json(document))
     else:
         measured = failure.report
-        written = measured is None or _written(lambda: print_table(measured))
+        written = measured is None or _written(lambda: _print_measured(measured))
     if not (as_json and written):
         _written(lambda: click.echo(f"error: {_one_line(failure)}", err=True))
     return failure.exit_code
@@ -47,6 +47,14 @@ def _written(write: Callable[[], None]) -> bool:
             raise  # the reader of our output went away: click ends quietly
         return False
     return True
+
+
+def _print_measured(report: Mapping[str, Any]) -> None:
+    """The tables of a failure's report; one that has none must not hide the failure."""
+    try:
+        print_table(report)
+    except AdaptrixError as error:
+        click.echo(f"note: no table of what was measured: {_one_line(error)}", err=True)
 
 
 def print_json(document: Any) -> None:
