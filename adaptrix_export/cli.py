@@ -34,6 +34,7 @@ from adaptrix_export.commands.redistribute import redistribute
 from adaptrix_export.commands.report import report
 from adaptrix_export.commands.run import run
 from adaptrix_export.commands.schema import schema
+from adaptrix_export.commands.sign import sign
 from adaptrix_export.commands.validate import validate
 from adaptrix_export.commands.verify import verify
 from adaptrix_export.compat.ranges import outside_ranges
@@ -96,7 +97,7 @@ def main() -> None:
 
 COMMANDS = (
     build, batch, add_adapter, inspect, convert, redistribute, validate, conflicts, drift, verify,
-    run, report, compare, push, pull, schema, completion,
+    run, report, compare, push, pull, sign, schema, completion,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

@@ -168,6 +168,8 @@ def _not_installed(module: str) -> MachineError | None:
     """A package that an extra of ours would have installed."""
     if module == "onnxruntime":
         extras = "adaptrix-export[runtime]"
+    elif module in ("model_signing", "cryptography"):
+        extras = "adaptrix-export[sign]"
     elif module in _COMPILER:
         extras = "adaptrix-export[cpu]"
     else:

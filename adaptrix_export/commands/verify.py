@@ -20,15 +20,34 @@ from adaptrix_export.show import failures
 @click.option(
     "--require-parity", is_flag=True, help="Fail unless parity is proved again, here and now."
 )
+@click.option(
+    "--key", metavar="FILE", type=click.Path(path_type=Path),
+    help="A public key: the artifact must be signed by its owner.",
+)  # fmt: skip
+@click.option(
+    "--signature", metavar="FILE", type=click.Path(path_type=Path),
+    help="The signature; by default ARTIFACT.sig.",
+)  # fmt: skip
 @shared_options
 def verify(
-    artifact: Path, base: str | None, adapters: tuple[str, ...], require_parity: bool, as_json: bool
-) -> None:
-    """Check a published ARTIFACT: its hashes, and parity when base and adapters are at hand."""
+    artifact: Path, base: str | None, adapters: tuple[str, ...], require_parity: bool,
+    key: Path | None, signature: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Check a published ARTIFACT: its hashes, and parity when base and adapters are at hand.
+
+    With --key its signature comes first: nothing of an artifact is believed before that.
+    """
     from adaptrix_export.errors import VerificationError
     from adaptrix_export.manage.verify_artifact import HASHES_ONLY, REPROVED, verify_artifact
     from adaptrix_export.show.terminal import progress
 
+    if signature is not None and key is None:
+        raise click.UsageError("--signature needs --key")
+    signed = None
+    if key is not None:
+        from adaptrix_export.manage.sign import check_signature
+
+        signed = check_signature(artifact, key, signature)
     with progress() as telling:
         result = verify_artifact(artifact, telling, base, adapters)
     proof = result["proof"]
@@ -38,12 +57,14 @@ def verify(
             "name the originals with --base and --adapter",
         )  # fmt: skip
     if as_json:
-        failures.print_json(result)
+        failures.print_json({**result, "signature": str(signed) if signed else None})
         return
     if result["parity"] is not None:
         failures.print_table(result["parity"])
     if result["note"]:
         click.echo(f"note: {result['note']}")
+    if signed is not None:
+        click.echo(f"signed by the owner of {key}: {signed}")
     files = f"{artifact}, {result['files']} files"
     if proof == REPROVED:
         click.echo(f"verified {files}: hashes, and parity proved again")

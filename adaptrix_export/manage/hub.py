@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from adaptrix_export.compat.huggingface_hub import ignored, transport_errors
 from adaptrix_export.errors import InputError, MachineError, OutputError, SourceError
+from adaptrix_export.load.files.scratch import scratch_folder
 from adaptrix_export.load.source import HubName, hub_name
 from adaptrix_export.package.documents import ManifestDocument
 from adaptrix_export.package.manifest import check_hashes, read_manifest
@@ -96,10 +96,10 @@ def pull(spec: str, out: Path, progress: Progress | None = None) -> ManifestDocu
     """
     progress = progress or Silent()
     source = hub_name(spec)
-    with TemporaryDirectory() as scratch, _refusals(spec):
+    with scratch_folder("hub") as scratch, _refusals(spec):
         manifest_path = _fetch(source, MANIFEST)
-        shutil.copyfile(manifest_path, Path(scratch, MANIFEST))
-        manifest = read_manifest(Path(scratch))
+        shutil.copyfile(manifest_path, scratch / MANIFEST)
+        manifest = read_manifest(scratch)
     size = sum(file.bytes for file in manifest.outputs.values())
     with staging(out, size) as stage, _refusals(spec):
         shutil.copyfile(manifest_path, stage / MANIFEST)

@@ -6,13 +6,12 @@ See `divergence.py` for the figures; beside them stands the residual after each 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from adaptrix_export.load.files.scratch import scratch_folder
 from adaptrix_export.measure.divergence import Divergence, rounded
 from adaptrix_export.oracle.layered import ADAPTED, BASE, STUDENT, Live, States
 
@@ -36,11 +35,11 @@ def measure(live: Live, ids: Ids, task: str, progress: Progress) -> dict[str, An
     residuals: Residuals = {who: [0.0] * len(live.layers) for who in (BASE, STUDENT)}
     shape = (ids.shape[0], ids.shape[1], live.width)
     with (
-        TemporaryDirectory(prefix="adaptrix-fidelity-") as folder,
+        scratch_folder("fidelity") as folder,
         progress.stage("fidelity", len(live.layers) + len(ids), "steps") as advance,
         torch.no_grad(),
     ):
-        states = {who: States(Path(folder), f"{who}.f32", shape) for who in ALL}
+        states = {who: States(folder, f"{who}.f32", shape) for who in ALL}
         for who, row, ids_of_row in ((w, r, i) for w in ALL for r, i in _rows(live, ids)):
             states[who].write(row, live.enter(ids_of_row, who))
         for number in range(len(live.layers)):

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+from adaptrix_export.load.files.scratch import scratch_folder
 from adaptrix_export.plan import Adapter, Base, Delta, Plan, Tensor
 from adaptrix_export.save.peft_folder import peft_folders, peft_tensors
 from adaptrix_export.save.safetensors_file import write_safetensors
@@ -49,7 +49,7 @@ def oracle_folders(plan: Plan) -> Iterator[OracleFolders]:
     plain = replace(plan, adapters=tuple(a for a in plan.adapters if not kinds[a.name]))
     with (
         peft_folders(plain) as converted,
-        TemporaryDirectory(prefix="adaptrix-adapters-") as scratch,
+        scratch_folder("adapters") as scratch,
     ):
         own = dict(converted.adapters)
         folders: list[tuple[str, Path]] = []
@@ -59,7 +59,7 @@ def oracle_folders(plan: Plan) -> Iterator[OracleFolders]:
                 continue
             patterns = bool(kinds[adapter.name] & set(_MOVES))
             for part in range(_parts(adapter)):
-                folder = Path(scratch) / f"{number}-{part}"
+                folder = scratch / f"{number}-{part}"
                 write_folder(plan.base, adapter, folder, part, patterns)
                 folders.append((adapter.name, folder))
         yield OracleFolders(tuple(folders), converted.converted)

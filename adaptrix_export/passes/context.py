@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptrix_export.load.files.scratch import scratch_folder
 from adaptrix_export.progress import Progress
 
 HELD_OUT = "held_out.npy"
@@ -42,5 +42,5 @@ class PassContext:
 @contextmanager
 def pass_context(progress: Progress) -> Iterator[PassContext]:
     """A context whose folder is gone when the block ends."""
-    with TemporaryDirectory(prefix="adaptrix-passes-") as folder:
-        yield PassContext(Path(folder), progress)
+    with scratch_folder("passes") as folder:
+        yield PassContext(folder, progress)

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from adaptrix_export import errors
 from adaptrix_export.errors import AdaptrixError, CheckerError, MachineError
+from adaptrix_export.load.files.scratch import scratch_folder
 from adaptrix_export.progress import Advance, Progress
 from adaptrix_export.prove.lifetime import PARENT
 
@@ -55,8 +56,8 @@ class Checker:
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Checker:
-        self._scratch = tempfile.TemporaryDirectory(prefix="adaptrix-check-")
-        self._folder = Path(self._scratch.name)
+        self._scratch = scratch_folder("check")
+        self._folder = self._scratch.__enter__()
         (self._folder / "empty").mkdir()
         return self
 
@@ -67,7 +68,7 @@ class Checker:
         trace: TracebackType | None,
     ) -> None:
         self._end()
-        self._scratch.cleanup()
+        self._scratch.__exit__(None, None, None)
 
     def start(self) -> None:
         """Start the process, which imports what it needs; does nothing where it runs already."""

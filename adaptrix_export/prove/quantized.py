@@ -14,7 +14,6 @@ import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from adaptrix_export.arch.tasks import GENERATION
 from adaptrix_export.graph.expression import expression_of
+from adaptrix_export.load.files.scratch import scratch_folder
 from adaptrix_export.oracle.compare import Logits
 from adaptrix_export.oracle.dequantized import dequantized
 from adaptrix_export.oracle.executed import Executed
@@ -49,10 +49,10 @@ def run_quantized(job: Job, progress: Progress) -> dict[str, Any]:
         batches = reference.pad is not None
         cases = select(job.target, job.level, job.task, pooling=job.pooling, batches=batches)
         prompts = choose_prompts(job, reference.vocabulary, reference.positions, reference.pad)
-    with TemporaryDirectory(prefix="adaptrix-loss-") as folder:
+    with scratch_folder("loss") as folder:
         rows = loss_rows(job, reference, prompts.prefill)
         with progress.stage("reference: the float model's logits", len(rows), "rows"):
-            answers = FloatAnswers(rows, lambda row: ask_row(reference, job, row), Path(folder))
+            answers = FloatAnswers(rows, lambda row: ask_row(reference, job, row), folder)
         stored = open_stored(job.target, job.artifact)
         with progress.stage("replaying weights", len(job.weights), "tensors") as advance:
             replayed, _ = replay(

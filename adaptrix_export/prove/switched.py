@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from adaptrix_export.graph.rewrite.slots import Slot
+from adaptrix_export.load.files.scratch import scratch_folder
 from adaptrix_export.oracle.compare import Logits, rounded
 from adaptrix_export.oracle.job import GateSpec, Job, Tolerance, tolerance_of
 from adaptrix_export.oracle.naming import oracle_name
@@ -62,8 +62,8 @@ class Answers:
 
 def run_switched(job: Job, progress: Progress) -> dict[str, Any]:
     """The report of a switchable artifact; see `_report`."""
-    with TemporaryDirectory(prefix="adaptrix-loss-") as folder:
-        return _report(job, progress, Path(folder))
+    with scratch_folder("loss") as folder:
+        return _report(job, progress, folder)
 
 
 def _report(job: Job, progress: Progress, scratch: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from adaptrix_export.errors import UnsupportedError
 from adaptrix_export.load.adapters.peft_adapter import CONFIG, OURS, WEIGHTS
 from adaptrix_export.load.adapters.peft_form import Factors, config_matches, peft_config
 from adaptrix_export.load.adapters.peft_keys import PREFIX
+from adaptrix_export.load.files.scratch import scratch_folder
 from adaptrix_export.plan import (
     Adapter,
     Base,
@@ -81,14 +81,14 @@ class PeftFolders:
 def peft_folders(plan: Plan) -> Iterator[PeftFolders]:
     """The adapters of `plan` as folders that stock PEFT reads: originals, or temporary copies."""
     converted = tuple(a.name for a in plan.adapters if a.foreign)
-    with tempfile.TemporaryDirectory(prefix="adaptrix-peft-") as scratch:
+    with scratch_folder("peft") as scratch:
         pairs = []
         for i, adapter in enumerate(plan.adapters):
             folder = adapter.folder
             if adapter.peft_copy is not None:
                 folder = adapter.peft_copy
             elif adapter.foreign:
-                folder = Path(scratch, f"{i}")
+                folder = scratch / f"{i}"
                 folder.mkdir()
                 write_peft(adapter, plan.base, folder)
             pairs.append((adapter.name, folder))

@@ -4,10 +4,8 @@ files PEFT cannot read: shards, a pickle, or keys with wrapper names.
 
 from __future__ import annotations
 
-import atexit
 import json
 import shutil
-import tempfile
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +16,7 @@ from adaptrix_export.load.adapters.peft_keys import PREFIX, module_paths
 from adaptrix_export.load.adapters.stored_weights import StoredWeights
 from adaptrix_export.load.adapters.tuners import Tuner
 from adaptrix_export.load.adapters.wrappers import note_of, strip_wrappers
+from adaptrix_export.load.files.scratch import lasting_scratch
 from adaptrix_export.load.files.tensors import DTYPES
 from adaptrix_export.load.files.views import FileTensor
 from adaptrix_export.plan import Base
@@ -50,9 +49,7 @@ def plain_copy(folder: Path, base: Base, tuner: Tuner, weights: StoredWeights) -
         count += bool(stripped)
     if weights.usual and not count:
         return PlainCopy(None)
-    scratch = tempfile.mkdtemp(prefix="adaptrix-adapter-")
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    made = Path(scratch, folder.resolve().name)
+    made = lasting_scratch("adapter") / folder.resolve().name
     made.mkdir()
     shutil.copyfile(folder / CONFIG, made / CONFIG)
     _write(made / WEIGHTS, tensors)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from adaptrix_export.graph.graph import Graph
+from adaptrix_export.load.files.scratch import scratch_folder
 from adaptrix_export.plan import Plan
 from adaptrix_export.precision.quantize import Piece, PieceStore, Quantized, Read, quantize
 from adaptrix_export.precision.settings import GPTQ, LOSSLESS, Quantization
@@ -29,7 +28,7 @@ def quantizing(
     if settings is None:
         yield Quantized(graphs, {}, {})
         return
-    with TemporaryDirectory(prefix="adaptrix-blocks-") as folder:
+    with scratch_folder("blocks") as folder:
         solve = None
         if settings.method == GPTQ:
             from adaptrix_export.passes.quantize.calibrate import Calibrated  # needs PyTorch
@@ -39,7 +38,7 @@ def quantizing(
             solve = Calibrated(plan, settings.calibration, progress).solve
         elif settings.method == LOSSLESS:
             solve = partial(_keep_stored, plan)
-        yield quantize(graphs, plan, read, settings, Path(folder), progress, solve)
+        yield quantize(graphs, plan, read, settings, folder, progress, solve)
 
 
 def _keep_stored(plan: Plan, pieces: Sequence[Piece], store: PieceStore) -> None:

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from adaptrix_export.arch.tasks import CLASSIFIERS, FEATURES, GENERATION
 from adaptrix_export.errors import FidelityError, RecipeError, UnsupportedError
+from adaptrix_export.load.files.scratch import scratch_folder
 from adaptrix_export.load.files.tensors import itemsize
 from adaptrix_export.measure.calibration import AUTO, PYDOC, Calibration, calibration_rows
 from adaptrix_export.oracle.peft_folders import oracle_folders
@@ -288,10 +288,10 @@ def _as_folders(plan: Plan) -> Iterator[tuple[tuple[str, Path], ...]]:
         with oracle_folders(plan) as folders:
             yield folders.adapters
         return
-    with TemporaryDirectory(prefix="adaptrix-composed-") as scratch:
+    with scratch_folder("composed") as scratch:
         written: list[tuple[str, Path]] = []
         for number, adapter in enumerate(plan.adapters):
-            folder = Path(scratch) / f"{number}"
+            folder = scratch / f"{number}"
             folder.mkdir()
             write_peft(with_one_term_a_site(adapter, plan.base), plan.base, folder)
             written.append((adapter.name, folder))
