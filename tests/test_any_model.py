@@ -60,9 +60,12 @@ def test_the_merged_checkpoint_is_exact(row, tmp_path):
 def test_a_wrong_weight_fails_whichever_tower_it_is_in(tmp_path, monkeypatch):
     base, adapter = save_kind(kind("LlavaForConditionalGeneration"), tmp_path)
     jobs: list[Job] = []
-    monkeypatch.setattr(
-        proof, "prove", lambda job, progress: jobs.append(job) or child.run(job, progress)
-    )
+
+    def here(job, progress, **options):
+        jobs.append(job)
+        return child.run(job, progress)
+
+    monkeypatch.setattr(proof, "prove", here)
     built(base, adapter, tmp_path / "out")
     job = replace(jobs[0], artifact=tmp_path / "out")
     file = tmp_path / "out/model.safetensors"

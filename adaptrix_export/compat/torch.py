@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -64,3 +66,18 @@ def without_storage(cls: type[torch.Tensor], shape: tuple[int, ...]) -> torch.Te
         cls, torch.Size(shape), dtype=torch.float32
     )
     return made
+
+
+@contextmanager
+def counted_buckets() -> Iterator[None]:
+    """`torch.bucketize`, which has no translation to ONNX, as a count of the boundaries passed.
+
+    Seen in torch 2.13. Without it the vision encoder of Idefics3 and SmolVLM is not exported.
+    """
+
+    def bucketize(values: Any, boundaries: Any, *, right: bool = False) -> Any:
+        passed = boundaries <= values[..., None] if right else boundaries < values[..., None]
+        return passed.sum(-1)
+
+    with patch.object(torch, "bucketize", bucketize):
+        yield

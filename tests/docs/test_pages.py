@@ -12,6 +12,7 @@ import re
 import shlex
 from collections import Counter
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import click
@@ -74,7 +75,7 @@ def commands_in(block: Block) -> list[list[str]]:
 
 def check_adaptrix(words: list[str]) -> None:
     """Raise click's error for a command or option that does not exist; nothing is run."""
-    words = words[: words.index(">")] if ">" in words else words
+    words = list(takewhile(lambda word: word not in (">", ">>"), words))
     name, *rest = words
     if name in ("--help", "-h", "--version"):
         return

@@ -7,10 +7,8 @@ a type answers all of them in one tensor: (images, tokens, width).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -54,15 +52,3 @@ def _idefics3(model: Any, pixel_values: Any, pixel_attention_mask: Any) -> Any:
 FEATURES: dict[str, Callable[..., Any]] = {
     "llava": _llava, "idefics3": _idefics3, "smolvlm": _idefics3
 }  # fmt: skip
-
-
-@contextmanager
-def counted_buckets() -> Iterator[None]:
-    """`torch.bucketize`, which has no translation to ONNX, as a count of the boundaries passed."""
-
-    def bucketize(values: Any, boundaries: Any, *, right: bool = False) -> Any:
-        passed = boundaries <= values[..., None] if right else boundaries < values[..., None]
-        return passed.sum(-1)
-
-    with patch.object(torch, "bucketize", bucketize):
-        yield

@@ -21,8 +21,9 @@ from adaptrix_export.arch.classes import live_class
 from adaptrix_export.arch.inputs import IMAGES, random_inputs, sizes_of
 from adaptrix_export.arch.pieces import DECODER, EMBEDDING, SEEN, VISION
 from adaptrix_export.arch.tasks import GENERATION
+from adaptrix_export.compat.torch import counted_buckets
 from adaptrix_export.compat.transformers_tracing import traceable
-from adaptrix_export.graph.frontends.image_features import counted_buckets, image_features
+from adaptrix_export.graph.frontends.image_features import image_features
 from adaptrix_export.graph.frontends.live_config import live_config
 from adaptrix_export.graph.frontends.traced import export, finish, traced_faults
 from adaptrix_export.graph.frontends.traced_interface import OUTPUTS, name_interface
