@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from adaptrix_export.errors import known
+from adaptrix_export.errors import ParityError, known
 from adaptrix_export.oracle.job import Job
 from adaptrix_export.progress import Progress
 from adaptrix_export.prove.child import Lines, run
@@ -25,7 +25,18 @@ from adaptrix_export.prove.preflight.child import answer
 
 
 def _proof(text: str, folder: Path, progress: Progress) -> dict[str, Any]:
-    return run(Job.from_json(text), progress)
+    """Raises ParityError for a graph that ONNX Runtime refuses to load or to run."""
+    try:
+        return run(Job.from_json(text), progress)
+    except Exception as error:
+        theirs = type(error).__module__.startswith("onnxruntime")
+        if not theirs or known(error) is not None:
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise ParityError(
+            "artifact", f"ONNX Runtime cannot run it ({said})", "a graph that runs",
+            "try --frontend traced, or --target safetensors",
+        ) from error  # fmt: skip
 
 
 def _each(text: str, folder: Path, progress: Progress) -> dict[str, Any]:

@@ -81,3 +81,18 @@ def test_an_error_ends_no_process_and_leaves_the_next_proof_as_it_is(
         with pytest.raises((ParityError, CheckerError)):
             prove(wrong, Silent(), checker=checker)
         assert prove(right, Silent(), checker=checker) == run(right, Silent())
+
+
+def test_a_graph_that_onnxruntime_refuses_is_a_failed_proof(tmp_path, monkeypatch):
+    """Not a crash of the checker: nothing is wrong with the machine."""
+    import onnxruntime
+
+    from adaptrix_export.prove import serve
+
+    def refused(job, progress):
+        onnxruntime.InferenceSession(b"no graph", providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(serve, "run", refused)
+    monkeypatch.setattr(serve.Job, "from_json", lambda text: None)
+    with pytest.raises(ParityError, match="artifact: ONNX Runtime cannot run it"):
+        serve._proof("{}", tmp_path, Silent())
