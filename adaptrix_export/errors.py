@@ -132,7 +132,12 @@ _PATHS = {
 }
 
 # How libraries say it in errors of their own: torch's allocator, C++ below ONNX Runtime.
-_NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "Failed to allocate memory")
+_NO_MEMORY = (
+    "can't start new thread",
+    "can't allocate memory",
+    "std::bad_alloc",
+    "Failed to allocate memory",
+)
 
 # What only the compiler imports, by the name of its module: an installation that just runs
 # artifacts is without it.

@@ -31,11 +31,13 @@ from adaptrix_export.package import (
     write_manifest,
 )
 from adaptrix_export.package.documents import (
+    BuiltRecipe,
     EnergyEntry,
     File,
     Input,
     ManifestDocument,
     SwitchableEntry,
+    parse_document,
 )
 from adaptrix_export.plan import Base, Plan
 from adaptrix_export.progress import Progress, Silent
@@ -95,6 +97,7 @@ def _added(
 ) -> Added:
     """The whole of it, under the lock of the artifact."""
     manifest = read_manifest(folder)
+    parse_document(BuiltRecipe, manifest.recipe, f"{folder / MANIFEST}: recipe")
     switchable = switchable_part(folder, manifest)
     spec = AdapterSpec.model_validate({"source": adapter, **({"name": name} if name else {})})
     if spec.name in switchable.adapters:

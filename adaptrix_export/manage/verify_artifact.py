@@ -13,7 +13,7 @@ from adaptrix_export.load.fit.mismatch import fitted
 from adaptrix_export.load.text import read_text
 from adaptrix_export.manage.places import found_again
 from adaptrix_export.package import InputHashes, check_hashes, read_manifest
-from adaptrix_export.package.documents import ManifestDocument
+from adaptrix_export.package.documents import BuiltRecipe, ManifestDocument, parse_document
 from adaptrix_export.package.redistributed import kept_plan, of_peft_folder
 from adaptrix_export.passes.approximate import Approximate
 from adaptrix_export.passes.context import pass_context
@@ -22,6 +22,7 @@ from adaptrix_export.plan import Plan
 from adaptrix_export.progress import Progress, Silent
 from adaptrix_export.prove.proof import ProofRequest, proof_of, require_passed
 from adaptrix_export.recipe.targets import Form, facts_of
+from adaptrix_export.runtime.files import MANIFEST
 from adaptrix_export.save.staging import finish_addition
 
 REPROVED, HASHES_ONLY, NEVER_PROVED = "re-proved", "hashes only", "never proved"
@@ -53,6 +54,7 @@ def verify_artifact(
             f"{folder}: {first.file}", first.found, first.expected,
             f"{more} more such files; build it again" if more else "build it again",
         )  # fmt: skip
+    parse_document(BuiltRecipe, manifest.recipe, f"{folder / MANIFEST}: recipe")
     proved_once = manifest.parity.verdict == "proved"
     result: dict[str, Any] = {
         "files": len(manifest.outputs), "proof": HASHES_ONLY if proved_once else NEVER_PROVED,

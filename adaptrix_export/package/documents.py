@@ -56,6 +56,26 @@ class AdjustmentEntry(Document):
     text: str
 
 
+class NamedSource(Document):
+    name: str
+    source: str
+
+
+class ParitySettings(Document):
+    decode_steps: int = Field(default=0, ge=0)
+    text: str | None = None
+
+
+class BuiltRecipe(Document):
+    """What `verify` and `add-adapter` read of the recipe in a manifest."""
+
+    base: str
+    adapters: list[NamedSource]
+    parity: ParitySettings
+    adaptrix_scaling: str = ""
+    slots: dict[str, Any] | None = None
+
+
 class GateEntry(Document):
     site: str
     mode: str

@@ -13,6 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from adaptrix_export.errors import AdapterError, RecipeError
+from adaptrix_export.load.files.fields import (
+    COUNT,
+    LIST,
+    OBJECT,
+    TEXT,
+    Kind,
+    check_fields,
+    list_of,
+)
 from adaptrix_export.load.files.tensors import read_json
 from adaptrix_export.load.tokenizer_files import PROCESSOR_FILES, TOKENIZER_FILES
 from adaptrix_export.plan import Adapter, Plan
@@ -26,6 +35,12 @@ _SAVED_BY = (
     "name_or_path", "backend", "is_local", "local_files_only", "transformers_version",
     "processor_class", "tokenizer_class", "padding", "truncation", "padding_side",
 )  # fmt: skip
+_ADDED = Kind(
+    "an object with an id and its content",
+    lambda token: (
+        isinstance(token, dict) and COUNT.fits(token.get("id")) and TEXT.fits(token.get("content"))
+    ),
+)
 MAX_BYTES = 256 << 20  # Gemma's tokenizer.json has 33 MB
 MAX_PARTS = 8_000_000  # and 3 million brackets and commas
 
@@ -97,10 +112,8 @@ def _facts(folder: Path) -> dict[str, Any]:
     if tokens is not None:
         facts["tokens"] = tokens
     if (folder / "tokenizer.json").is_file():
-        whole = read_json(folder / "tokenizer.json", MAX_BYTES, MAX_PARTS)
-        facts["added"] = sorted(
-            (t.get("id"), t.get("content")) for t in whole.get("added_tokens") or ()
-        )
+        whole = _read_tokenizer(folder / "tokenizer.json")
+        facts["added"] = sorted((t["id"], t["content"]) for t in whole.get("added_tokens") or ())
         facts["vocabulary"] = (whole.get("model") or {}).get("vocab")
     template = _template(folder)
     if template is not None:
@@ -123,15 +136,23 @@ def _template(folder: Path) -> str | None:
     return None
 
 
+def _read_tokenizer(path: Path) -> dict[str, Any]:
+    """A tokenizer.json whose fields are of the types that are relied on here."""
+    whole = read_json(path, MAX_BYTES, MAX_PARTS)
+    check_fields(path.name, whole, {"added_tokens": list_of(_ADDED, 2_000_000), "model": OBJECT})
+    check_fields(f"{path.name}: model", whole.get("model") or {}, {"vocab": OBJECT | LIST})
+    return whole
+
+
 def highest_token(folder: Path) -> int | None:
     """The highest token id of a tokenizer.json; None without one."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    whole = read_json(path, MAX_BYTES, MAX_PARTS)
+    whole = _read_tokenizer(path)
     vocabulary = (whole.get("model") or {}).get("vocab") or {}
     ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-    added = [token.get("id") for token in whole.get("added_tokens") or []]
+    added = [token["id"] for token in whole.get("added_tokens") or []]
     return max((n for n in (*ids, *added) if type(n) is int), default=None)
 
 

@@ -120,7 +120,7 @@ def _session(path: Path, threads: int, provider: str) -> Any:
     check_runtime(path, onnxruntime.__version__)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads  # 0: one a physical core
-    options.log_severity_level = 3  # errors; its warnings are about its own optimizer
+    options.log_severity_level = 4  # what fails is raised, and its warnings are about itself
     # A pattern is for inputs of one shape. The mask grows with every token, so each step would
     # trace and keep a pattern that no step reads again: 3% of decoding without slots, 7% with.
     options.enable_mem_pattern = False

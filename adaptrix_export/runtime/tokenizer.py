@@ -136,7 +136,8 @@ def _chat_template(files: ArtifactFiles, config: Mapping[str, Any]) -> str | Non
     stored = files.read("chat_template.json") or config
     template = stored.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = {t.get("name"): t.get("template") for t in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, Mapping)]
+        template = next((n.get("template") for n in named if n.get("name") == "default"), None)
     return template if isinstance(template, str) else None
 
 

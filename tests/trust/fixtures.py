@@ -13,10 +13,11 @@ from tests.tiny import save_adapter, save_base
 
 @dataclass(frozen=True)
 class Inputs:
-    """A two-layer LLaMA with a tokenizer, and a LoRA on it."""
+    """A two-layer LLaMA with a tokenizer, a LoRA on it, and an artifact of both, if one is made."""
 
     base: Path
     adapter: Path
+    artifact: Path | None = None
 
 
 def make_inputs(folder: Path) -> Inputs:

@@ -13,16 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.trust.fixtures import rewrite
-from tests.trust.malformed import Case, _build, _validate
+from tests.trust.malformed import Case, _build, _onnx, _validate, gguf
 
 ROOM = 100 << 20  # bytes beyond the file
 PROTO = b"\x80\x02"
-
-
-def _onnx(folder: Path) -> list[str]:
-    command = _build(folder)
-    command[command.index("safetensors")] = "onnx"
-    return [*command, "--frontend", "native"]
 
 
 def _json(file: str, command: Callable[[Path], list[str]], **fields: Any) -> Callable[..., Any]:
@@ -44,14 +38,6 @@ def _written(file: str, content: bytes, command: Callable[[Path], list[str]]) ->
 
 def safetensors(header: bytes, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(header)) + header + data
-
-
-def gguf(*pairs: tuple[str, int, bytes], tensors: int = 0, count: int | None = None) -> bytes:
-    """A GGUF header of these pairs (key, type, value as it is stored)."""
-    text = b"GGUF" + struct.pack("<IQQ", 3, tensors, len(pairs) if count is None else count)
-    for key, kind, value in pairs:
-        text += struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
-    return text
 
 
 def text_value(text: str) -> bytes:

@@ -21,6 +21,8 @@ from typing import Any
 from click.testing import CliRunner
 
 from adaptrix_export.cli import main
+from adaptrix_export.package.documents import ManifestDocument
+from adaptrix_export.runtime.files import manifest_text
 from tests.trust.fixtures import Inputs, copied, rewrite
 
 LIMIT_S = 5.0
@@ -42,6 +44,9 @@ BASE_FIELDS = (
     "num_hidden_layers num_key_value_heads pad_token_id quantization_config rms_norm_eps "
     "rope_parameters rope_scaling rope_theta sliding_window text_config tie_word_embeddings "
     "torch_dtype vocab_size"
+).split()
+TOKENIZER_FIELDS = (
+    "version truncation padding added_tokens normalizer pre_tokenizer post_processor decoder model"
 ).split()
 RECIPE_FIELDS = (
     "base adapters adapter target out frontend task provider precision context compose "
@@ -101,7 +106,8 @@ def _bytes(file: str, command: Callable[[Path], list[str]]) -> Iterator[Case]:
     damages: dict[str, Callable[[bytes], bytes]] = {
         "empty": lambda _: b"", "cut": lambda old: old[: len(old) // 2], "list": lambda _: b"[]",
         "number": lambda _: b"7", "null": lambda _: b"null", "deep": lambda _: b"[" * 100_000,
-        "utf-16": lambda old: old.decode().encode("utf-16"), "latin": lambda _: b'{"a": "\xff"}',
+        "utf-16": lambda old: old.decode("latin-1").encode("utf-16"),
+        "latin": lambda _: b'{"a": "\xff"}',
         "mark": lambda old: b"\xef\xbb\xbf" + old, "twice": lambda _: b'{"a": 1, "a": 2}',
         "zeros": lambda old: b"\0" * len(old), "digits": lambda _: b'{"r": ' + b"9" * 5000 + b"}",
     }  # fmt: skip
@@ -235,7 +241,128 @@ def _recipes() -> Iterator[Case]:
                 path.write_text(json.dumps(document, indent=1))
                 return ["build", str(path)]
 
-            yield Case(f"recipe: {field}[{number}]", make)
+            if (field, value) != ("redistribute", {}):  # all defaults: right, and it fits a model
+                yield Case(f"recipe: {field}[{number}]", make)
+
+
+def _run(folder: Path) -> list[str]:
+    return ["run", str(folder / "artifact"), "--prompt", "x", "--max-new-tokens", "2", "--no-check"]
+
+
+def _verify(folder: Path) -> list[str]:
+    return ["verify", str(folder / "artifact")]
+
+
+def _onnx(folder: Path) -> list[str]:
+    command = _build(folder)
+    command[command.index("safetensors")] = "onnx"
+    return [*command, "--frontend", "native"]
+
+
+def _artifacts() -> Iterator[Case]:
+    """A published artifact with wrong fields, under a checksum that is right, and wrong files."""
+    manifest = "artifact/manifest.json"
+    few = (None, -1, 10**400, "", [], {}, [[]], {"a": {"b": []}})
+    for field in ManifestDocument.model_fields:
+        for number, value in enumerate(few):
+            for command in (_run, _verify):
+
+                def make(
+                    folder: Path, field: str = field, value: Any = value,
+                    command: Callable[[Path], list[str]] = command,
+                ) -> list[str]:  # fmt: skip
+                    def change(content: bytes) -> bytes:
+                        return manifest_text({**json.loads(content), field: value}).encode()
+
+                    rewrite(folder / manifest, change)
+                    return command(folder)
+
+                yield Case(f"{command.__name__} {manifest}: {field}[{number}]", make)
+    for name in ("config.json", "generation_config.json", "genai_config.json", "tokenizer.json",
+                 "tokenizer_config.json", "manifest.json", "onnx/model.onnx"):  # fmt: skip
+        yield from _bytes(f"artifact/{name}", _run)
+        yield from _places(f"artifact/{name}", _run)
+    yield from _bytes("artifact/onnx/model.onnx_data", _run)
+    yield from _places("artifact/onnx/model.onnx_data", _run)
+    yield from _places("artifact/onnx", _run)
+    yield from _places(manifest, _verify)
+    yield from _fields("artifact/config.json", ["architectures", "eos_token_id"], _run)
+    yield from _fields("artifact/generation_config.json", ["eos_token_id"], _run)
+    yield from _fields("artifact/genai_config.json", ["model", "search"], _run)
+    yield from _fields("artifact/tokenizer.json", TOKENIZER_FIELDS, _run)
+    yield from _fields("artifact/tokenizer_config.json", ["chat_template", "bos_token"], _chat)
+
+
+def _chat(folder: Path) -> list[str]:
+    return [*_run(folder), "--chat"]
+
+
+def _tokenizers() -> Iterator[Case]:
+    """Tokenizers of a base that becomes a graph, and of an adapter that has its own."""
+
+    def with_own(folder: Path) -> list[str]:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(folder / "base" / name, folder / "adapter" / name)
+        return _build(folder)
+
+    few = (None, -1, 1.5, "x", [], ["a", 7], {}, {"1": -1})
+    for name, fields in (("tokenizer.json", TOKENIZER_FIELDS), ("tokenizer_config.json",
+                         ["chat_template", "model_input_names", "tokenizer_class"])):  # fmt: skip
+        yield from _fields(f"base/{name}", fields, _onnx, few)
+        yield from _fields(f"base/{name}", fields, with_own, few)
+    yield from _bytes("base/tokenizer_config.json", _onnx)
+    yield from _bytes("base/generation_config.json", _onnx)
+    yield from _fields("base/generation_config.json", ["eos_token_id", "pad_token_id"], _onnx, few)
+
+
+def _gguf() -> Iterator[Case]:
+    """Metadata of every type in every field that is read; the file has no tensors."""
+    values: dict[str, tuple[int, bytes]] = {
+        "u8": (0, b"\x07"), "i32": (5, struct.pack("<i", -5)), "f32": (6, struct.pack("<f", 0.5)),
+        "nan": (6, struct.pack("<f", float("nan"))), "bool": (7, b"\1"),
+        "u64": (10, struct.pack("<Q", 2**64 - 1)), "f64": (12, struct.pack("<d", 1e300)),
+        "text": (8, struct.pack("<Q", 1) + b"x"),
+        "no text": (8, struct.pack("<Q", 2) + b"\xff\xfe"),
+        "list": (9, struct.pack("<IQ", 5, 1) + struct.pack("<i", 3)),
+        "empty list": (9, struct.pack("<IQ", 8, 0)), "unknown": (13, b""),
+    }  # fmt: skip
+    sizes = ("context_length", "block_count", "feed_forward_length", "embedding_length",
+             "attention.head_count", "attention.head_count_kv", "attention.key_length")  # fmt: skip
+    right = {f"llama.{name}": (4, struct.pack("<I", 4)) for name in sizes}
+    right |= {
+        "general.architecture": (8, struct.pack("<Q", 5) + b"llama"),
+        "llama.attention.layer_norm_rms_epsilon": (6, struct.pack("<f", 1e-5)),
+        "llama.rope.freq_base": (6, struct.pack("<f", 1e4)),
+        "tokenizer.ggml.tokens": (9, struct.pack("<IQ", 8, 1) + struct.pack("<Q", 1) + b"a"),
+    }
+    more = ("general.type", "general.alignment", "split.count", "llama.rope.scaling.type",
+            "adapter.type", "adapter.lora.alpha", "tokenizer.ggml.bos_token_id")  # fmt: skip
+    for field in (*right, *more):
+        for name, value in values.items():
+
+            def make(
+                folder: Path, field: str = field, value: tuple[int, bytes] = value
+            ) -> list[str]:
+                pairs = [(key, *stored) for key, stored in {**right, field: value}.items()]
+                (folder / "x.gguf").write_bytes(gguf(*pairs))
+                if field.startswith("adapter"):
+                    return ["validate", str(folder / "base"), str(folder / "x.gguf")]
+                return ["inspect", str(folder / "x.gguf")]
+
+            yield Case(f"gguf {field}: {name}", make)
+
+
+def gguf(*pairs: tuple[str, int, bytes], tensors: int = 0, count: int | None = None) -> bytes:
+    """A GGUF header of these pairs (key, type, value as it is stored)."""
+    text = b"GGUF" + struct.pack("<IQQ", 3, tensors, len(pairs) if count is None else count)
+    for key, kind, value in pairs:
+        text += struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+    return text
+
+
+def artifact_cases() -> list[Case]:
+    """Those that need `Inputs.artifact`, of target onnx."""
+    return list(_artifacts())
 
 
 def cases() -> list[Case]:
@@ -251,7 +378,7 @@ def cases() -> list[Case]:
         *_places("adapter/adapter_model.safetensors", _build),
         *_places("base/model.safetensors", _build), *_places("base/tokenizer.json", _build),
         *_places("base", _build), *_places("adapter", _build),
-        *_patterns(), *_arguments(), *_recipes(),
+        *_patterns(), *_arguments(), *_recipes(), *_tokenizers(), *_gguf(),
     ]  # fmt: skip
 
 
@@ -270,6 +397,8 @@ def play(case: Case, inputs: Inputs, folder: Path) -> Outcome:
     """Run one case in a copy of the inputs."""
     copied(inputs.base, folder / "base")
     copied(inputs.adapter, folder / "adapter")
+    if inputs.artifact is not None:
+        copied(inputs.artifact, folder / "artifact")
     try:
         command = case.make(folder)
         start = time.perf_counter()

@@ -16,8 +16,8 @@ from adaptrix_export.load.files import tensors
 from adaptrix_export.load.files.gguf_header import read_gguf
 from tests.trust import measured
 from tests.trust.fixtures import Inputs, copied, make_inputs
-from tests.trust.hostile import ROOM, cases, gguf, safetensors
-from tests.trust.malformed import Case
+from tests.trust.hostile import ROOM, cases, safetensors
+from tests.trust.malformed import Case, gguf
 
 # Accepted as they are: what is hostile in them is read by nobody.
 UNREAD = ("base/tokenizer.json: 9M objects", "patterns, recursive: _build",
