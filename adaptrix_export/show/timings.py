@@ -108,9 +108,17 @@ def keep_timings(artifact: Path, timings: Mapping[str, Any]) -> None:
         return
     folder = _folder()
     folder.mkdir(parents=True, exist_ok=True)
-    for old in sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
+    for old in sorted(folder.glob("*.json"), key=_written_at)[:-KEPT]:
         old.unlink(missing_ok=True)
     (folder / f"{_key(artifact)}.json").write_text(json.dumps(timings), encoding="utf-8")
+
+
+def _written_at(path: Path) -> float:
+    """Seconds; 0 for a file that another build has just removed."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def kept_timings(artifact: Path) -> dict[str, Any] | None:

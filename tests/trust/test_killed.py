@@ -101,8 +101,9 @@ def waiting(inputs: Inputs, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[b
     """A process that waits in the middle of a build, its checker, and a scratch folder of it."""
     note = tmp_path / "note"
     program = f"""
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born without it
 from adaptrix_export.cli import main
 from adaptrix_export.load.files.scratch import scratch_folder
 from adaptrix_export.prove.checker import Checker
