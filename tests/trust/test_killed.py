@@ -65,7 +65,7 @@ def test_an_addition_killed_while_it_moves_its_files_is_completed_or_was_not(
     for at in range(count - 14, count + 1):  # the renames, and what is around them
         wrong = kills.killed(command, tmp_path / str(at), at, before, after, pair[0])
         assert wrong is None, f"killed at {at} of {count}: it {wrong}"
-    late = kills.killed(command, tmp_path / "late", count + 1, before, after, pair[0])
+    late = kills.killed(command, tmp_path / "late", count + 9, before, after, pair[0])
     assert late is not None and "was not killed" in late  # the harness notices
 
 
