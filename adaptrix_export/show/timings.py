@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -103,18 +105,25 @@ def timings_table(timings: Mapping[str, Any]) -> Table:
 
 
 def keep_timings(artifact: Path, timings: Mapping[str, Any]) -> None:
-    """Put them where `kept_timings` looks; nothing is kept without a manifest."""
+    """Put them where `kept_timings` looks; nothing is kept without a manifest or a cache."""
     if not (artifact / MANIFEST).is_file():
         return
     folder = _folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in sorted(folder.glob("*.json"), key=_written_at)[:-KEPT]:
-        old.unlink(missing_ok=True)
-    (folder / f"{_key(artifact)}.json").write_text(json.dumps(timings), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in sorted(folder.glob("*.json"), key=_age)[:-KEPT]:
+            old.unlink(missing_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=folder, suffix=".part", delete=False, encoding="utf-8"
+        ) as file:
+            json.dump(timings, file)
+        os.replace(file.name, folder / f"{_key(artifact)}.json")
+    except OSError:
+        return  # the artifact is published, and that is what was asked for
 
 
-def _written_at(path: Path) -> float:
-    """Seconds; 0 for a file that another build has just removed."""
+def _age(path: Path) -> float:
+    """When a file was written; one that another build has just removed is the oldest."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:
@@ -126,10 +135,11 @@ def kept_timings(artifact: Path) -> dict[str, Any] | None:
     if not (artifact / MANIFEST).is_file():
         return None
     path = _folder() / f"{_key(artifact)}.json"
-    if not path.is_file():
+    try:
+        timings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    timings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return timings
+    return timings if isinstance(timings, dict) else None
 
 
 def _key(artifact: Path) -> str:

@@ -22,8 +22,9 @@ from tests.trust.fixtures import Inputs
 from tests.trust.forks import Forks
 
 PROGRAM = """
-import os, signal, sys
+import os, signal, sys, threading
 at, counted = int(os.environ["TRUST_KILL_AT"]), [0]
+delay = float(os.environ.get("TRUST_KILL_DELAY", 0))
 # Between two of these nothing happens to files but writes to those that are open.
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.link",
           "os.truncate", "os.listdir", "os.scandir", "fsync"}
@@ -36,7 +37,9 @@ def count(event, arguments):
         return  # what Python and libraries read of themselves
     counted[0] += 1
     if counted[0] == at:
-        os.kill(os.getpid(), signal.SIGKILL)
+        threading.Timer(delay, kill).start() if delay else kill()
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 fsync = os.fsync
 def audited_fsync(handle):
     sys.audit("fsync", handle)
@@ -112,22 +115,40 @@ def operations(command: Command, folder: Path, forks: Forks) -> int:
     return int(said.rpartition("operations ")[2].split()[0])
 
 
-def _run(command: Command, folder: Path, at: int, forks: Forks) -> tuple[int, str]:
+def _run(
+    command: Command, folder: Path, at: int, forks: Forks, delay_s: float = 0.0
+) -> tuple[int, str]:
     folder.mkdir()
     command.prepare(folder)
     scratch = folder / "tmp"
     scratch.mkdir()
-    more = {"TRUST_KILL_AT": str(at), "TMPDIR": str(scratch), "TRUST_HERE": str(folder.parent)}
+    more = {
+        "TRUST_KILL_AT": str(at),
+        "TRUST_KILL_DELAY": str(delay_s),
+        "TMPDIR": str(scratch),
+        "TRUST_HERE": str(folder.parent),
+    }
     return forks.run(PROGRAM, command.arguments(folder), folder, more)
 
 
-def points(count: int, tries: int) -> Iterator[int]:
-    """`tries` of the operations 1 to `count`, spread evenly; the last move files into place."""
-    yield from sorted({1 + (count - 1) * n // max(1, tries - 1) for n in range(tries)})
+def points(count: int, tries: int) -> Iterator[tuple[int, float]]:
+    """`tries` moments: operations 1 to `count`, spread evenly; the last move files into place.
+
+    A command with fewer operations than tries is killed a millisecond behind some of them, too.
+    """
+    spread = sorted({1 + (count - 1) * n // max(1, tries - 1) for n in range(tries)})
+    yield from ((at, 0.0) for at in spread)
+    yield from ((1 + n * count // tries, 0.001) for n in range(tries - len(spread)))
 
 
 def killed(
-    command: Command, folder: Path, at: int, before: object, after: object, forks: Forks
+    command: Command,
+    folder: Path,
+    at: int,
+    before: object,
+    after: object,
+    forks: Forks,
+    delay_s: float = 0.0,
 ) -> str | None:
     """What is wrong once a run was killed at an operation and then done again; None: nothing.
 
@@ -136,10 +157,10 @@ def killed(
 
     `before` and `after` are the hashes of what an undisturbed run begins with and leaves.
     """
-    code, said = _run(command, folder, at, forks)
+    code, said = _run(command, folder, at, forks, delay_s)
     for earlier in range(at - 1, max(0, at - 4), -1) if code == 0 else ():
         shutil.rmtree(folder)
-        code, said = _run(command, folder, earlier, forks)
+        code, said = _run(command, folder, earlier, forks, delay_s)
         if code != 0:
             break
     if code != -signal.SIGKILL:

@@ -269,11 +269,12 @@ def killed(place: Place) -> Row:
         after = kills.hashes_of(folder / "count" / command.out)
         points = list(kills.points(count, tries))
         tried[command.name] = len(points)
-        for at in points:
-            wrong = kills.killed(command, folder / str(at), at, before, after, forks)
+        for at, delay in points:
+            place_of_it = folder / f"{at}-{delay}"
+            wrong = kills.killed(command, place_of_it, at, before, after, forks, delay)
             if wrong is not None:
                 failures.append(f"{command.name} at {at} of {count}: it {wrong}")
-            shutil.rmtree(folder / str(at))
+            shutil.rmtree(place_of_it)
 
     def worker(forks: Forks) -> None:
         while work:

@@ -91,8 +91,8 @@ def test_each_command_may_be_killed_anywhere(
         count = kills.operations(command, folder / "count", pair[0])
         before = hash_folder(switchable) if command.name == "add-adapter" else None
         after = kills.hashes_of(folder / "count" / command.out)
-        for at in kills.points(count, 6):
-            wrong = kills.killed(command, folder / str(at), at, before, after, pair[0])
+        for at, delay in kills.points(count, 6):
+            wrong = kills.killed(command, folder / str(at), at, before, after, pair[0], delay)
             assert wrong is None, f"{command.name} killed at {at} of {count}: it {wrong}"
 
 

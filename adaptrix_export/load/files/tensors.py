@@ -47,7 +47,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # what a delta can be added to
 MAX_HEADER = 32 << 20  # bytes; a LoRA on each of 6,144 experts has 6 MB
 # Brackets, braces and commas of a JSON text. Each may become an object of some 70 bytes; an index
 # has one for each tensor, a header eight.
-MOST_PARTS = 1_200_000
+MOST_PARTS = 900_000
 MAX_DIMENSIONS = 64  # of PyTorch and numpy
 
 
