@@ -13,8 +13,8 @@ from adaptrix_export.plan.term_kind import Size, TermKind
 
 
 @dataclass(frozen=True)
-class LowRank(TermKind):
-    """The term `scale * b @ a`, shape (out, in), from a (r, in) and b (out, r)."""
+class Factors(TermKind):
+    """What LoRA and DoRA share: `a` is (r, in), `b` is (out, r), and `scale * b @ a` is added."""
 
     a: Tensor
     b: Tensor
@@ -23,14 +23,6 @@ class LowRank(TermKind):
     @property
     def rank(self) -> int:
         return self.a.shape[0]
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.a, self.b)
-
-    @property
-    def is_plain(self) -> bool:
-        return True
 
     @property
     def scaling(self) -> float:
@@ -45,12 +37,25 @@ class LowRank(TermKind):
         return self.a, self.b, self.scale
 
     @property
-    def vanishes_with(self) -> tuple[Tensor, ...]:
-        return (self.b, self.a)
-
-    @property
     def outputs(self) -> int:
         return self.b.shape[0]
+
+
+@dataclass(frozen=True)
+class LowRank(Factors):
+    """The term `scale * b @ a`, shape (out, in), from a (r, in) and b (out, r)."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.a, self.b)
+
+    @property
+    def is_plain(self) -> bool:
+        return True
+
+    @property
+    def vanishes_with(self) -> tuple[Tensor, ...]:
+        return (self.b, self.a)
 
     def sizes(self, outputs: int, inputs: int) -> list[Size]:
         return _factor_sizes(self.a, self.b, outputs, inputs)
@@ -66,21 +71,14 @@ class LowRank(TermKind):
 
 
 @dataclass(frozen=True)
-class Dora(TermKind):
+class Dora(Factors):
     """DoRA, https://arxiv.org/abs/2402.09353: m / |W + scale b a| * (W + scale b a) - W.
 
     `magnitude` m is (out,); the norm is taken over the inputs of each output, of the base W alone
     with this one adapter added.
     """
 
-    a: Tensor
-    b: Tensor
-    scale: float
     magnitude: Tensor
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -91,24 +89,8 @@ class Dora(TermKind):
         return True
 
     @property
-    def scaling(self) -> float:
-        return self.scale
-
-    @property
-    def lora_rank(self) -> int:
-        return self.rank
-
-    @property
-    def product(self) -> tuple[Tensor, Tensor, float]:
-        return self.a, self.b, self.scale
-
-    @property
     def lora_magnitude(self) -> Tensor:
         return self.magnitude
-
-    @property
-    def outputs(self) -> int:
-        return self.b.shape[0]
 
     def sizes(self, outputs: int, inputs: int) -> list[Size]:
         magnitude = ("a magnitude of {} values", prod(self.magnitude.shape), outputs)
