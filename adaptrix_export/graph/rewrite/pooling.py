@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from adaptrix_export.errors import UnsupportedError
+from adaptrix_export.graph.rewrite.new_nodes import NewNodes
 
 OUTPUT = "sentence_embedding"
 SMALLEST = 1e-9  # what sentence-transformers divides by where there is no token
@@ -50,29 +50,13 @@ def wire_pooling(model: ir.Model, kind: str) -> int:
 
 
 @dataclass
-class _Wiring:
+class _Wiring(NewNodes):
     """Collects new nodes and their constants; values that several poolings need are shared."""
 
-    graph: ir.Graph
+    prefix = "pooling"
     hidden: ir.Value
     mask: ir.Value
-    nodes: list[ir.Node] = field(default_factory=list)
     made: dict[str, ir.Value] = field(default_factory=dict)
-
-    def add(self, kind: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        node = ir.node(kind, list(inputs), attributes=attributes)
-        node.name = node.outputs[0].name = f"pooling.{len(self.nodes)}.{kind.lower()}"
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def constant(self, name: str, value: np.ndarray) -> ir.Value:
-        if name not in self.made:
-            tensor = ir.tensor(value, name=f"pooling.{name}")
-            self.made[name] = self.graph.initializers[str(tensor.name)] = ir.Value(
-                name=tensor.name, shape=ir.Shape(value.shape), type=ir.TensorType(tensor.dtype),
-                const_value=tensor,
-            )  # fmt: skip
-        return self.made[name]
 
     def index(self, name: str, value: int) -> ir.Value:
         return self.constant(name, np.array([value], np.int64))

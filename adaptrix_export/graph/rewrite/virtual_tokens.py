@@ -12,8 +12,7 @@ with T tokens fed before. The cache that comes out has the prompt's entries besi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +27,7 @@ from adaptrix_export.graph.expression import (
     Transpose,
 )
 from adaptrix_export.graph.graph import Graph
+from adaptrix_export.graph.rewrite.new_nodes import NewNodes
 from adaptrix_export.plan import Plan, Prompt, Tensor
 
 TENSOR = "prompt_embeddings"  # what expressions call the prompt's tensor
@@ -63,13 +63,12 @@ def wire_prompt(plan: Plan, graph: Graph) -> Graph:
 
 
 @dataclass
-class _Wiring:
+class _Wiring(NewNodes):
     """New nodes, which come before all others, and the values that several of them need."""
 
-    graph: ir.Graph
+    prefix = "prompt"
     inputs: Mapping[str, ir.Value]
     prompt: Prompt
-    nodes: list[ir.Node] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         past, ids = self.inputs["past_key_values.0.key"], self.inputs["input_ids"]
@@ -79,31 +78,15 @@ class _Wiring:
         self.now = self.add("Where", self.add("Equal", cached, none), count, none)
         self.batch = self.add("Shape", ids, start=0, end=1)
 
-    def add(self, kind: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        node = ir.node(kind, list(inputs), attributes=attributes)
-        node.name = node.outputs[0].name = f"prompt.{len(self.nodes)}.{kind.lower()}"
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def constant(self, name: str, value: np.ndarray) -> ir.Value:
-        tensor = ir.tensor(value, name=f"prompt.{name}")
-        return self._initializer(
-            ir.Value(name=tensor.name, shape=ir.Shape(value.shape),
-                     type=ir.TensorType(tensor.dtype), const_value=tensor)
-        )  # fmt: skip
-
     def weight(self, name: str, shape: tuple[int, ...]) -> ir.Value:
         """An initializer whose values follow from an expression."""
         kind = ir.TensorType(ir.DataType.FLOAT)
-        return self._initializer(ir.Value(name=name, shape=ir.Shape(shape), type=kind))
-
-    def _initializer(self, value: ir.Value) -> ir.Value:
-        self.graph.initializers[str(value.name)] = value
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=kind)
+        self.graph.initializers[name] = value
         return value
 
     def index(self, name: str, number: int) -> ir.Value:
-        known = self.graph.initializers.get(f"prompt.{name}")
-        return known or self.constant(name, np.array([number], np.int64))
+        return self.constant(name, np.array([number], np.int64))
 
     def rows(self, value: ir.Value, inner: tuple[int, ...], axis: int) -> ir.Value:
         """`value` (1, ...) for each row of the batch, and nothing of it behind a cache."""
