@@ -23,8 +23,7 @@ from adaptrix_export.recipe.words import ParityLevel
 from adaptrix_export.save.staging import refuse_existing
 from adaptrix_export.targets import TARGETS
 
-# Measured on two cores of a server with SmolLM2-135M and with a 1.1B shape in bf16; a bound of the
-# right size and no more, which is what `seconds` says of itself.
+# Rough rates of two cores, from builds of SmolLM2-135M and of a 1.1B shape in bf16.
 LIBRARIES_BYTES = 450_000_000  # torch, transformers, peft and ONNX Runtime, imported
 MERGE_BYTES = 150_000_000  # of a merge in strips, whatever the model's size
 MERGE_RATE = 60e6  # bytes of changed tensors a second

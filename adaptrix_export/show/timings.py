@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import resource
 import sys
@@ -118,8 +119,8 @@ def keep_timings(artifact: Path, timings: Mapping[str, Any]) -> None:
         ) as file:
             json.dump(timings, file)
         os.replace(file.name, folder / f"{_key(artifact)}.json")
-    except OSError:
-        return  # the artifact is published, and that is what was asked for
+    except OSError as error:  # the artifact is published, and that is what was asked for
+        logging.getLogger(__name__).warning("timings were not kept: %s", error)
 
 
 def _age(path: Path) -> float:
